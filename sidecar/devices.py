@@ -1,0 +1,164 @@
+"""Devices: where weights lie and programs run. One ``TorchDevice`` per torch device.
+
+Nothing here chooses what to load or when: the engine decides, a device obeys. ``new_weight`` may be called from a mover
+thread while the engine's thread runs programs; everything else belongs to the engine's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sidecar.errors import ConfigError
+from sidecar.ir import Graph, Weight
+from sidecar.programs import Program, prepare
+from trunkline.errors import DeviceFault
+
+_CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
+
+
+def open_device(name: str = "auto", threads: int | None = None) -> TorchDevice:
+    """Return the device called ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is CUDA where there is one.
+
+    ``threads`` is how many CPU threads one operator may use, None for torch's choice. It holds for the process.
+    Raises ConfigError when there is no such device.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads must be at least 1, not {threads}", threads=threads)
+        torch.set_num_threads(threads)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    if name == "cpu":
+        return TorchDevice(torch.device("cpu"))
+    cuda = _CUDA.fullmatch(name)
+    if not cuda:
+        raise ConfigError(f"device {name[:40]!r} is none of auto, cpu, cuda, cuda:N", device=name[:40])
+    number = int(cuda[1] or 0)
+    if number >= count:
+        raise ConfigError(f"there is no device {name}: torch finds {count} CUDA devices", device=name, found=count)
+    # Bundles promise a tolerance for float32; TF32 convolutions would miss it.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return TorchDevice(torch.device("cuda", number))
+
+
+class TorchDevice:
+    """One torch device. Handles it gives out are torch tensors; callers pass them back and look at nothing inside."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._is_cpu = device.type == "cpu"
+        self._lock = threading.Lock()  # the count below is changed by whichever thread drops a weight
+        self._weight_bytes = 0
+
+    @property
+    def name(self) -> str:
+        """Return ``cpu`` or ``cuda:N``."""
+        return str(self._device)
+
+    # --- weights ----------------------------------------------------------------------------------------------------
+
+    def new_weight(self, weight: Weight, fill: Callable[[memoryview], None]) -> torch.Tensor:
+        """Allocate a weight and have ``fill`` write its bytes; return the handle, which owns the memory.
+
+        ``fill`` gets a writable memoryview of exactly ``size_bytes`` bytes, on the CPU the weight's own memory. What it
+        raises passes through and the memory is freed. Raises DeviceFault when there is no memory.
+        """
+        try:
+            staging = torch.empty(weight.size_bytes, dtype=torch.uint8, pin_memory=not self._is_cpu)
+            fill(memoryview(staging.numpy()) if weight.size_bytes else memoryview(bytearray()))
+            held = staging if self._is_cpu else staging.to(self._device)
+        except RuntimeError as error:
+            raise DeviceFault(
+                f"{self.name} has no room for a weight of {weight.size_bytes} bytes",
+                size_bytes=weight.size_bytes,
+                **self.memory(),
+            ) from error
+        tensor = _read_as(held, weight)
+        with self._lock:
+            self._weight_bytes += weight.size_bytes
+        weakref.finalize(tensor, self._forget, weight.size_bytes)
+        return tensor
+
+    def as_weight(self, held: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """Return ``held`` read with the dtype and shape of ``weight``, which has the same bytes.
+
+        Two weights may have one digest and different shapes: a row of zeros and a square of zeros of the same size.
+        Where dtype and shape agree already, this is ``held`` itself; otherwise a view that shares its memory.
+        """
+        if held.shape == weight.shape and held.dtype == getattr(torch, weight.dtype):
+            return held
+        view = _read_as(held.reshape(-1).view(torch.uint8), weight)
+        view._held = held  # type: ignore[attr-defined]  # the count of weight bytes follows the first handle
+        return view
+
+    def _forget(self, size_bytes: int) -> None:
+        with self._lock:
+            self._weight_bytes -= size_bytes
+
+    # --- programs ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, graph: Graph) -> Program:
+        """Return the weightless program of a graph. Raises BundleError when this torch cannot run a node."""
+        return prepare(graph, self._device)
+
+    def run(
+        self, program: Program, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Run a program on weights and inputs in the order of its graph; return its outputs in that order.
+
+        Outputs share no memory with weights or inputs. On CUDA the work may still be under way when this returns;
+        ``read_output`` waits for it. Raises ValueOutOfBounds, DeviceFault.
+        """
+        return program.run(weights, inputs)
+
+    # --- inputs and outputs -----------------------------------------------------------------------------------------
+
+    def input_tensor(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return a tensor of C-contiguous bytes: on the CPU a view of ``buffer``, elsewhere a copy.
+
+        The buffer must stay unchanged until the outputs of the run were read. One that is read-only is copied.
+        """
+        if not buffer.nbytes:
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
+        tensor = torch.frombuffer(bytearray(buffer) if buffer.readonly else buffer, dtype=getattr(torch, dtype))
+        tensor = tensor.view(shape)
+        return tensor if self._is_cpu else tensor.to(self._device, non_blocking=True)
+
+    def output_spec(self, tensor: torch.Tensor) -> tuple[str, tuple[int, ...], int]:
+        """Return dtype (numpy's name), shape and size in bytes of an output."""
+        return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.numel() * tensor.element_size()
+
+    def read_output(self, tensor: torch.Tensor, target: memoryview) -> None:
+        """Write an output's elements, C-contiguous, into ``target``, which has exactly its size. Waits for the device."""
+        if not target.nbytes:
+            return
+        try:
+            torch.frombuffer(target, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+        except RuntimeError as error:
+            raise DeviceFault(f"an output could not be read from {self.name}: {type(error).__name__}") from error
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes: of weights held, allocated by torch (CUDA), and in all on the device."""
+        found = {"weight_bytes": self._weight_bytes}
+        if self._is_cpu:
+            found["total_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        else:
+            free_bytes, found["total_bytes"] = torch.cuda.mem_get_info(self._device)
+            found["free_bytes"] = free_bytes
+            found["allocated_bytes"] = torch.cuda.memory_allocated(self._device)
+            found["reserved_bytes"] = torch.cuda.memory_reserved(self._device)
+        return found
+
+
+def _read_as(flat: torch.Tensor, weight: Weight) -> Any:
+    """Return flat bytes as a tensor of the weight's dtype and shape, sharing memory."""
+    return flat.view(getattr(torch, weight.dtype)).view(weight.shape)

@@ -1,0 +1,720 @@
+"""The engine: one thread that owns graph, residency and queue, and gives the device its work.
+
+Everybody else posts a command to its inbox and is told the outcome through the session the command came from. Nothing
+here waits for a disk: a mover thread reads weights and posts them to the same inbox. Devices and the store
+come in as arguments; this module imports neither torch nor the store.
+
+Life of a request: queued; leased (its model's weights may no longer be evicted); parked while missing weights are read;
+run; answered; lease returned.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from trunkline.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidInput,
+    ModelCorrupt,
+    SidecarFault,
+    TrunklineError,
+    UnknownModel,
+)
+from trunkline.signature import Signature
+
+from sidecar.bundle import Bundle, Weight
+from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError
+from sidecar.graph import FusedGraph
+from sidecar.pins import Pins
+from sidecar.residency import Residency
+from sidecar.scheduler import Queue
+
+log = logging.getLogger("trunkline.engine")
+
+# How long the models pinned before a restart may take to come back.
+_PIN_LOAD_S = 600.0
+# An output as the device made it: name, dtype, shape, the device's own handle.
+Output = tuple[str, str, tuple[int, ...], object]
+
+
+class Device(Protocol):
+    """What the engine needs of a device; ``sidecar.devices.TorchDevice`` is one."""
+
+    @property
+    def name(self) -> str: ...
+    def new_weight(self, weight: Weight, fill: Callable[[memoryview], None]) -> object: ...
+    def prepare(self, graph: Any) -> Any: ...
+    def input_tensor(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object: ...
+    def run(self, program: Any, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]: ...
+    def output_spec(self, tensor: Any) -> tuple[str, tuple[int, ...], int]: ...
+    def read_output(self, tensor: Any, target: memoryview) -> None: ...
+    def memory(self) -> dict[str, int]: ...
+
+
+class Source(Protocol):
+    """Where bundles and weights come from; ``sidecar.store.Store`` is one. Its reads run in the mover thread."""
+
+    def models(self) -> list[str]: ...
+    def model(self, name: str) -> Bundle: ...
+    def read_blob(self, digest: str, target: memoryview, crc32: int | None = None) -> None: ...
+
+
+class Session(Protocol):
+    """The connection a request came through. The engine thread calls these; they must not block."""
+
+    def answer(self, request_id: int, outputs: Sequence[Output], read: Callable[[Any, memoryview], None]) -> None: ...
+    def document(self, request_id: int, plain: object) -> None: ...
+    def fail(self, request_id: int, error: TrunklineError) -> None: ...
+    def released(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Work:
+    """A request for a model: to run it on ``inputs`` (dtype, shape, private bytes; in the graph's order), or just to
+    load it, where ``inputs`` is None. ``deadline`` is a time of the engine's clock."""
+
+    session: Session
+    request_id: int
+    model: str
+    deadline: float
+    call_id: str = ""
+    inputs: tuple[tuple[str, tuple[int, ...], memoryview], ...] | None = None
+
+
+@dataclass(slots=True)
+class Deployed:
+    """A deployed version of a model and what the engine prepared for it."""
+
+    bundle: Bundle
+    plan: str
+    signature: Signature
+    program: Any = None
+    bound: list[object] | None = None
+    request_count: int = 0
+    last_used_s: float | None = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the engine has done since it started."""
+
+    answered: int = 0
+    failed: int = 0
+    expired: int = 0
+    fetched_bytes: int = 0
+    evicted_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Load:
+    """Weights still on their way for a plan, the requests that wait for them, and what went wrong so far."""
+
+    waiting: set[str]
+    parked: list[Work] = field(default_factory=list)
+    error: TrunklineError | None = None
+
+
+class Engine:
+    """Owner of all mutable state. ``run`` is the engine thread; every other public method may be called anywhere."""
+
+    def __init__(
+        self,
+        device: Device,
+        source: Source,
+        pins: Pins,
+        *,
+        budget_bytes: int,
+        queue_limit: int,
+        generation: int = 0,
+        facts: dict[str, object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._device = device
+        self._source = source
+        self._pins = pins
+        self._clock = clock
+        self._generation = generation
+        self._facts = facts or {}
+        self._started_s = clock()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._mover = _Mover(device, source, self._post)
+        self._graph = FusedGraph()
+        self._residency = Residency(budget_bytes)
+        self._queue: Queue[Work] = Queue(queue_limit)
+        self._deployed: dict[str, Deployed] = {}
+        self._broken: dict[str, TrunklineError] = {}
+        # Versions that were replaced while they were in use, by plan.
+        self._retired: dict[str, Deployed] = {}
+        self._handles: dict[str, object] = {}
+        self._loads: dict[str, _Load] = {}
+        self._ready: deque[tuple[Work, Deployed]] = deque()
+        # Set while the head of the queue waits for a lease of somebody else to end.
+        self._blocked = False
+        self._draining = False
+        self._drained: Callable[[], None] | None = None
+        self._finished = False
+        self._counts = Counts()
+        self._session_count = 0
+        # Replaced as a whole, never changed in place, so that other threads may read it without a lock.
+        self._published: dict[str, Signature | TrunklineError] = {}
+        self._commands: dict[str, Callable[[Work, dict[str, Any]], object | None]] = {
+            "status": self._status,
+            "models": lambda work, arguments: {"models": self._models()},
+            "model": self._model,
+            "blocks": self._blocks,
+            "memory": lambda work, arguments: self._memory(),
+            "load": self._load,
+            "unload": self._evict,
+            "evict": self._evict,
+            "pin": self._pin,
+            "unpin": self._unpin,
+            "model_changed": self._model_changed,
+            "model_removed": self._model_removed,
+        }
+
+    # --- called from other threads -----------------------------------------------------------------------------------
+
+    def signature(self, name: str) -> Signature:
+        """Return the signature of a deployed model. Raises UnknownModel, ModelCorrupt."""
+        found = self._published.get(name)
+        if isinstance(found, Signature):
+            return found
+        if found is not None:
+            raise ModelCorrupt(f"{name} cannot be served: {found.message}", model=name)
+        known = ", ".join(sorted(self._published)[:8]) or "none"
+        raise UnknownModel(
+            f"the sidecar holds no model {name[:64]!r}; it holds {known}; `trunkline push` adds one", model=name[:64]
+        )
+
+    def submit(self, work: Work) -> None:
+        """Queue a request; its session is told the outcome."""
+        self._post(lambda: self._accept(work))
+
+    def command(self, session: Session, request_id: int, name: str, arguments: dict[str, Any], deadline: float) -> None:
+        """Run an administrator's command; its session gets the answer as a document."""
+        work = Work(session, request_id, str(arguments.get("name", "")), deadline)
+        self._post(lambda: self._run_command(work, name, arguments))
+
+    def session_opened(self) -> None:
+        """Count a session."""
+
+        def count() -> None:
+            self._session_count += 1
+
+        self._post(count)
+
+    def session_closed(self, session: Session) -> None:
+        """Drop everything a session has queued; it is told ``released`` when nothing of it is left."""
+        self._post(lambda: self._forget(session))
+
+    def drain(self, drained: Callable[[], None]) -> None:
+        """Refuse new requests from now on, finish the accepted ones, then call ``drained`` and end ``run``."""
+        self._post(lambda: self._start_drain(drained))
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._inbox.put(command)
+
+    # --- the engine thread -------------------------------------------------------------------------------------------
+
+    def deploy_stored(self) -> None:
+        """Deploy every model of the store. Call once, before ``run`` starts; a broken model does not stop the others."""
+        for name in self._source.models():
+            self._deploy(name)
+        for name in self._pins.names():
+            if name in self._deployed:
+                self._residency.pin(self._deployed[name].plan)
+        self._publish()
+
+    def run(self) -> None:
+        """Serve until drained. The engine thread's body."""
+        threading.Thread(target=self._mover.run, name="mover", daemon=True).start()
+        for name in self._pins.names():
+            if name in self._deployed:
+                self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
+        while not self._finished:
+            try:
+                self._step()
+            except Exception:
+                # A bug in one command must not end the service for all; it is logged with its trace.
+                log.exception("a command failed")
+        self._mover.stop()
+        if self._drained is not None:
+            self._drained()
+
+    def _step(self) -> None:
+        # Work goes on while there is some, but what has been posted meanwhile comes first.
+        busy = bool(self._ready) or (len(self._queue) > 0 and not self._blocked)
+        try:
+            command = self._inbox.get(block=not busy)
+        except queue.Empty:
+            self._start_next()
+            return
+        command()
+        if self._inbox.empty():
+            self._start_next()
+
+    def _accept(self, work: Work) -> None:
+        if self._draining:
+            work.session.fail(work.request_id, _draining())
+            return
+        try:
+            self.signature(work.model)
+            self._queue.submit(work)
+        except TrunklineError as error:
+            self._fail(work, error)
+
+    def _start_next(self) -> None:
+        if self._ready:
+            self._run(*self._ready.popleft())
+        elif not self._blocked:
+            expired, work = self._queue.take(self._clock())
+            for late in expired:
+                self._counts.expired += 1
+                self._fail(late, DeadlineExceeded("the deadline passed while the request was waiting"))
+            if work is not None:
+                self._admit(work)
+        self._finish_if_drained()
+
+    def _admit(self, work: Work) -> None:
+        deployed = self._deployed.get(work.model)
+        if deployed is None:
+            self._fail(work, UnknownModel(f"{work.model} was removed while the request was waiting", model=work.model))
+            return
+        try:
+            self._prepare(deployed)
+            was_held = self._residency.is_held(deployed.plan)
+            grant = self._residency.lease(deployed.plan)
+        except TrunklineError as error:
+            self._fail(work, error)
+            return
+        if grant is None:
+            self._queue.put_back(work)
+            self._blocked = True
+            return
+        if not was_held:
+            self._drop(grant.evict)
+            self._fetch(deployed, grant.fetch)
+        if deployed.plan in self._loads:
+            self._loads[deployed.plan].parked.append(work)
+        else:
+            self._run(work, deployed)
+
+    def _fetch(self, deployed: Deployed, digests: Sequence[str]) -> None:
+        weights = self._weights(deployed)
+        waiting = {digest for digest in weights if not self._residency.is_resident(digest)}
+        if not waiting:
+            return
+        # The load itself holds a lease: bytes that are being read must not be taken for evictable. Some of them may
+        # be on their way already, for another model.
+        self._residency.lease(deployed.plan)
+        self._loads[deployed.plan] = _Load(waiting)
+        for digest in digests:
+            self._mover.fetch(weights[digest], self._arrived)
+
+    def _arrived(self, weight: Weight, outcome: object) -> None:
+        error = outcome if isinstance(outcome, TrunklineError) else None
+        if error is None:
+            self._handles[weight.digest] = outcome
+            self._residency.arrived(weight.digest)
+            self._counts.fetched_bytes += weight.size_bytes
+        else:
+            log.error("weight %s could not be loaded: %s", weight.digest[:12], error.message)
+        for plan, load in list(self._loads.items()):
+            if weight.digest in load.waiting:
+                load.waiting.discard(weight.digest)
+                load.error = load.error or error
+                if not load.waiting:
+                    self._finish_load(plan)
+
+    def _finish_load(self, plan: str) -> None:
+        load = self._loads.pop(plan)
+        deployed = self._by_plan(plan)
+        if load.error is None:
+            self._ready.extend((work, deployed) for work in load.parked)
+            self._release(deployed)
+            return
+        for work in load.parked:
+            self._fail(work, load.error)
+            self._release(deployed)
+        self._release(deployed)
+        # What did arrive goes too, so that the next request starts the load afresh.
+        self._drop(self._residency.evict(plan))
+
+    def _run(self, work: Work, deployed: Deployed) -> None:
+        try:
+            if work.inputs is None:
+                work.session.document(work.request_id, self._describe(work.model, deployed))
+            else:
+                if work.deadline <= self._clock():
+                    raise DeadlineExceeded("the deadline passed while the model was being loaded")
+                self._compute(work, deployed, work.inputs)
+                self._counts.answered += 1
+        except TrunklineError as error:
+            self._fail(work, error)
+        except Exception as error:
+            incident = secrets.token_hex(4)
+            log.exception("incident %s: %s failed (call %s)", incident, work.model, work.call_id)
+            fault = SidecarFault(
+                f"{work.model} failed in the sidecar; its log has incident {incident}", incident=incident
+            )
+            fault.__cause__ = error
+            self._fail(work, fault)
+        finally:
+            self._release(deployed)
+
+    def _compute(
+        self, work: Work, deployed: Deployed, inputs: tuple[tuple[str, tuple[int, ...], memoryview], ...]
+    ) -> None:
+        device = self._device
+        if deployed.bound is None:
+            deployed.bound = [self._handles[weight.digest] for weight in deployed.bundle.graph.weights]
+        tensors = [device.input_tensor(buffer, dtype, shape) for dtype, shape, buffer in inputs]
+        results = device.run(deployed.program, deployed.bound, tensors)
+        outputs = []
+        for spec, result in zip(deployed.signature.outputs, results, strict=True):
+            dtype, shape, _ = device.output_spec(result)
+            outputs.append((spec.name, dtype, shape, result))
+        work.session.answer(work.request_id, outputs, device.read_output)
+        deployed.request_count += 1
+        deployed.last_used_s = self._clock()
+
+    def _release(self, deployed: Deployed) -> None:
+        self._residency.release(deployed.plan)
+        self._blocked = False
+        if deployed.plan in self._retired and not self._residency.lease_count(deployed.plan):
+            del self._retired[deployed.plan]
+            self._drop(self._residency.remove_plan(deployed.plan))
+
+    def _drop(self, digests: Sequence[str]) -> None:
+        if not digests:
+            return
+        weights = self._graph.all_weights()
+        for digest in digests:
+            self._handles.pop(digest, None)
+            if digest in weights:
+                self._counts.evicted_bytes += weights[digest].size_bytes
+        # A bound list would keep the dropped bytes alive.
+        for deployed in (*self._deployed.values(), *self._retired.values()):
+            if deployed.bound is not None and not self._residency.is_held(deployed.plan):
+                deployed.bound = None
+
+    def _fail(self, work: Work, error: TrunklineError) -> None:
+        self._counts.failed += 1
+        log.info("%s refused (call %s): %s: %s", work.model, work.call_id or "-", error.code, error.message)
+        work.session.fail(work.request_id, error)
+
+    def _forget(self, session: Session) -> None:
+        self._session_count -= 1
+        self._queue.drop(lambda work: work.session is session)
+        for plan, load in self._loads.items():
+            kept = [work for work in load.parked if work.session is not session]
+            for _ in range(len(load.parked) - len(kept)):
+                self._release(self._by_plan(plan))
+            load.parked = kept
+        for entry in [entry for entry in self._ready if entry[0].session is session]:
+            self._ready.remove(entry)
+            self._release(entry[1])
+        session.released()
+
+    def _start_drain(self, drained: Callable[[], None]) -> None:
+        self._draining = True
+        self._drained = drained
+        self._finish_if_drained()
+
+    def _finish_if_drained(self) -> None:
+        waiting = bool(self._ready) or len(self._queue) > 0 or any(load.parked for load in self._loads.values())
+        self._finished = self._draining and not waiting
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when the engine's books do not balance. Only in the engine thread, or after it ended."""
+        self._graph.check_invariants()
+        self._residency.check_invariants()
+        for digest in self._handles:
+            assert self._residency.is_resident(digest), f"weight {digest[:12]} is kept though it was evicted"
+        for plan in {*self._retired, *(deployed.plan for deployed in self._deployed.values())}:
+            ready = sum(1 for _, deployed in self._ready if deployed.plan == plan)
+            load = self._loads.get(plan)
+            expected = ready + (len(load.parked) + 1 if load else 0)
+            assert self._residency.lease_count(plan) == expected, f"{plan}: leases do not match the requests under way"
+
+    # --- deployed models ---------------------------------------------------------------------------------------------
+
+    def _weights(self, deployed: Deployed) -> dict[str, Weight]:
+        return {weight.digest: weight for weight in deployed.bundle.graph.weights}
+
+    def _by_plan(self, plan: str) -> Deployed:
+        if plan in self._retired:
+            return self._retired[plan]
+        return self._deployed[plan.rpartition("@")[0]]
+
+    def _deploy(self, name: str) -> None:
+        self._broken.pop(name, None)
+        try:
+            bundle = self._source.model(name)
+        except (BundleError, StoreError, ModelCorrupt) as error:
+            log.error("%s cannot be served: %s", name, error.message)
+            self._withdraw(name)
+            self._broken[name] = error
+            return
+        plan = f"{name}@{bundle.graph_digest}"
+        if name in self._deployed and self._deployed[name].plan == plan:
+            return
+        was_pinned = name in self._deployed and self._residency.is_pinned(self._deployed[name].plan)
+        self._withdraw(name)
+        self._graph.add(bundle)
+        deployed = self._retired.pop(plan, None) or Deployed(bundle, plan, _signature(bundle))
+        self._residency.add_plan(
+            plan, {digest: weight.size_bytes for digest, weight in self._weights(deployed).items()}
+        )
+        if was_pinned:
+            self._residency.pin(plan)
+        self._deployed[name] = deployed
+
+    def _withdraw(self, name: str) -> None:
+        deployed = self._deployed.pop(name, None)
+        if deployed is None:
+            return
+        if self._residency.lease_count(deployed.plan):
+            self._residency.unpin(deployed.plan)
+            self._retired[deployed.plan] = deployed
+        else:
+            self._drop(self._residency.remove_plan(deployed.plan))
+        self._graph.remove(name)
+
+    def _publish(self) -> None:
+        self._published = {**self._broken, **{name: entry.signature for name, entry in self._deployed.items()}}
+
+    def _prepare(self, deployed: Deployed) -> None:
+        if deployed.program is None:
+            deployed.program = self._device.prepare(deployed.bundle.graph)
+
+    # --- administrator's commands ------------------------------------------------------------------------------------
+
+    def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
+        command = self._commands.get(name)
+        try:
+            if command is None:
+                raise InvalidInput(f"there is no command {name[:64]!r}")
+            answer = command(work, arguments)
+        except TrunklineError as error:
+            work.session.fail(work.request_id, error)
+            return
+        if answer is not None:
+            work.session.document(work.request_id, answer)
+
+    def _known(self, name: str) -> Deployed:
+        self.signature(name)
+        return self._deployed[name]
+
+    def _status(self, work: Work, arguments: dict[str, Any]) -> object:
+        return {
+            "engine": {
+                "pid": os.getpid(),
+                "generation": self._generation,
+                "uptime_s": round(self._clock() - self._started_s, 3),
+                "draining": self._draining,
+                "device": self._device.name,
+                **self._facts,
+            },
+            "memory": self._memory(),
+            "models": self._models(),
+            "sessions": self._session_count,
+            "requests": {
+                "answered": self._counts.answered,
+                "failed": self._counts.failed,
+                "expired": self._counts.expired,
+                "waiting": len(self._queue),
+                "fetched_bytes": self._counts.fetched_bytes,
+                "evicted_bytes": self._counts.evicted_bytes,
+            },
+        }
+
+    def _memory(self) -> dict[str, int]:
+        residency = self._residency
+        return {
+            "budget_bytes": residency.budget_bytes,
+            "resident_bytes": residency.committed_bytes,
+            "logical_bytes": residency.logical_bytes,
+            "saved_bytes": residency.logical_bytes - residency.committed_bytes,
+            "pinned_bytes": residency.pinned_bytes,
+            **self._device.memory(),
+        }
+
+    def _models(self) -> list[dict[str, object]]:
+        listed = [self._describe(name, deployed) for name, deployed in sorted(self._deployed.items())]
+        broken: list[dict[str, object]] = [
+            {"name": name, "state": "corrupt", "error": error.to_dict()} for name, error in sorted(self._broken.items())
+        ]
+        return listed + broken
+
+    def _describe(self, name: str, deployed: Deployed) -> dict[str, object]:
+        plan = deployed.plan
+        model_bytes, shared_bytes = self._graph.bytes_of(name) if name in self._graph else (0, 0)
+        state = "stored"
+        if self._residency.is_ready(plan) and self._residency.is_held(plan):
+            state = "resident"
+        elif plan in self._loads:
+            state = "loading"
+        return {
+            "name": name,
+            "version": deployed.bundle.version,
+            "state": state,
+            "bytes": model_bytes,
+            "shared_bytes": shared_bytes,
+            "unique_bytes": model_bytes - shared_bytes,
+            "shared_with": self._graph.sharers(name) if name in self._graph else [],
+            "pinned": self._residency.is_pinned(plan),
+            "leases": self._residency.lease_count(plan),
+            "requests": deployed.request_count,
+            "last_used_s": None if deployed.last_used_s is None else round(self._clock() - deployed.last_used_s, 3),
+        }
+
+    def _model(self, work: Work, arguments: dict[str, Any]) -> object:
+        deployed = self._known(work.model)
+        return self._describe(work.model, deployed) | {
+            "graph": deployed.bundle.graph_digest,
+            "node_count": len(deployed.bundle.graph.nodes),
+            "weight_count": len(self._weights(deployed)),
+            "signature": deployed.signature.to_plain(),
+        }
+
+    def _blocks(self, work: Work, arguments: dict[str, Any]) -> object:
+        weights = sorted(self._graph.all_weights().items())
+        offset, limit = int(arguments.get("offset", 0)), int(arguments.get("limit", 100))
+        return {
+            "total": len(weights),
+            "blocks": [
+                {
+                    "digest": digest,
+                    "size_bytes": weight.size_bytes,
+                    "tier": "device" if self._residency.is_resident(digest) else "disk",
+                    "models": self._graph.users(digest),
+                    "leases": sum(map(self._residency.lease_count, self._residency.plans_with(digest))),
+                }
+                for digest, weight in weights[offset : offset + limit]
+            ],
+        }
+
+    def _load(self, work: Work, arguments: dict[str, Any]) -> None:
+        # Answered when the weights are there, by the same path as a request.
+        self._known(work.model)
+        self._accept(work)
+
+    def _evict(self, work: Work, arguments: dict[str, Any]) -> object:
+        deployed = self._known(work.model)
+        if leases := self._residency.lease_count(deployed.plan):
+            raise InvalidInput(f"{work.model} is in use by {leases} requests; try again", leases=leases)
+        if self._residency.is_pinned(deployed.plan):
+            raise InvalidInput(f"{work.model} is pinned; unpin it first")
+        before_bytes = self._residency.committed_bytes
+        self._drop(self._residency.evict(deployed.plan))
+        freed_bytes = before_bytes - self._residency.committed_bytes
+        return self._describe(work.model, deployed) | {"freed_bytes": freed_bytes}
+
+    def _pin(self, work: Work, arguments: dict[str, Any]) -> None:
+        deployed = self._known(work.model)
+        self._residency.pin(deployed.plan)
+        self._pins.add(work.model)
+        self._accept(work)
+
+    def _unpin(self, work: Work, arguments: dict[str, Any]) -> object:
+        deployed = self._known(work.model)
+        self._residency.unpin(deployed.plan)
+        self._pins.discard(work.model)
+        self._blocked = False
+        return self._describe(work.model, deployed)
+
+    def _model_changed(self, work: Work, arguments: dict[str, Any]) -> object:
+        self._deploy(work.model)
+        self._publish()
+        deployed = self._known(work.model)
+        return self._describe(work.model, deployed)
+
+    def _model_removed(self, work: Work, arguments: dict[str, Any]) -> object:
+        self._broken.pop(work.model, None)
+        self._withdraw(work.model)
+        self._pins.discard(work.model)
+        self._publish()
+        return {"name": work.model}
+
+
+class _Nobody:
+    """The session of work the engine gives itself."""
+
+    def answer(self, request_id: int, outputs: Sequence[Output], read: Callable[[Any, memoryview], None]) -> None:
+        raise AssertionError("the engine asks itself for loads only")
+
+    def document(self, request_id: int, plain: object) -> None:
+        pass
+
+    def fail(self, request_id: int, error: TrunklineError) -> None:
+        pass
+
+    def released(self) -> None:
+        pass
+
+
+class _Mover:
+    """Reads weights, one after the other, in a thread that owns no state, and posts what came of it."""
+
+    def __init__(self, device: Device, source: Source, post: Callable[[Callable[[], None]], None]) -> None:
+        self._device = device
+        self._source = source
+        self._post = post
+        self._jobs: queue.SimpleQueue[tuple[Weight, Callable[[Weight, object], None]] | None] = queue.SimpleQueue()
+
+    def fetch(self, weight: Weight, arrived: Callable[[Weight, object], None]) -> None:
+        """Read a weight; ``arrived`` is run in the engine thread with its handle, or with a TrunklineError."""
+        self._jobs.put((weight, arrived))
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+
+    def run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._move(*job)
+
+    def _move(self, weight: Weight, arrived: Callable[[Weight, object], None]) -> None:
+        # A frame of its own: a local of the loop would keep the last weight in memory after its eviction.
+        outcome = self._read(weight)
+        self._post(lambda: arrived(weight, outcome))
+
+    def _read(self, weight: Weight) -> object:
+        try:
+            return self._device.new_weight(
+                weight, lambda target: self._source.read_blob(weight.digest, target, weight.crc32)
+            )
+        except (BlobMissing, BlobCorrupt) as error:
+            return ModelCorrupt(
+                f"weight {weight.digest[:12]} is damaged or missing in the store; push the model again",
+                digest=weight.digest,
+            ).with_traceback(error.__traceback__)
+        except TrunklineError as error:
+            return error
+        except OSError as error:
+            return SidecarFault(f"the store cannot be read ({os.strerror(error.errno or 0)})", digest=weight.digest)
+
+
+def _draining() -> Draining:
+    return Draining("the sidecar is shutting down; the next one will answer")
+
+
+def _signature(bundle: Bundle) -> Signature:
+    graph = bundle.graph
+    return Signature(
+        bundle.name,
+        bundle.version,
+        graph.inputs,
+        graph.outputs,
+        {symbol.name: (symbol.minimum, symbol.maximum) for symbol in graph.symbols},
+    )

@@ -1,0 +1,75 @@
+"""Errors of the sidecar's own work: configuration, store, bundles, conversion.
+
+They share the base class, and so the JSON shape, of the errors that cross the wire, but functions never meet them:
+they reach publishers and operators through the command line and the admin endpoint.
+"""
+
+from __future__ import annotations
+
+from trunkline.errors import TrunklineError
+
+
+class ConfigError(TrunklineError):
+    """A setting has a value that cannot be used; the message names source, key and accepted range."""
+
+    code = "config_error"
+    http_status = 400
+
+
+class StoreError(TrunklineError):
+    """The blob store could not do what was asked."""
+
+    code = "store_error"
+
+
+class BlobMissing(StoreError):
+    """A model names weights that were not pushed."""
+
+    code = "blob_missing"
+    http_status = 409
+
+
+class BlobCorrupt(StoreError):
+    """Bytes do not match their digest, checksum or declared size."""
+
+    code = "blob_corrupt"
+    http_status = 422
+
+
+class StoreFull(StoreError):
+    """The disk is full; nothing that was stored before is harmed."""
+
+    code = "store_full"
+    http_status = 507
+
+
+class BundleError(TrunklineError):
+    """A bundle breaks the format: the message names the file and the place in it."""
+
+    code = "bundle_error"
+    http_status = 422
+
+
+class ExportError(TrunklineError):
+    """A model cannot be converted."""
+
+    code = "export_error"
+    http_status = 422
+
+
+class UnsupportedOperator(ExportError):
+    """The model uses an operator that bundles do not allow; operator, module and source line are named."""
+
+    code = "unsupported_operator"
+
+
+class UnsupportedModel(ExportError):
+    """The model as a whole cannot be captured: data-dependent control flow, mutated state, unsupported inputs."""
+
+    code = "unsupported_model"
+
+
+class NumericsMismatch(ExportError):
+    """The converted graph computes something else than the original; both figures are in the message."""
+
+    code = "numerics_mismatch"

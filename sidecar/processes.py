@@ -1,0 +1,20 @@
+"""What a child process owes its parent: to end when it does."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int, by: signal.Signals = signal.SIGTERM) -> None:
+    """Have the kernel send ``by`` to this process when its parent dies. Call in the child, right after the fork.
+
+    Raises ProcessLookupError when the parent died before the call.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        raise ProcessLookupError(f"process {parent_pid} died before its child was ready")

@@ -1,0 +1,497 @@
+"""Sessions: the socket every function connects to, its arenas, and the way of a request into the engine.
+
+One thread, ``Server.run``, accepts connections, decodes headers, and copies and checks inputs. It decides nothing about
+models or memory: it hands requests to the engine, whose thread writes the outputs and sends the answer itself, so that an
+answer costs no further change of threads.
+
+A session that ends is taken out of the poll at once, but its socket and arenas live on until the engine has said that it
+holds nothing of it any more: memory is never unmapped under a writer, and the number of a closed descriptor is
+never written to.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import math
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from trunkline import protocol
+from trunkline.arena import ServerArena, choose_transport, page_aligned
+from trunkline.errors import (
+    ArenaFull,
+    ConnectionLost,
+    FrameTooLarge,
+    MalformedFrame,
+    QueueFull,
+    TrunklineError,
+    Unauthorized,
+    ValueOutOfBounds,
+    VersionMismatch,
+)
+from trunkline.protocol import (
+    Command,
+    Describe,
+    Document,
+    Fault,
+    Hello,
+    Infer,
+    Message,
+    Placement,
+    Result,
+    Welcome,
+)
+from trunkline.signature import Signature
+
+from sidecar.engine import Engine, Output, Work
+
+log = logging.getLogger("trunkline.server")
+
+HANDSHAKE_S: Final = 1.0
+_COMMAND_DEADLINE_S: Final = 600.0
+_SMALLEST_ARENA_BYTES: Final = 64 * 1024
+_ACCEPT_SLICE: Final = 64
+
+
+class Server:
+    """The poll loop over the listening socket and every session. ``run`` is its thread; ``stop`` may be called anywhere."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        engine: Engine,
+        *,
+        admin_token: bytes,
+        arena_limit_bytes: int,
+        arena_total_bytes: int,
+        connection_limit: int,
+        generation: int = 0,
+        transport: str | None = None,
+    ) -> None:
+        """``arena_limit_bytes`` bounds one arena, ``arena_total_bytes`` all arenas together."""
+        self.engine = engine
+        self.transport = transport or choose_transport()
+        self.generation = generation
+        self.arena_limit_bytes = arena_limit_bytes
+        self._admin_token = admin_token
+        self._arena_total_bytes = arena_total_bytes
+        self._arena_bytes = 0
+        self._connection_limit = connection_limit
+        self._listener = listener
+        self._listener.setblocking(False)
+        self._poll = select.epoll()
+        self._poll.register(listener, select.EPOLLIN)
+        # Other threads wake the loop through this descriptor.
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll.register(self._wake, select.EPOLLIN)
+        self._released: deque[Session] = deque()
+        self._sessions: dict[int, Session] = {}
+        self._greeting: dict[int, float] = {}
+        # Sessions that are over but for what the engine still holds of them.
+        self._ending: set[Session] = set()
+        self._last_session = 0
+        self._draining = False
+        self._listening = True
+        self._stopping = False
+
+    def run(self) -> None:
+        """Serve until ``stop``."""
+        listener, wake = self._listener.fileno(), self._wake
+        while not self._stopping:
+            for fd, _ in self._poll.poll(HANDSHAKE_S if self._greeting else -1):
+                if fd == listener:
+                    self._accept()
+                elif fd == wake:
+                    os.eventfd_read(wake)
+                    self._finish_released()
+                    self._stop_listening_if_draining()
+                else:
+                    self._receive(fd)
+            if self._greeting:
+                self._close_the_silent()
+        self._shut_down()
+
+    def drain(self) -> None:
+        """Accept no further connections; those that exist are told Draining by the engine. Any thread."""
+        self._draining = True
+        os.eventfd_write(self._wake, 1)
+
+    def stop(self) -> None:
+        """End ``run``. Any thread."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+
+    def _shut_down(self) -> None:
+        # The engine has ended, so it holds nothing of anybody.
+        for session in (*self._sessions.values(), *self._ending):
+            session.close()
+        self._poll.close()
+        os.close(self._wake)
+
+    # --- connections -------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPT_SLICE):
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # Out of descriptors: those who wait stay in the backlog; closing sessions make room.
+                log.error("a connection could not be accepted (%s)", os.strerror(error.errno or 0))
+                return
+            sock.setblocking(False)
+            if len(self._sessions) >= 2 * self._connection_limit:
+                sock.close()
+                continue
+            self._last_session += 1
+            session = Session(self, sock, self._last_session)
+            self._sessions[sock.fileno()] = session
+            self._greeting[sock.fileno()] = time.monotonic() + HANDSHAKE_S
+            self._poll.register(sock, select.EPOLLIN)
+
+    def _stop_listening_if_draining(self) -> None:
+        if self._draining and self._listening:
+            self._poll.unregister(self._listener)
+            self._listening = False
+
+    def _close_the_silent(self) -> None:
+        now = time.monotonic()
+        for fd, deadline in list(self._greeting.items()):
+            if deadline <= now:
+                self._end(self._sessions[fd])
+
+    def _receive(self, fd: int) -> None:
+        session = self._sessions.get(fd)
+        if session is None:
+            return
+        try:
+            # No buffer for ancillary data: descriptors a client may send are discarded by the kernel.
+            frame = session.sock.recv(protocol.MAX_FRAME_BYTES + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            frame = b""
+        if not frame:
+            self._end(session)
+            return
+        try:
+            session.handle(protocol.decode(frame))
+        except (FrameTooLarge, MalformedFrame) as error:
+            # Whoever breaks the protocol once cannot be understood any further.
+            session.fail(0, error)
+            self._end(session)
+        except TrunklineError as error:
+            session.fail(session.current_id, error)
+            if not session.welcomed:
+                self._end(session)
+
+    def _end(self, session: Session) -> None:
+        fd = session.sock.fileno()
+        self._poll.unregister(fd)
+        self._greeting.pop(fd, None)
+        # The descriptor stays open until the engine lets go, so its number cannot be taken by another session.
+        del self._sessions[fd]
+        if session.welcomed:
+            self._ending.add(session)
+            self.engine.session_closed(session)
+        else:
+            session.close()
+
+    def welcomed(self, session: Session) -> None:
+        """Note that a session has shaken hands."""
+        self._greeting.pop(session.sock.fileno(), None)
+        self.engine.session_opened()
+
+    def release(self, session: Session) -> None:
+        """Free what is left of an ended session. Any thread: it is done in the server's."""
+        self._released.append(session)
+        os.eventfd_write(self._wake, 1)
+
+    def _finish_released(self) -> None:
+        while self._released:
+            session = self._released.popleft()
+            self._ending.discard(session)
+            session.close()
+
+    # --- what sessions ask of the server -----------------------------------------------------------------------------
+
+    def check_connection_limit(self) -> None:
+        """Raise QueueFull when more connections are open than allowed, counting the one that asks.
+
+        It is asked during the handshake: closing at once, with the hello unread, would lose the reason on its way.
+        """
+        if len(self._sessions) > self._connection_limit:
+            limit = self._connection_limit
+            raise QueueFull(f"{limit} connections are open, which is the limit", limit_count=limit)
+
+    def authorise(self, token: bytes) -> bool:
+        """Return whether ``token`` is the administrator's; an empty one is a function's. Raises Unauthorized."""
+        if not token:
+            return False
+        if hmac.compare_digest(token, self._admin_token):
+            return True
+        raise Unauthorized("the token is not known to this sidecar")
+
+    def open_arenas(self, request_bytes: int, reply_bytes: int) -> tuple[ServerArena, ServerArena]:
+        """Create both arenas of a session. Raises ArenaFull, with what was asked and what is allowed."""
+        for name, size_bytes in (("request", request_bytes), ("reply", reply_bytes)):
+            if size_bytes > self.arena_limit_bytes:
+                raise ArenaFull(
+                    f"the {name} tensors take {size_bytes} bytes, one arena may have {self.arena_limit_bytes}; send a "
+                    "smaller batch, or start the sidecar with a larger arena limit",
+                    asked_bytes=size_bytes,
+                    limit_bytes=self.arena_limit_bytes,
+                )
+        total_bytes = self._arena_bytes + request_bytes + reply_bytes
+        if total_bytes > self._arena_total_bytes:
+            raise ArenaFull(
+                f"the arenas of all connections would take {total_bytes} bytes, the limit is {self._arena_total_bytes}; "
+                "close connections or start the sidecar with a larger total",
+                asked_bytes=request_bytes + reply_bytes,
+                limit_bytes=self._arena_total_bytes,
+            )
+        request = ServerArena(request_bytes, self.transport, reply=False)
+        try:
+            reply = ServerArena(reply_bytes, self.transport, reply=True)
+        except TrunklineError:
+            request.close()
+            raise
+        self._arena_bytes = total_bytes
+        return request, reply
+
+    def arenas_closed(self, size_bytes: int) -> None:
+        """Give back the bytes of a session's arenas."""
+        self._arena_bytes -= size_bytes
+
+
+class Session:
+    """One connection and all it owns: socket, arenas, the private copy of its inputs, at most one request.
+
+    ``handle`` runs in the server's thread; ``answer``, ``document``, ``fail`` and ``released`` in the engine's.
+    """
+
+    def __init__(self, server: Server, sock: socket.socket, number: int) -> None:
+        self.sock = sock
+        self.number = number
+        self.welcomed = False
+        self.current_id = 0
+        self._server = server
+        self._is_admin = False
+        self._busy = False
+        self._request: ServerArena | None = None
+        self._reply: ServerArena | None = None
+        self._private = np.empty(0, np.uint8)
+
+    # --- the server's thread -----------------------------------------------------------------------------------------
+
+    def handle(self, message: Message) -> None:
+        """Act on one message. Raises TrunklineError, to be sent to the client."""
+        if not self.welcomed:
+            if not isinstance(message, Hello):
+                raise MalformedFrame("the first message must be hello")
+            self._welcome(message)
+            return
+        if self._busy:
+            raise MalformedFrame("a connection carries one request at a time")
+        match message:
+            case Infer():
+                self.current_id = message.request_id
+                self._infer(message)
+            case Describe():
+                self.current_id = message.request_id
+                self.document(message.request_id, self._server.engine.signature(message.model).to_plain())
+            case Command():
+                self.current_id = message.request_id
+                self._command(message)
+            case _:
+                raise MalformedFrame("this message is the sidecar's to send")
+
+    def _welcome(self, hello: Hello) -> None:
+        server = self._server
+        version = min(hello.newest, protocol.VERSION)
+        if version < max(hello.oldest, protocol.OLDEST_VERSION):
+            raise VersionMismatch(
+                f"the function speaks versions {hello.oldest} to {hello.newest}, this sidecar "
+                f"{protocol.OLDEST_VERSION} to {protocol.VERSION}; rebuild the function or upgrade the sidecar",
+                oldest=protocol.OLDEST_VERSION,
+                newest=protocol.VERSION,
+            )
+        self._is_admin = server.authorise(hello.token)
+        if not self._is_admin:
+            server.check_connection_limit()
+        request_bytes, reply_bytes = hello.request_bytes, hello.reply_bytes
+        for name in hello.models:
+            needed_request, needed_reply = self._needs(name)
+            request_bytes, reply_bytes = max(request_bytes, needed_request), max(reply_bytes, needed_reply)
+        self._request, self._reply = server.open_arenas(
+            page_aligned(max(request_bytes, _SMALLEST_ARENA_BYTES)),
+            page_aligned(max(reply_bytes, _SMALLEST_ARENA_BYTES)),
+        )
+        # Written, not just reserved: the pages are there before the first request.
+        self._private = np.full(self._request.size_bytes, 0, np.uint8)
+        welcome = Welcome(
+            version,
+            self.number,
+            self._request.size_bytes,
+            self._reply.size_bytes,
+            server.transport,
+            server.generation,
+        )
+        try:
+            socket.send_fds(self.sock, [protocol.encode(welcome)], [self._request.fd, self._reply.fd])
+        except OSError as error:
+            raise ConnectionLost(f"the client left during the handshake ({os.strerror(error.errno or 0)})") from error
+        self._request.passed()
+        self._reply.passed()
+        self.welcomed = True
+        server.welcomed(self)
+
+    def _needs(self, name: str) -> tuple[int, int]:
+        """Return the arena bytes that the smallest call of a model needs; nothing for a model that is not there yet."""
+        try:
+            signature = self._server.engine.signature(name)
+        except TrunklineError:
+            return 0, 0
+        inputs = [(spec.name, spec.dtype, signature.resolve(spec, {})) for spec in signature.inputs]
+        return protocol.place(inputs)[1], signature.reply_bytes({}, protocol.ALIGNMENT)
+
+    def _infer(self, message: Infer) -> None:
+        signature = self._server.engine.signature(message.model)
+        signature.bind([(tensor.name, tensor.dtype, tensor.shape) for tensor in message.inputs])
+        inputs = self._private_inputs(signature, message.inputs)
+        self._busy = True
+        deadline = time.monotonic() + message.deadline_us / 1_000_000
+        self._server.engine.submit(Work(self, message.request_id, message.model, deadline, message.call_id, inputs))
+
+    def _private_inputs(
+        self, signature: Signature, placements: tuple[Placement, ...]
+    ) -> tuple[tuple[str, tuple[int, ...], memoryview], ...]:
+        """Copy the inputs out of the function's reach, check the copies, return them in the model's order.
+
+        This is the only place that reads a request arena, and it reads every byte once: what was checked is
+        what is computed, whatever the function writes meanwhile.
+        """
+        assert self._request is not None
+        private = self._private.data
+        by_name = {}
+        for tensor in placements:
+            end = tensor.offset + tensor.size_bytes
+            if end > self._request.size_bytes or tensor.offset % protocol.ALIGNMENT:
+                raise MalformedFrame(
+                    f"input {tensor.name} lies at {tensor.offset} to {end}, the arena has {self._request.size_bytes} bytes "
+                    f"and tensors start at multiples of {protocol.ALIGNMENT}"
+                )
+            copy = private[tensor.offset : end]
+            self._request.read(tensor.offset, copy)
+            by_name[tensor.name] = (tensor.dtype, tensor.shape, copy)
+        for spec in signature.inputs:
+            if spec.minimum is not None or spec.maximum is not None:
+                _check_bounds(signature.model, spec, by_name[spec.name][2])
+        return tuple(by_name[spec.name] for spec in signature.inputs)
+
+    def _command(self, message: Command) -> None:
+        if not self._is_admin:
+            raise Unauthorized("commands need the administrator's token")
+        assert self._request is not None
+        if message.length > self._request.size_bytes:
+            raise MalformedFrame("the command's arguments are longer than the arena")
+        body = bytearray(message.length)
+        self._request.read(0, memoryview(body))
+        try:
+            arguments = json.loads(body)
+        except ValueError as error:
+            raise MalformedFrame("the command's arguments are not JSON") from error
+        if not isinstance(arguments, dict):
+            raise MalformedFrame("the command's arguments are not an object")
+        self._busy = True
+        deadline = time.monotonic() + _COMMAND_DEADLINE_S
+        self._server.engine.command(self, message.request_id, message.name, arguments, deadline)
+
+    def close(self) -> None:
+        """Free everything. Called when the engine holds nothing of this session any more; twice is safe."""
+        self.sock.close()
+        if self._request is not None and self._reply is not None:
+            self._server.arenas_closed(self._request.size_bytes + self._reply.size_bytes)
+            self._request.close()
+            self._reply.close()
+            self._request = self._reply = None
+        self._private = np.empty(0, np.uint8)
+
+    # --- the engine's thread -----------------------------------------------------------------------------------------
+
+    def answer(self, request_id: int, outputs: Sequence[Output], read: Callable[[Any, memoryview], None]) -> None:
+        """Write ``outputs`` into the reply arena with ``read`` and send the result. Raises ArenaFull."""
+        assert self._reply is not None
+        placements, size_bytes = protocol.place([(name, dtype, shape) for name, dtype, shape, _ in outputs])
+        if size_bytes > self._reply.size_bytes:
+            raise ArenaFull(
+                f"the outputs take {size_bytes} bytes, the reply arena has {self._reply.size_bytes}",
+                needed_reply_bytes=size_bytes,
+            )
+        for placement, (_, _, _, tensor) in zip(placements, outputs, strict=True):
+            target = self._reply.target(placement.offset, placement.size_bytes)
+            if target is not None:
+                read(tensor, target)
+                target.release()
+            else:
+                staged = bytearray(placement.size_bytes)
+                read(tensor, memoryview(staged))
+                self._reply.write(placement.offset, memoryview(staged))
+        self._send(Result(request_id, placements))
+
+    def document(self, request_id: int, plain: object) -> None:
+        """Send ``plain`` as JSON in the reply arena. Raises ArenaFull."""
+        assert self._reply is not None
+        body = json.dumps(plain).encode()
+        if len(body) > self._reply.size_bytes:
+            raise ArenaFull(
+                f"the answer takes {len(body)} bytes, the reply arena has {self._reply.size_bytes}; ask for less at a time",
+                needed_reply_bytes=len(body),
+            )
+        self._reply.write(0, body)
+        self._send(Document(request_id, len(body)))
+
+    def fail(self, request_id: int, error: TrunklineError) -> None:
+        """Send an error."""
+        self._send(Fault(request_id, error.code, error.message, error.retryable, error.details))
+
+    def released(self) -> None:
+        """The engine holds nothing of this session any more."""
+        self._server.release(self)
+
+    def _send(self, message: Message) -> None:
+        # Before the send: the client may write its next request the moment it has this answer.
+        self._busy = False
+        try:
+            frame = protocol.encode(message)
+        except FrameTooLarge as error:
+            frame = protocol.encode(Fault(self.current_id, error.code, error.message, error.retryable, error.details))
+        try:
+            self.sock.send(frame)
+        except OSError as error:
+            # The client is gone, or does not read; the poll loop finds the end of the connection by itself.
+            log.debug("session %d took no answer (%s)", self.number, os.strerror(error.errno or 0))
+
+
+def _check_bounds(model: str, spec: protocol.TensorSpec, values: memoryview) -> None:
+    array = np.frombuffer(values, spec.dtype)
+    if not array.size:
+        return
+    low, high = int(array.min()), int(array.max())
+    minimum = -math.inf if spec.minimum is None else spec.minimum
+    maximum = math.inf if spec.maximum is None else spec.maximum
+    if low < minimum or high > maximum:
+        raise ValueOutOfBounds(
+            f"{model} takes {spec.name} from {minimum} to {maximum}, its values reach from {low} to {high}",
+            minimum=low,
+            maximum=high,
+        )

@@ -1,0 +1,281 @@
+"""The supervisor: owns the listening socket, keeps one engine and one HTTP server alive, never touches a device.
+
+The engine is forked from a process that has imported everything the engine needs, so a new one answers within
+moments of the old one's death; functions that connect meanwhile wait in the socket's backlog, which is the
+supervisor's and outlives every engine. The supervisor stays single-threaded: forking a process with threads
+would copy locks that nobody holds any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from sidecar.errors import ConfigError
+from sidecar.processes import die_with_parent
+
+log = logging.getLogger("trunkline.supervisor")
+
+_BACKLOG: Final = 1024
+_SIGNALS: Final = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+# An engine that lived longer than this was healthy; the next one is started at once.
+_HEALTHY_S: Final = 1.0
+_FIRST_PAUSE_S: Final = 0.1
+_LONGEST_PAUSE_S: Final = 5.0
+# Beyond the drain itself: time for the exit.
+_EXIT_GRACE_S: Final = 2.0
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where a running sidecar can be found. Functions mount ``public`` and nothing else."""
+
+    root: Path
+
+    @property
+    def public(self) -> Path:
+        return self.root / "public"
+
+    @property
+    def socket(self) -> Path:
+        return self.public / "trunkline.sock"
+
+    @property
+    def admin_socket(self) -> Path:
+        return self.root / "admin.sock"
+
+    @property
+    def token(self) -> Path:
+        return self.root / "admin.token"
+
+    @property
+    def pins(self) -> Path:
+        return self.root / "pins.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    def create(self) -> None:
+        """Make the directories. ``public`` is open to any uid, since functions run as all sorts of them."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.public.mkdir(exist_ok=True)
+        self.public.chmod(0o755)
+
+
+@contextlib.contextmanager
+def _sole_owner(run: RunDirectory) -> Iterator[None]:
+    # A lock of the file system, not a pid file: it is free the moment its holder is gone, however it went.
+    descriptor = os.open(run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"a sidecar is running in {run.root} already; stop it or choose another --run-dir",
+                run_dir=str(run.root),
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _listen(run: RunDirectory) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    # Bound aside and renamed into place: whoever finds the name finds a socket that listens.
+    temporary = run.socket.with_suffix(".new")
+    temporary.unlink(missing_ok=True)
+    try:
+        listener.bind(str(temporary))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"the socket {run.socket} cannot be made ({error}); a socket's path has at most 107 characters, this one "
+            f"{len(str(temporary))}"
+        ) from error
+    temporary.chmod(0o666)
+    listener.listen(_BACKLOG)
+    temporary.rename(run.socket)
+    return listener
+
+
+def write_token(path: Path) -> bytes:
+    """Write a new administrator's token, readable by this user alone, and return it."""
+    token = secrets.token_hex(32)[:64].encode()
+    temporary = path.with_suffix(".new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(token)
+    temporary.rename(path)
+    return token
+
+
+class Supervisor:
+    """Keeps the children alive until SIGTERM or SIGINT, then drains. ``run`` is the life of the main process."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        preload: Callable[[], None],
+        engine: Callable[[socket.socket, bytes, int], None],
+        http_command: list[str] | None,
+        http_environment: dict[str, str],
+        drain_timeout_s: float,
+    ) -> None:
+        """``preload`` imports what the engine needs; ``engine(listener, token, generation)`` is the engine process.
+
+        ``http_command`` is started as a process of its own beside the engine; None: no HTTP.
+        """
+        self._run = run
+        self._preload = preload
+        self._engine = engine
+        self._http_command = http_command
+        self._http_environment = http_environment
+        self._drain_timeout_s = drain_timeout_s
+        self._engine_pid = 0
+        self._engine_started_s = 0.0
+        self._generation = 0
+        self._http: subprocess.Popen[bytes] | None = None
+        self._pause_s = 0.0
+
+    def run(self) -> int:
+        """Serve until told to stop; return the exit code."""
+        self._run.create()
+        with _sole_owner(self._run):
+            listener = _listen(self._run)
+            token = write_token(self._run.token)
+            # Signals are waited for, not handled: nothing here can be interrupted half-way.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            self._start_http()
+            self._preload()
+            # What exists now is shared with every engine; the collector need not touch it, and so not copy it.
+            gc.collect()
+            gc.freeze()
+            try:
+                self._start_engine(listener, token)
+                log.info("listening on %s", self._run.socket)
+                self._keep_alive(listener, token)
+            finally:
+                self._stop_children()
+                listener.close()
+                for path in (self._run.socket, self._run.token, self._run.admin_socket):
+                    path.unlink(missing_ok=True)
+        return 0
+
+    def _keep_alive(self, listener: socket.socket, token: bytes) -> None:
+        while True:
+            due_s = self._engine_started_s + self._pause_s - time.monotonic() if not self._engine_pid else None
+            if due_s is None:
+                received: int | None = signal.sigwait(_SIGNALS)
+            elif due_s > 0:
+                info = signal.sigtimedwait(_SIGNALS, due_s)
+                received = info.si_signo if info is not None else None
+            else:
+                received = None
+            if received in (signal.SIGTERM, signal.SIGINT):
+                return
+            if received == signal.SIGCHLD:
+                self._bury()
+            elif received is None and not self._engine_pid:
+                self._start_engine(listener, token)
+            if self._http is None and self._http_command:
+                self._start_http()
+
+    def _start_engine(self, listener: socket.socket, token: bytes) -> None:
+        self._engine_started_s = time.monotonic()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            self._engine_pid = pid
+            self._generation += 1
+            return
+        status = 1
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            die_with_parent(parent)
+            self._engine(listener, token, self._generation)
+            status = 0
+        except Exception:
+            log.exception("the engine cannot go on")
+        finally:
+            # Not sys.exit: the supervisor's own clean-up, copied by the fork, must not run here.
+            logging.shutdown()
+            os._exit(status)
+
+    def _start_http(self) -> None:
+        if not self._http_command:
+            return
+        parent = os.getpid()
+
+        def prepare() -> None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            die_with_parent(parent)
+
+        self._http = subprocess.Popen(
+            self._http_command,
+            env=os.environ | self._http_environment,
+            preexec_fn=prepare,
+        )
+
+    def _bury(self) -> None:
+        """Reap what has died, and decide when the next engine starts."""
+        if self._http is not None and self._http.poll() is not None:
+            log.error("the HTTP server ended with %d; it is started again", self._http.returncode)
+            self._http = None
+            time.sleep(_FIRST_PAUSE_S)
+        if not self._engine_pid:
+            return
+        pid, status = os.waitpid(self._engine_pid, os.WNOHANG)
+        if not pid:
+            return
+        lived_s = time.monotonic() - self._engine_started_s
+        log.error(
+            "engine %d ended with %d after %.1f s; starting another", pid, os.waitstatus_to_exitcode(status), lived_s
+        )
+        self._engine_pid = 0
+        if lived_s >= _HEALTHY_S:
+            self._pause_s = 0.0
+        else:
+            self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+
+    def _stop_children(self) -> None:
+        """End both children: politely, the engine with time to drain, then for good."""
+        deadline = time.monotonic() + self._drain_timeout_s + _EXIT_GRACE_S
+        if self._engine_pid:
+            os.kill(self._engine_pid, signal.SIGTERM)
+            while time.monotonic() < deadline:
+                pid, _ = os.waitpid(self._engine_pid, os.WNOHANG)
+                if pid:
+                    break
+                signal.sigtimedwait({signal.SIGCHLD}, max(0.0, deadline - time.monotonic()))
+            else:
+                log.error("the engine did not drain within %.1f s and is killed", self._drain_timeout_s)
+                os.kill(self._engine_pid, signal.SIGKILL)
+                os.waitpid(self._engine_pid, 0)
+        if self._http is not None:
+            self._http.terminate()
+            try:
+                self._http.wait(_EXIT_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self._http.kill()
+                self._http.wait()
+
+
+def python_module(module: str) -> list[str]:
+    """Return the command that runs a module with this interpreter."""
+    return [sys.executable, "-m", module]

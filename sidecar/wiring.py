@@ -1,0 +1,83 @@
+"""Where the parts of a sidecar are put together. The only module that builds them; it holds no logic of its own."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from types import FrameType
+
+from sidecar.config import Settings
+from sidecar.pins import Pins
+from sidecar.supervisor import RunDirectory, Supervisor, python_module
+
+log = logging.getLogger("trunkline")
+
+
+def serve(settings: Settings) -> int:
+    """Run a sidecar until SIGTERM or SIGINT; return the exit code. Raises ConfigError."""
+    run = RunDirectory(settings.run_dir)
+
+    def engine(listener: socket.socket, token: bytes, generation: int) -> None:
+        _engine_process(settings, run, listener, token, generation)
+
+    supervisor = Supervisor(
+        run,
+        preload=_preload,
+        engine=engine,
+        http_command=python_module("sidecar.http.server"),
+        http_environment=settings.to_environment(),
+        drain_timeout_s=settings.drain_timeout_s,
+    )
+    return supervisor.run()
+
+
+def _preload() -> None:
+    """Import what an engine needs, torch above all, once for all engines to come. No device is touched."""
+    import sidecar.devices
+    import sidecar.engine
+    import sidecar.server
+    import sidecar.store  # noqa: F401
+
+
+def _engine_process(
+    settings: Settings, run: RunDirectory, listener: socket.socket, token: bytes, generation: int
+) -> None:
+    from sidecar.devices import open_device
+    from sidecar.engine import Engine
+    from sidecar.server import Server
+    from sidecar.store import Store
+
+    device = open_device(settings.device, settings.threads)
+    store = Store(settings.store_dir)
+    engine = Engine(
+        device,
+        store,
+        Pins(run.pins),
+        budget_bytes=settings.memory_budget_bytes,
+        queue_limit=settings.queue_limit,
+        generation=generation,
+        facts={"threads": device.threads, "torch": device.torch_version},
+    )
+    server = Server(
+        listener,
+        engine,
+        admin_token=token,
+        arena_limit_bytes=settings.arena_limit_bytes,
+        arena_total_bytes=settings.arena_total_bytes,
+        connection_limit=settings.connection_limit,
+        generation=generation,
+    )
+    engine.deploy_stored()
+
+    def drain(number: int, frame: FrameType | None) -> None:
+        log.info("draining")
+        server.drain()
+        engine.drain(server.stop)
+
+    signal.signal(signal.SIGTERM, drain)
+    # A Ctrl-C in the terminal reaches the whole group; the supervisor's SIGTERM is what counts.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=engine.run, name="engine", daemon=True).start()
+    server.run()

@@ -1,0 +1,28 @@
+"""Thin client of the Trunkline sidecar: ``model("name")`` answers numpy arrays with numpy arrays.
+
+from trunkline import model
+
+m = model("classify")
+
+def handle(event, context):
+    with m.request() as r:
+        r["image"][...] = picture(event.body)
+        return {"scores": r.run().tolist()}
+"""
+
+from trunkline import errors
+from trunkline.client import Model, Request, counters, model, ready, transport_name
+from trunkline.protocol import TensorSpec
+from trunkline.signature import Signature
+
+__all__ = [
+    "Model",
+    "Request",
+    "Signature",
+    "TensorSpec",
+    "counters",
+    "errors",
+    "model",
+    "ready",
+    "transport_name",
+]

@@ -1,0 +1,188 @@
+"""One session with the sidecar: a channel, two arenas, at most one request under way.
+
+A connection belongs to one thread at a time. A connection whose request went unanswered is closed and never used
+again, so that a late reply cannot be taken for the answer to a later request.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import secrets
+import sys
+import time
+from typing import Any
+
+from trunkline import protocol, transport
+from trunkline.arena import ClientArena
+from trunkline.errors import (
+    ArenaFull,
+    FdMissing,
+    MalformedFrame,
+    ProtocolError,
+    TrunklineError,
+    VersionMismatch,
+    from_wire,
+)
+from trunkline.protocol import (
+    Command,
+    Describe,
+    Document,
+    Fault,
+    Hello,
+    Infer,
+    Message,
+    Placement,
+    Result,
+    Welcome,
+)
+
+
+class Connection:
+    """A handshaken connection. ``request`` is writable memory, ``reply`` read-only, both as long as announced."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        token: bytes = b"",
+        models: tuple[str, ...] = (),
+        request_bytes: int = 0,
+        reply_bytes: int = 0,
+        deadline: float,
+    ) -> None:
+        """Connect to the socket at ``path`` and shake hands before ``deadline`` (of ``time.monotonic``).
+
+        Arena sizes of 0 let the sidecar choose what one row through ``models`` needs. Raises TransportError,
+        ProtocolError, Unauthorized, CapacityError.
+        """
+        self.address = f"unix:{path}"
+        self._channel = transport.connect(path, deadline)
+        # Starting anywhere makes an id from another connection, or another life of this one, stand out.
+        self._last_id = secrets.randbits(62)
+        try:
+            welcome = self._shake_hands(token, models, request_bytes, reply_bytes, deadline)
+        except TrunklineError:
+            self._channel.close()
+            raise
+        self.request_bytes = welcome.request_bytes
+        self.reply_bytes = welcome.reply_bytes
+        self.transport = welcome.transport
+        self.generation = welcome.generation
+
+    def _shake_hands(
+        self, token: bytes, models: tuple[str, ...], request_bytes: int, reply_bytes: int, deadline: float
+    ) -> Welcome:
+        name = f"{os.path.basename(sys.argv[0] or 'python')[:64]}/{os.getpid()}"
+        hello = Hello(
+            protocol.OLDEST_VERSION,
+            protocol.VERSION,
+            token,
+            name,
+            request_bytes,
+            reply_bytes,
+            models[: protocol.MAX_MODELS],
+        )
+        self._channel.send(protocol.encode(hello), deadline)
+        frame, fds = self._channel.receive_with_fds(2, deadline)
+        try:
+            welcome = protocol.decode(frame)
+            if isinstance(welcome, Fault):
+                raise from_wire(welcome.code, welcome.message, welcome.details)
+            if not isinstance(welcome, Welcome):
+                raise MalformedFrame("the sidecar did not answer hello with welcome")
+            if not protocol.OLDEST_VERSION <= welcome.version <= protocol.VERSION:
+                raise VersionMismatch(
+                    f"the sidecar speaks version {welcome.version}, this function {protocol.OLDEST_VERSION} to "
+                    f"{protocol.VERSION}",
+                    version=welcome.version,
+                )
+            if len(fds) != 2:
+                raise FdMissing(
+                    "the sidecar welcomed without passing shared memory", expected_count=2, received_count=0
+                )
+            self._request = ClientArena(fds.pop(0), welcome.request_bytes, writable=True)
+            self._reply = ClientArena(fds.pop(0), welcome.reply_bytes, writable=False)
+        except OSError as error:
+            raise ArenaFull(f"this container cannot map the shared memory ({os.strerror(error.errno or 0)})") from error
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return welcome
+
+    @property
+    def request(self) -> mmap.mmap:
+        """The request arena: whoever holds this connection writes its inputs here."""
+        return self._request.memory
+
+    @property
+    def reply(self) -> mmap.mmap:
+        """The reply arena; its contents are valid until the next exchange."""
+        return self._reply.memory
+
+    def infer(
+        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = ""
+    ) -> tuple[Placement, ...]:
+        """Run ``model`` on tensors already in the request arena; return where its outputs lie in the reply arena."""
+        self._last_id = (self._last_id + 1) & protocol.MAX_ID
+        remaining_us = int((deadline - time.monotonic()) * 1_000_000)
+        # A deadline that has passed is found by send; the message just needs a valid number.
+        deadline_us = min(max(remaining_us, 1), protocol.MAX_DEADLINE_US)
+        answer = self._exchange(Infer(self._last_id, model, deadline_us, call_id, inputs), deadline)
+        if not isinstance(answer, Result):
+            raise MalformedFrame("the sidecar did not answer an inference with a result")
+        for output in answer.outputs:
+            if output.offset + output.size_bytes > self.reply_bytes:
+                raise MalformedFrame("an output lies outside the reply arena")
+        return answer.outputs
+
+    def describe(self, model: str, deadline: float) -> Any:
+        """Return the plain form of the signature of ``model``."""
+        self._last_id = (self._last_id + 1) & protocol.MAX_ID
+        return self._document(Describe(self._last_id, model), deadline)
+
+    def command(self, name: str, arguments: dict[str, object], deadline: float) -> Any:
+        """Run an administrator's command and return its answer. Raises ArenaFull when the arguments are too long."""
+        self._last_id = (self._last_id + 1) & protocol.MAX_ID
+        body = json.dumps(arguments).encode()
+        if len(body) > self.request_bytes:
+            raise ArenaFull(
+                f"the arguments take {len(body)} bytes, the arena has {self.request_bytes}", needed_bytes=len(body)
+            )
+        self.request[: len(body)] = body
+        return self._document(Command(self._last_id, name, len(body)), deadline)
+
+    def _document(self, message: Message, deadline: float) -> Any:
+        answer = self._exchange(message, deadline)
+        if not isinstance(answer, Document) or answer.length > self.reply_bytes:
+            raise MalformedFrame("the sidecar did not answer with a document")
+        try:
+            return json.loads(self.reply[: answer.length])
+        except ValueError as error:
+            raise MalformedFrame("the sidecar's document is not JSON") from error
+
+    def _exchange(self, message: Message, deadline: float) -> Message:
+        try:
+            self._channel.send(protocol.encode(message), deadline)
+            answer = protocol.decode(self._channel.receive(deadline))
+        except TrunklineError:
+            self.close()
+            raise
+        if isinstance(answer, Fault):
+            if answer.request_id not in (0, self._last_id):
+                self.close()
+                raise ProtocolError("the sidecar answered another request")
+            raise from_wire(answer.code, answer.message, answer.details)
+        if getattr(answer, "request_id", None) != self._last_id:
+            self.close()
+            raise ProtocolError("the sidecar answered another request")
+        return answer
+
+    @property
+    def closed(self) -> bool:
+        return self._channel.closed
+
+    def close(self) -> None:
+        """End the session; closing twice is safe. The arenas live on while views of them do."""
+        self._channel.close()

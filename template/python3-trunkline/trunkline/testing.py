@@ -1,0 +1,114 @@
+"""A sidecar made of plain Python callables, for the tests of a handler::
+
+    with fake_models({"classify": (signature("classify", inputs={...}, outputs={...}), answer)}):
+        assert handle(event, context)["statusCode"] == 200
+
+Everything on the function's side is the production code: signatures are checked, inputs travel through an arena.
+Only the far end is replaced, by ``answer(**inputs)``, which gets numpy arrays and returns one array or a dict of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trunkline import client, protocol
+from trunkline.arena import page_aligned
+from trunkline.errors import ArenaFull, UnknownModel
+from trunkline.protocol import Placement, TensorSpec
+from trunkline.signature import Signature
+
+Tensors = Mapping[str, tuple[str, Sequence[int | str]]]
+Answer = Callable[..., Any]
+
+
+def signature(
+    model: str, *, inputs: Tensors, outputs: Tensors, symbols: Mapping[str, tuple[int, int]] | None = None
+) -> Signature:
+    """Return a signature from ``{name: (dtype, shape)}``. Symbolic axes default to sizes from 1 to 64."""
+
+    def specs(tensors: Tensors) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items())
+
+    axes = {axis for _, shape in (*inputs.values(), *outputs.values()) for axis in shape if isinstance(axis, str)}
+    return Signature(model, "test", specs(inputs), specs(outputs), dict.fromkeys(axes, (1, 64)) | dict(symbols or {}))
+
+
+@contextlib.contextmanager
+def fake_models(models: Mapping[str, tuple[Signature, Answer]]) -> Iterator[None]:
+    """Let every ``model(name)`` of this process be answered by ``models`` while the block runs."""
+    pool = client._pool
+    pool.close()
+    before = pool.connector
+
+    def connect(path: str, *, request_bytes: int = 0, reply_bytes: int = 0, **_: object) -> FakeConnection:
+        return FakeConnection(models, request_bytes, reply_bytes)
+
+    pool.connector = connect  # type: ignore[assignment]
+    try:
+        with _socket_named():
+            yield
+    finally:
+        pool.close()
+        pool.connector = before
+
+
+@contextlib.contextmanager
+def _socket_named() -> Iterator[None]:
+    before = os.environ.get("TRUNKLINE_SOCKET")
+    os.environ["TRUNKLINE_SOCKET"] = "fake"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRUNKLINE_SOCKET"]
+        else:
+            os.environ["TRUNKLINE_SOCKET"] = before
+
+
+class FakeConnection:
+    """Stands in for ``trunkline.connection.Connection``."""
+
+    address = "fake"
+    transport = "fake"
+    generation = 0
+
+    def __init__(self, models: Mapping[str, tuple[Signature, Answer]], request_bytes: int, reply_bytes: int) -> None:
+        self._models = models
+        self.request_bytes = page_aligned(request_bytes)
+        self.reply_bytes = page_aligned(reply_bytes)
+        self.request = bytearray(self.request_bytes)
+        self.reply = bytearray(self.reply_bytes)
+        self.closed = False
+
+    def describe(self, model: str, deadline: float) -> Any:
+        return self._find(model)[0].to_plain()
+
+    def infer(
+        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = ""
+    ) -> tuple[Placement, ...]:
+        known, answer = self._find(model)
+        known.bind([(p.name, p.dtype, p.shape) for p in inputs])
+        arrays = {p.name: client._view(self.request, p).copy() for p in inputs}
+        answered = answer(**arrays)
+        if not isinstance(answered, Mapping):
+            answered = {known.outputs[0].name: answered}
+        tensors = {name: np.ascontiguousarray(value) for name, value in answered.items()}
+        placements, size = protocol.place([(name, str(value.dtype), value.shape) for name, value in tensors.items()])
+        if size > self.reply_bytes:
+            raise ArenaFull("the answer is longer than the reply arena", needed_reply_bytes=size)
+        for placement in placements:
+            client._view(self.reply, placement)[...] = tensors[placement.name]
+        return placements
+
+    def _find(self, model: str) -> tuple[Signature, Answer]:
+        if model not in self._models:
+            raise UnknownModel(f"the fake sidecar has no model {model!r}; it has {', '.join(self._models) or 'none'}")
+        return self._models[model]
+
+    def close(self) -> None:
+        self.closed = True

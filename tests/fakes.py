@@ -1,0 +1,197 @@
+"""Stand-ins for the device and the store, in numpy and without a disk, and a server that runs on them in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sidecar.bundle import Bundle, Graph, Node, Symbol, Value, Weight
+from sidecar.engine import Engine
+from sidecar.errors import BlobCorrupt, BlobMissing
+from sidecar.pins import Pins
+from sidecar.server import Server
+from trunkline.errors import DeviceFault, UnknownModel
+from trunkline.protocol import ITEM_BYTES, TensorSpec
+
+ADMIN_TOKEN = b"administrator"
+
+
+def weight_of(content: bytes) -> Weight:
+    """Return the description of a weight that holds ``content`` as uint8."""
+    return Weight(hashlib.sha256(content).hexdigest(), "uint8", (len(content),), len(content), zlib.crc32(content))
+
+
+def bundle_of(
+    name: str,
+    contents: Sequence[bytes],
+    *,
+    inputs: tuple[TensorSpec, ...] = (TensorSpec("x", "float32", ("batch", 3)),),
+    outputs: tuple[TensorSpec, ...] = (TensorSpec("y", "float32", ("batch", 3)),),
+    version: str = "1",
+) -> Bundle:
+    """Return a bundle whose weights are ``contents``; the fake device answers x + sum of all weight bytes."""
+    symbols = {axis for spec in (*inputs, *outputs) for axis in spec.shape if isinstance(axis, str) and axis != "?"}
+    graph = Graph(
+        symbols=tuple(Symbol(symbol, 1, 64) for symbol in sorted(symbols)),
+        inputs=inputs,
+        outputs=outputs,
+        weights=tuple(weight_of(content) for content in contents),
+        nodes=(Node("aten.add.Tensor", (Value("input", 0, None), 1), (), "test"),),
+        results=(Value("node", 0, None),) * len(outputs),
+    )
+    digest = hashlib.sha256(f"{name} {version} {[w.digest for w in graph.weights]} {inputs}".encode()).hexdigest()
+    return Bundle(name, version, graph, digest, "batch", 1e-4, {})
+
+
+class FakeSource:
+    """Bundles and blobs in dictionaries. ``before_read`` is called in the mover thread ahead of each read."""
+
+    def __init__(self) -> None:
+        self.bundles: dict[str, Bundle] = {}
+        self.broken: dict[str, Exception] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.before_read: Callable[[str], None] = lambda digest: None
+        self.read_count = 0
+
+    def put(self, bundle: Bundle, contents: Sequence[bytes]) -> None:
+        self.bundles[bundle.name] = bundle
+        self.blobs.update({weight_of(content).digest: content for content in contents})
+
+    def models(self) -> list[str]:
+        return sorted({*self.bundles, *self.broken})
+
+    def model(self, name: str) -> Bundle:
+        if name in self.broken:
+            raise self.broken[name]
+        if name not in self.bundles:
+            raise UnknownModel(f"no model {name}")
+        return self.bundles[name]
+
+    def read_blob(self, digest: str, target: memoryview, crc32: int | None = None) -> None:
+        self.before_read(digest)
+        self.read_count += 1
+        if digest not in self.blobs:
+            raise BlobMissing("gone")
+        content = self.blobs[digest]
+        if zlib.crc32(content) != crc32:
+            raise BlobCorrupt("altered")
+        target[:] = content
+
+
+class FakeDevice:
+    """Computes y = x + the sum of all weight bytes, for every output. ``on_run`` is called first, in the engine thread."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        self.allocated_bytes = 0
+        self.peak_bytes = 0
+        self.on_run: Callable[[], None] = lambda: None
+        self.capacity_bytes = 1 << 40
+        self._live: dict[int, int] = {}
+
+    def new_weight(self, weight: Weight, fill: Callable[[memoryview], None]) -> object:
+        if self.allocated_bytes + weight.size_bytes > self.capacity_bytes:
+            raise DeviceFault("out of memory")
+        content = FakeWeight(self, weight.size_bytes)
+        fill(content.memory)
+        return content
+
+    def prepare(self, graph: Graph) -> Any:
+        return graph
+
+    def input_tensor(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:
+        return np.frombuffer(buffer, dtype).reshape(shape)
+
+    def run(self, program: Any, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        self.on_run()
+        total = sum(int(np.frombuffer(weight.memory, np.uint8).sum()) for weight in weights)
+        return [inputs[0] + inputs[0].dtype.type(total) for _ in program.outputs]
+
+    def output_spec(self, tensor: Any) -> tuple[str, tuple[int, ...], int]:
+        return str(tensor.dtype), tensor.shape, tensor.size * ITEM_BYTES[str(tensor.dtype)]
+
+    def read_output(self, tensor: Any, target: memoryview) -> None:
+        target[:] = np.ascontiguousarray(tensor).tobytes()
+
+    def memory(self) -> dict[str, int]:
+        return {"allocated_bytes": self.allocated_bytes}
+
+
+class FakeWeight:
+    """Bytes whose life the device counts."""
+
+    def __init__(self, device: FakeDevice, size_bytes: int) -> None:
+        self._device = device
+        self._size_bytes = size_bytes
+        self.memory = memoryview(bytearray(size_bytes))
+        device.allocated_bytes += size_bytes
+        device.peak_bytes = max(device.peak_bytes, device.allocated_bytes)
+
+    def __del__(self) -> None:
+        self._device.allocated_bytes -= self._size_bytes
+
+
+class Running:
+    """A server and its engine, running in threads of this process."""
+
+    def __init__(self, path: Path, device: FakeDevice, source: FakeSource, engine: Engine, server: Server) -> None:
+        self.path = str(path)
+        self.device = device
+        self.source = source
+        self.engine = engine
+        self.server = server
+
+
+@contextlib.contextmanager
+def running_server(
+    directory: Path,
+    source: FakeSource,
+    *,
+    budget_bytes: int = 1 << 20,
+    queue_limit: int = 64,
+    arena_limit_bytes: int = 1 << 22,
+    arena_total_bytes: int = 1 << 24,
+    connection_limit: int = 64,
+    transport: str | None = None,
+) -> Iterator[Running]:
+    """Serve ``source`` on a socket in ``directory`` until the block ends; check that nothing was left behind."""
+    path = directory / "trunkline.sock"
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen(64)
+    device = FakeDevice()
+    engine = Engine(device, source, Pins(directory / "pins.json"), budget_bytes=budget_bytes, queue_limit=queue_limit)
+    server = Server(
+        listener,
+        engine,
+        admin_token=ADMIN_TOKEN,
+        arena_limit_bytes=arena_limit_bytes,
+        arena_total_bytes=arena_total_bytes,
+        connection_limit=connection_limit,
+        transport=transport,
+    )
+    engine.deploy_stored()
+    threads = [threading.Thread(target=engine.run), threading.Thread(target=server.run)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield Running(path, device, source, engine, server)
+    finally:
+        engine.drain(server.stop)
+        for thread in threads:
+            thread.join(20)
+        listener.close()
+        path.unlink(missing_ok=True)
+    assert not any(thread.is_alive() for thread in threads), "engine or server did not stop"
+    engine.check_invariants()
+    assert device.peak_bytes <= budget_bytes, "the budget was exceeded"
