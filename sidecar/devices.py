@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from trunkline.errors import DeviceFault
 
 from sidecar.errors import ConfigError
 from sidecar.ir import Graph, Weight
 from sidecar.programs import Program, prepare
-from trunkline.errors import DeviceFault
 
 _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
 
@@ -56,8 +55,8 @@ class TorchDevice:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._is_cpu = device.type == "cpu"
-        self._lock = threading.Lock()  # the count below is changed by whichever thread drops a weight
-        self._weight_bytes = 0
+        # Sizes of the weights alive. Entries go when handles do, in whichever thread that happens.
+        self._sizes: dict[object, int] = {}
 
     @property
     def name(self) -> str:
@@ -72,21 +71,28 @@ class TorchDevice:
         ``fill`` gets a writable memoryview of exactly ``size_bytes`` bytes, on the CPU the weight's own memory. What it
         raises passes through and the memory is freed. Raises DeviceFault when there is no memory.
         """
+        staging = self._allocate(weight.size_bytes, on_host=True)
+        fill(memoryview(staging.numpy()) if weight.size_bytes else memoryview(bytearray()))  # type: ignore[arg-type]
+        held = staging
+        if not self._is_cpu:
+            held = self._allocate(weight.size_bytes, on_host=False)
+            held.copy_(staging)
+        tensor = _read_as(held, weight)
+        token = object()
+        self._sizes[token] = weight.size_bytes
+        weakref.finalize(tensor, self._sizes.pop, token)
+        return tensor
+
+    def _allocate(self, size_bytes: int, on_host: bool) -> torch.Tensor:
         try:
-            staging = torch.empty(weight.size_bytes, dtype=torch.uint8, pin_memory=not self._is_cpu)
-            fill(memoryview(staging.numpy()) if weight.size_bytes else memoryview(bytearray()))
-            held = staging if self._is_cpu else staging.to(self._device)
+            if on_host:
+                return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=not self._is_cpu)
+            return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
         except RuntimeError as error:
             raise DeviceFault(
-                f"{self.name} has no room for a weight of {weight.size_bytes} bytes",
-                size_bytes=weight.size_bytes,
-                **self.memory(),
+                f"{self.name} has no room for a weight of {size_bytes} bytes",
+                **{"size_bytes": size_bytes, **self.memory()},
             ) from error
-        tensor = _read_as(held, weight)
-        with self._lock:
-            self._weight_bytes += weight.size_bytes
-        weakref.finalize(tensor, self._forget, weight.size_bytes)
-        return tensor
 
     def as_weight(self, held: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Return ``held`` read with the dtype and shape of ``weight``, which has the same bytes.
@@ -97,12 +103,8 @@ class TorchDevice:
         if held.shape == weight.shape and held.dtype == getattr(torch, weight.dtype):
             return held
         view = _read_as(held.reshape(-1).view(torch.uint8), weight)
-        view._held = held  # type: ignore[attr-defined]  # the count of weight bytes follows the first handle
+        view._held = held  # the count of weight bytes follows the first handle
         return view
-
-    def _forget(self, size_bytes: int) -> None:
-        with self._lock:
-            self._weight_bytes -= size_bytes
 
     # --- programs ---------------------------------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ class TorchDevice:
         return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.numel() * tensor.element_size()
 
     def read_output(self, tensor: torch.Tensor, target: memoryview) -> None:
-        """Write an output's elements, C-contiguous, into ``target``, which has exactly its size. Waits for the device."""
+        """Write an output's elements, C-contiguous, into ``target``, which has exactly its size. Waits."""
         if not target.nbytes:
             return
         try:
@@ -148,7 +150,7 @@ class TorchDevice:
 
     def memory(self) -> dict[str, int]:
         """Return bytes: of weights held, allocated by torch (CUDA), and in all on the device."""
-        found = {"weight_bytes": self._weight_bytes}
+        found = {"weight_bytes": sum(list(self._sizes.values()))}
         if self._is_cpu:
             found["total_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         else:

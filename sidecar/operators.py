@@ -178,8 +178,15 @@ ALLOWED: frozenset[str] = frozenset().union(*map(_expand, _GROUPS.values()), SYM
 
 # The only strings an operator may be given.
 ENUMS = frozenset(
-    ("none", "mean", "sum", "prod", "amax", "amin", "tanh", "trunc", "floor", "constant", "reflect", "replicate")
-    + ("circular", "ij", "xy", "left", "right", "same", "valid")
+    word
+    for words in (
+        "none tanh",  # forms of gelu
+        "trunc floor",  # rounding of a quotient
+        "mean sum prod amax amin",  # reductions
+        "constant reflect replicate circular same valid",  # padding
+        "ij xy left right",  # order of a mesh, side of a search
+    )
+    for word in words.split()
 )
 
 # Operators that take no tensor, so they must be told the engine's device.

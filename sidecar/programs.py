@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from trunkline.errors import DeviceFault, ValueOutOfBounds
 
 from sidecar import operators
 from sidecar.errors import BundleError
 from sidecar.ir import Argument, Dtype, Enum, Graph, Node, Value, node_values, values_in
-from trunkline.errors import DeviceFault, ValueOutOfBounds
 
 # What torch raises when an operator refuses its arguments, or our arithmetic on sizes does.
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError)
@@ -358,8 +358,8 @@ class _Preparation:
             raise BundleError(f"{where}: must be {kind}, not {found}")
 
 
-# For each type in schemas, the values (by kind) and constants (by Python type) that may be given. A number may stand for a
-# tensor. Types that are not here, such as devices and layouts, are the engine's to choose and accept nothing.
+# For each type in schemas, the values (by kind) and constants (by Python type) that may be given. A number may stand
+# for a tensor. Types that are not here, such as devices and layouts, are the engine's to choose and accept nothing.
 _ACCEPTED: dict[str, tuple[str, ...]] = {
     "Tensor": ("Tensor", "int", "float", "bool"),
     "number": ("int", "float", "bool"),

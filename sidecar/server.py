@@ -21,7 +21,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from trunkline import protocol
@@ -290,6 +290,7 @@ class Session:
         self._request: ServerArena | None = None
         self._reply: ServerArena | None = None
         self._private = np.empty(0, np.uint8)
+        self._layout: _Layout | None = None
 
     # --- the server's thread -----------------------------------------------------------------------------------------
 
@@ -366,22 +367,21 @@ class Session:
 
     def _infer(self, message: Infer) -> None:
         signature = self._server.engine.signature(message.model)
-        signature.bind([(tensor.name, tensor.dtype, tensor.shape) for tensor in message.inputs])
-        inputs = self._private_inputs(signature, message.inputs)
+        layout = self._layout
+        # A function asks for the same shapes again and again; what was checked of them once holds again.
+        if layout is None or layout.placements != message.inputs or layout.signature is not signature:
+            layout = self._layout = self._check_layout(signature, message.inputs)
+        self._copy_inputs(layout)
         self._busy = True
         deadline = time.monotonic() + message.deadline_us / 1_000_000
-        self._server.engine.submit(Work(self, message.request_id, message.model, deadline, message.call_id, inputs))
+        self._server.engine.submit(
+            Work(self, message.request_id, message.model, deadline, message.call_id, layout.inputs)
+        )
 
-    def _private_inputs(
-        self, signature: Signature, placements: tuple[Placement, ...]
-    ) -> tuple[tuple[str, tuple[int, ...], memoryview], ...]:
-        """Copy the inputs out of the function's reach, check the copies, return them in the model's order.
-
-        This is the only place that reads a request arena, and it reads every byte once: what was checked is
-        what is computed, whatever the function writes meanwhile.
-        """
+    def _check_layout(self, signature: Signature, placements: tuple[Placement, ...]) -> _Layout:
         assert self._request is not None
-        private = self._private.data
+        signature.bind([(tensor.name, tensor.dtype, tensor.shape) for tensor in placements])
+        copies = []
         by_name = {}
         for tensor in placements:
             end = tensor.offset + tensor.size_bytes
@@ -390,13 +390,32 @@ class Session:
                     f"input {tensor.name} lies at {tensor.offset} to {end}, the arena has {self._request.size_bytes} bytes "
                     f"and tensors start at multiples of {protocol.ALIGNMENT}"
                 )
-            copy = private[tensor.offset : end]
-            self._request.read(tensor.offset, copy)
+            copy = self._private.data[tensor.offset : end]
+            copies.append((tensor.offset, copy))
             by_name[tensor.name] = (tensor.dtype, tensor.shape, copy)
-        for spec in signature.inputs:
-            if spec.minimum is not None or spec.maximum is not None:
-                _check_bounds(signature.model, spec, by_name[spec.name][2])
-        return tuple(by_name[spec.name] for spec in signature.inputs)
+        return _Layout(
+            placements,
+            signature,
+            tuple(copies),
+            tuple(by_name[spec.name] for spec in signature.inputs),
+            tuple(
+                (spec, by_name[spec.name][2])
+                for spec in signature.inputs
+                if spec.minimum is not None or spec.maximum is not None
+            ),
+        )
+
+    def _copy_inputs(self, layout: _Layout) -> None:
+        """Copy the inputs out of the function's reach and check the values of the copies.
+
+        This is the only place that reads the tensors of a request arena, and it reads every byte once: what was checked
+        is what is computed, whatever the function writes meanwhile.
+        """
+        assert self._request is not None
+        for offset, copy in layout.copies:
+            self._request.read(offset, copy)
+        for spec, copy in layout.bounded:
+            _check_bounds(layout.signature.model, spec, copy)
 
     def _command(self, message: Command) -> None:
         if not self._is_admin:
@@ -425,6 +444,7 @@ class Session:
             self._reply.close()
             self._request = self._reply = None
         self._private = np.empty(0, np.uint8)
+        self._layout = None
 
     # --- the engine's thread -----------------------------------------------------------------------------------------
 
@@ -480,6 +500,16 @@ class Session:
         except OSError as error:
             # The client is gone, or does not read; the poll loop finds the end of the connection by itself.
             log.debug("session %d took no answer (%s)", self.number, os.strerror(error.errno or 0))
+
+
+class _Layout(NamedTuple):
+    """Where a request's inputs lie, checked against the signature: ``copies`` are (offset in the arena, private bytes)."""
+
+    placements: tuple[Placement, ...]
+    signature: Signature
+    copies: tuple[tuple[int, memoryview], ...]
+    inputs: tuple[tuple[str, tuple[int, ...], memoryview], ...]
+    bounded: tuple[tuple[protocol.TensorSpec, memoryview], ...]
 
 
 def _check_bounds(model: str, spec: protocol.TensorSpec, values: memoryview) -> None:

@@ -19,7 +19,7 @@ from sidecar.errors import BlobCorrupt, BlobMissing
 from sidecar.pins import Pins
 from sidecar.server import Server
 from trunkline.errors import DeviceFault, UnknownModel
-from trunkline.protocol import ITEM_BYTES, TensorSpec
+from trunkline.protocol import TensorSpec
 
 ADMIN_TOKEN = b"administrator"
 
@@ -117,7 +117,7 @@ class FakeDevice:
         return [inputs[0] + inputs[0].dtype.type(total) for _ in program.outputs]
 
     def output_spec(self, tensor: Any) -> tuple[str, tuple[int, ...], int]:
-        return str(tensor.dtype), tensor.shape, tensor.size * ITEM_BYTES[str(tensor.dtype)]
+        return tensor.dtype.name, tensor.shape, tensor.nbytes
 
     def read_output(self, tensor: Any, target: memoryview) -> None:
         target[:] = np.ascontiguousarray(tensor).tobytes()

@@ -50,6 +50,9 @@ class Counters:
     repeats: int = 0
 
 
+# numpy takes microseconds to spell the name of a dtype.
+_DTYPE_NAMES = {np.dtype(name): name for name in protocol.ITEM_BYTES}
+
 _pool = Pool()
 _counters = Counters()
 
@@ -153,7 +156,7 @@ class Model:
         for spec in signature.inputs:
             if spec.name in arrays:
                 arrays[spec.name] = _checked(signature.model, spec, arrays[spec.name])
-        sizes = signature.bind([(name, str(array.dtype), array.shape) for name, array in arrays.items()])
+        sizes = signature.bind([(name, _dtype_name(array), array.shape) for name, array in arrays.items()])
         with Request(self._pool, signature, sizes, deadline, call_id) as request:
             for spec in signature.inputs:
                 array = arrays[spec.name]
@@ -266,9 +269,13 @@ def _view(memory: Any, placement: Placement) -> Array:
     return flat.reshape(placement.shape)
 
 
+def _dtype_name(array: Array) -> str:
+    return _DTYPE_NAMES.get(array.dtype) or str(array.dtype)
+
+
 def _checked(model_name: str, spec: TensorSpec, array: Array) -> Array:
     """Return ``array`` as the dtype of ``spec``, refusing every conversion that changes a value's meaning."""
-    if str(array.dtype) == spec.dtype:
+    if _dtype_name(array) == spec.dtype:
         return array
     wanted = np.dtype(spec.dtype)
     if array.dtype.hasobject or array.dtype.kind not in "biuf":

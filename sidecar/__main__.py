@@ -1,0 +1,343 @@
+"""The command line. Commands parse and print; the work is done by the modules they import, when they are called."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from trunkline.errors import TransportError, TrunklineError
+
+from sidecar.admin_client import AdminClient
+from sidecar.config import Settings, load_settings
+
+# Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no sidecar reached.
+FAILED, UNREACHABLE = 1, 3
+DEFAULT_ADMIN_SOCKET = "/run/trunkline/admin.sock"
+DEFAULT_ADMIN_URL = "http://127.0.0.1:9470"
+
+console = Console()
+
+
+class Commands(click.Group):
+    """Prints a TrunklineError as one line and turns it into an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TransportError as error:
+            click.echo(f"error: {error.code}: {error.message}", err=True)
+            sys.exit(UNREACHABLE)
+        except TrunklineError as error:
+            click.echo(f"error: {error.code}: {error.message}", err=True)
+            sys.exit(FAILED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--admin", metavar="ADDRESS", help="Admin endpoint: unix:/path or http://127.0.0.1:PORT.")
+@click.version_option(package_name="trunkline")
+@click.pass_context
+def main(ctx: click.Context, admin: str | None) -> None:
+    """Thin serverless functions, one node-local sidecar that holds every model once."""
+    ctx.obj = admin
+
+
+def _client(ctx: click.Context) -> AdminClient:
+    address = ctx.find_root().obj or os.environ.get("TRUNKLINE_ADMIN")
+    if not address and os.environ.get("TRUNKLINE_RUN_DIR"):
+        address = f"unix:{os.environ['TRUNKLINE_RUN_DIR']}/admin.sock"
+    if not address:
+        address = f"unix:{DEFAULT_ADMIN_SOCKET}" if os.path.exists(DEFAULT_ADMIN_SOCKET) else DEFAULT_ADMIN_URL
+    return AdminClient(address)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+
+
+def _print_json(plain: object) -> None:
+    click.echo(json.dumps(plain, indent=2))
+
+
+def size(size_bytes: float) -> str:
+    """Return bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size_bytes) < 1000 or unit == "GB":
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings.")
+@click.option("--run-dir", help="Where the sockets are made.")
+@click.option("--store-dir", help="Where models are stored.")
+@click.option("--device", help="auto, cpu or cuda:N.")
+@click.option("--threads", help="CPU threads one operator may use.")
+@click.option("--memory-budget", "memory_budget_bytes", help="Memory for weights, e.g. 2GiB.")
+@click.option("--admin-host", help="Loopback address of the admin endpoint.")
+@click.option("--admin-port", help="Its port; 0: only the Unix socket.")
+@click.option("--queue-limit", help="Requests that may wait.")
+@click.option("--arena-limit", "arena_limit_bytes", help="Shared memory of one connection and direction.")
+@click.option("--arena-total", "arena_total_bytes", help="Shared memory of all connections.")
+@click.option("--connection-limit", help="Connections that may be open.")
+@click.option("--drain-timeout", "drain_timeout_s", help="Seconds to finish accepted requests on SIGTERM.")
+@click.option("--log-level", help="debug, info, warning or error.")
+def serve(config: Path | None, **flags: str | None) -> None:
+    """Run the sidecar until SIGTERM, then drain."""
+    from sidecar.wiring import serve as run
+
+    path = config or (Path(found) if (found := os.environ.get("TRUNKLINE_CONFIG")) else None)
+    settings = load_settings(flags, os.environ, path)
+    _log_to_stderr(settings)
+    sys.exit(run(settings))
+
+
+def _log_to_stderr(settings: Settings) -> None:
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+
+
+@main.command()
+@click.argument("stack", type=click.Path(path_type=Path), default=Path("stack.yml"))
+@click.option("--function", "functions", multiple=True, help="Only this function; may be repeated.")
+@click.option("--gateway-port", type=int, default=8080, show_default=True, help="Port of the local gateway.")
+def up(stack: Path, functions: tuple[str, ...], gateway_port: int) -> None:
+    """Run a stack.yml without containers: sidecar, functions and a small gateway on this machine."""
+    from sidecar.local import up as run
+
+    sys.exit(run(stack, functions=list(functions) or None, gateway_port=gateway_port))
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@as_json
+@click.pass_context
+def status(ctx: click.Context, as_json: bool) -> None:
+    """Show the engine, its memory and what the models share."""
+    found = _client(ctx).get("status")
+    if as_json:
+        _print_json(found)
+        return
+    engine, memory, counts = found["engine"], found["memory"], found["requests"]
+    state = "draining" if engine["draining"] else "serving"
+    console.print(
+        f"[bold]{state}[/] on {engine['device']}, pid {engine['pid']}, engine {engine['generation']}, "
+        f"up {engine['uptime_s']:.0f} s, {found['sessions']} sessions"
+    )
+    share = memory["resident_bytes"] / memory["budget_bytes"]
+    filled = round(30 * min(share, 1))
+    console.print(
+        f"memory [{'#' * filled}{'.' * (30 - filled)}] {size(memory['resident_bytes'])} of "
+        f"{size(memory['budget_bytes'])}, {size(memory['pinned_bytes'])} pinned",
+        markup=False,
+    )
+    console.print(
+        f"sharing: {size(memory['logical_bytes'])} of models take {size(memory['resident_bytes'])}, "
+        f"[bold]{size(memory['saved_bytes'])} saved[/]"
+    )
+    console.print(
+        f"requests: {counts['answered']} answered, {counts['failed']} failed, {counts['expired']} expired, "
+        f"{counts['waiting']} waiting"
+    )
+    _print_models(found["models"])
+
+
+def _print_models(models: list[dict[str, Any]]) -> None:
+    table = Table("model", "version", "state", "bytes", "own", "shared", "shared with", "pinned", "requests")
+    for entry in models:
+        if entry["state"] == "corrupt":
+            table.add_row(entry["name"], "", f"[red]corrupt: {entry['error']['message']}[/]")
+            continue
+        table.add_row(
+            entry["name"],
+            entry["version"],
+            entry["state"],
+            size(entry["bytes"]),
+            size(entry["unique_bytes"]),
+            size(entry["shared_bytes"]),
+            ", ".join(entry["shared_with"]) or "-",
+            "yes" if entry["pinned"] else "-",
+            str(entry["requests"]),
+        )
+    console.print(table)
+
+
+@main.group()
+def model() -> None:
+    """Look at models and move them."""
+
+
+@model.command("ls")
+@as_json
+@click.pass_context
+def model_ls(ctx: click.Context, as_json: bool) -> None:
+    """List the models."""
+    models = _client(ctx).get("models")["models"]
+    if as_json:
+        _print_json(models)
+    else:
+        _print_models(models)
+
+
+@model.command("show")
+@click.argument("name")
+@as_json
+@click.pass_context
+def model_show(ctx: click.Context, name: str, as_json: bool) -> None:
+    """Show what one model takes, gives and costs."""
+    found = _client(ctx).get(f"models/{name}")
+    if as_json:
+        _print_json(found)
+        return
+    console.print(f"[bold]{found['name']}[/] version {found['version']}, {found['state']}")
+    console.print(
+        f"{size(found['bytes'])} in {found['weight_count']} weights, {found['node_count']} operators, "
+        f"{size(found['shared_bytes'])} shared with {', '.join(found['shared_with']) or 'nobody'}"
+    )
+    signature = found["signature"]
+    for kind in ("inputs", "outputs"):
+        for spec in signature[kind]:
+            shape = ", ".join(str(axis) for axis in spec["shape"])
+            bounds = "" if spec["minimum"] is None else f" from {spec['minimum']} to {spec['maximum']}"
+            console.print(f"  {kind[:-1]} {spec['name']}: {spec['dtype']} [{shape}]{bounds}", markup=False)
+    for symbol, (low, high) in signature["symbols"].items():
+        console.print(f"  {symbol}: {low} to {high}")
+
+
+def _add_action(name: str, help_text: str) -> None:
+    @model.command(name, help=help_text)
+    @click.argument("model_name", metavar="NAME")
+    @click.pass_context
+    def act(ctx: click.Context, model_name: str) -> None:
+        found = _client(ctx).post(f"models/{model_name}/{name}")
+        console.print(f"{found['name']}: {found['state']}{', pinned' if found['pinned'] else ''}")
+
+
+_add_action("load", "Bring a model into memory.")
+_add_action("unload", "Drop a model from memory; the next request loads it again.")
+_add_action("evict", "Drop a model from memory; the next request loads it again.")
+_add_action("pin", "Load a model and keep it in memory.")
+_add_action("unpin", "Let a model be evicted again.")
+
+
+@model.command("rm")
+@click.argument("name")
+@click.pass_context
+def model_rm(ctx: click.Context, name: str) -> None:
+    """Remove a model; `trunkline store gc` frees its disk space."""
+    _client(ctx).delete(f"models/{name}")
+    console.print(f"{name}: removed")
+
+
+# --- publishing -------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the bundle.")
+@click.option("--name", help="Name of the model; default: that of the output folder.")
+@click.option("--version", default="1", show_default=True, help="Its version.")
+@click.option("--batch/--no-batch", default=None, help="Whether axis 0 of every input may vary.")
+@click.option("--max-batch", type=int, help="The largest batch; default 64.")
+@click.option("--dynamic", multiple=True, metavar="INPUT:AXIS=SYMBOL:MIN..MAX", help="A further axis that may vary.")
+@click.option("--bounds", multiple=True, metavar="INPUT=LOW..HIGH", help="Bounds of an integer input.")
+def pack(
+    source: str,
+    output: Path,
+    name: str | None,
+    version: str,
+    batch: bool | None,
+    max_batch: int | None,
+    dynamic: tuple[str, ...],
+    bounds: tuple[str, ...],
+) -> None:
+    """Convert a model to a bundle.
+
+    SOURCE is module:callable, path/to/file.py:callable, a .pt2 file, or a local transformers directory. The callable
+    returns the module and example inputs. The bundle is accepted only if it computes what the module computes.
+    """
+    from sidecar.packing import pack as convert
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def advance(step: str, done: int, total: int) -> None:
+            progress.update(task, description=step, completed=done, total=total)
+
+        lines = convert(
+            source,
+            output,
+            name=name or output.name,
+            version=version,
+            batch=batch,
+            max_batch=max_batch,
+            dynamic=dynamic,
+            bounds=bounds,
+            progress=advance,
+        )
+    for line in lines:
+        console.print(line, markup=False)
+
+
+@main.command()
+@click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.pass_context
+def push(ctx: click.Context, directories: tuple[Path, ...]) -> None:
+    """Send bundles to the sidecar; weights it has already are not sent again."""
+    client = _client(ctx)
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as progress:
+        for directory in directories:
+            task = progress.add_task(directory.name, total=None)
+
+            def advance(done: int, total: int, task: Any = task) -> None:
+                progress.update(task, completed=done, total=total)
+
+            pushed = client.push(directory, advance)
+            progress.console.print(
+                f"{pushed.name}: sent {pushed.sent_count} of {pushed.blob_count} blobs, {size(pushed.sent_bytes)} of "
+                f"{size(pushed.blob_bytes)}",
+                markup=False,
+            )
+
+
+@main.group()
+def store() -> None:
+    """Look after the stored bundles."""
+
+
+@store.command("verify")
+@click.pass_context
+def store_verify(ctx: click.Context) -> None:
+    """Read every stored byte against its digest."""
+    report = _client(ctx).post("store/verify")
+    console.print(f"{report['blob_count']} blobs, {size(report['size_bytes'])}, {len(report['corrupt'])} corrupt")
+    for name, problem in report["broken"].items():
+        console.print(f"{name}: {problem}", markup=False)
+    if report["corrupt"] or report["broken"]:
+        sys.exit(FAILED)
+
+
+@store.command("gc")
+@click.option("--dry-run", is_flag=True, help="Only count.")
+@click.pass_context
+def store_gc(ctx: click.Context, dry_run: bool) -> None:
+    """Remove stored bytes that no model uses."""
+    found = _client(ctx).post("store/gc", {"dry_run": dry_run})
+    console.print(f"{found['count']} blobs, {size(found['size_bytes'])} {'to remove' if dry_run else 'removed'}")
+
+
+if __name__ == "__main__":
+    main()

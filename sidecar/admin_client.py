@@ -1,0 +1,126 @@
+"""The other side of the admin endpoint: what the command line uses to reach a sidecar, over a Unix socket or loopback."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import requests
+import requests_unixsocket
+from trunkline.errors import MalformedFrame, SidecarUnavailable, TrunklineError, from_wire
+
+from sidecar.bundle import blob_path, canonical_graph, manifest_bytes, read_bundle
+from sidecar.strictjson import load_json
+
+_TIMEOUT_S: Final = (5.0, 600.0)
+_CHUNK_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push sent, of what the bundle has."""
+
+    name: str
+    sent_count: int
+    blob_count: int
+    sent_bytes: int
+    blob_bytes: int
+
+
+class AdminClient:
+    """Requests to one admin endpoint. ``address`` is ``unix:/path/of/admin.sock`` or ``http://127.0.0.1:9470``."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._session = requests_unixsocket.Session()
+        # No proxy between this machine and itself.
+        self._session.trust_env = False
+        if address.startswith("unix:"):
+            self._base = "http+unix://" + urllib.parse.quote(address.removeprefix("unix:"), safe="")
+        else:
+            self._base = address.rstrip("/")
+
+    def get(self, path: str) -> Any:
+        """GET a route below /admin/v1. Raises the TrunklineError it answers with, SidecarUnavailable without an answer."""
+        return self._ask("GET", path)
+
+    def post(self, path: str, body: dict[str, object] | None = None) -> Any:
+        """POST JSON to a route below /admin/v1."""
+        return self._ask("POST", path, json=body or {})
+
+    def delete(self, path: str) -> Any:
+        """DELETE a route below /admin/v1."""
+        return self._ask("DELETE", path, headers={"Content-Type": "application/json"})
+
+    def _ask(self, method: str, path: str, **arguments: Any) -> Any:
+        try:
+            response = self._session.request(
+                method, f"{self._base}/admin/v1/{path}", timeout=_TIMEOUT_S, allow_redirects=False, **arguments
+            )
+        except requests.RequestException as error:
+            raise SidecarUnavailable(
+                f"no sidecar answers at {self.address}; start one with `trunkline serve`, or name it with --admin",
+                address=self.address,
+            ) from error
+        try:
+            body = response.json()
+        except ValueError as error:
+            raise MalformedFrame(f"{self.address} answered {response.status_code} without JSON") from error
+        if response.status_code >= 400:
+            raise _error_of(body, response.status_code)
+        return body
+
+    def push(self, directory: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Pushed:
+        """Send a bundle folder: only the weights that the sidecar lacks, then the model itself.
+
+        ``progress`` is told the bytes done and to do. Raises BundleError for a bad folder and what the sidecar answers.
+        """
+        bundle = read_bundle(directory)
+        sizes = {weight.digest: weight.size_bytes for weight in bundle.graph.weights}
+        missing = self.post("blobs/missing", {"digests": list(sizes)})["missing"]
+        total_bytes = sum(sizes[digest] for digest in missing)
+        done_bytes = 0
+        progress(0, total_bytes)
+        for digest in missing:
+            path = blob_path(directory, digest)
+            self._ask(
+                "PUT",
+                f"blobs/{digest}",
+                data=_Body(path, sizes[digest]),
+                headers={"Content-Type": "application/octet-stream"},
+            )
+            done_bytes += sizes[digest]
+            progress(done_bytes, total_bytes)
+        body = {
+            "manifest": load_json(manifest_bytes(bundle), "manifest.json", 1 << 30),
+            "graph": load_json(canonical_graph(bundle.graph), "graph.json", 1 << 30),
+        }
+        self._ask("PUT", f"models/{bundle.name}", json=body)
+        return Pushed(bundle.name, len(missing), len(sizes), total_bytes, sum(sizes.values()))
+
+
+class _Body:
+    """A file as the body of a request, its length announced; requests sends an empty file wrongly otherwise."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self._path = path
+        self._size_bytes = size_bytes
+
+    def __len__(self) -> int:
+        return self._size_bytes
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self._path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+
+
+def _error_of(body: Any, status: int) -> TrunklineError:
+    try:
+        error = body["error"]
+        return from_wire(str(error["code"]), str(error["message"]), dict(error["details"]))
+    except (KeyError, TypeError, ValueError):
+        return MalformedFrame(f"the sidecar answered {status} without saying why")

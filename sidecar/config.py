@@ -1,0 +1,181 @@
+"""Settings: defaults, then a TOML file, then the environment, then flags; the last to speak wins.
+
+Every value is checked where it enters, and a bad one is refused with its source, its key and what would be accepted. An unknown
+key in the file is refused too: a misspelt budget must not silently be the default. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.errors import ConfigError
+
+PREFIX: Final = "TRUNKLINE_"
+_UNITS: Final = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def _default_budget_bytes() -> int:
+    # Weights may take most of what is free when the sidecar starts; activations and functions need the rest.
+    return int(0.7 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything an operator can set. Sizes in bytes, times in seconds."""
+
+    run_dir: Path = Path("/run/trunkline")
+    store_dir: Path = Path("/var/lib/trunkline")
+    device: str = "auto"
+    threads: int | None = None
+    memory_budget_bytes: int = 0
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 9470
+    queue_limit: int = 256
+    arena_limit_bytes: int = 64 * 2**20
+    arena_total_bytes: int = 2 * 2**30
+    connection_limit: int = 1024
+    drain_timeout_s: float = 10.0
+    log_level: str = "info"
+
+    def to_environment(self) -> dict[str, str]:
+        """Return the settings as the environment variables that would give them, for a child process."""
+        return {
+            PREFIX + field.name.upper(): str(value)
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+
+
+def parse_size(value: object) -> int:
+    """Return bytes from an integer or a text such as ``500MB`` or ``2GiB``. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(str(value).strip())
+    if not match or match[2].upper() not in _UNITS:
+        raise ValueError("a size such as 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _path(value: object) -> Path:
+    text = str(value)
+    if not text or "\0" in text:
+        raise ValueError("a path")
+    return Path(text).absolute()
+
+
+def _size(minimum: int) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        size_bytes = parse_size(value)
+        if not minimum <= size_bytes <= 2**50:
+            raise ValueError(f"a size of at least {minimum} bytes, such as 500MB or 2GiB")
+        return size_bytes
+
+    return check
+
+
+def _integer(minimum: int, maximum: int) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        if isinstance(value, bool) or isinstance(value, float) or not re.fullmatch(r"\d{1,10}", str(value)):
+            raise ValueError(f"an integer from {minimum} to {maximum}")
+        if not minimum <= int(str(value)) <= maximum:
+            raise ValueError(f"an integer from {minimum} to {maximum}")
+        return int(str(value))
+
+    return check
+
+
+def _seconds(value: object) -> float:
+    try:
+        seconds = float(str(value))
+    except ValueError as error:
+        raise ValueError("a number of seconds from 0 to 3600") from error
+    if isinstance(value, bool) or not 0 <= seconds <= 3600:
+        raise ValueError("a number of seconds from 0 to 3600")
+    return seconds
+
+
+def _match(pattern: str, accepted: str) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if not re.fullmatch(pattern, str(value)):
+            raise ValueError(accepted)
+        return str(value)
+
+    return check
+
+
+# Only these may be named: a wider address would hand an unauthenticated endpoint to the network.
+_LOOPBACK: Final = r"127(\.\d{1,3}){3}|localhost|::1"
+
+_CHECKS: Final[dict[str, Callable[[object], Any]]] = {
+    "run_dir": _path,
+    "store_dir": _path,
+    "device": _match(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"),
+    "threads": _integer(1, 1024),
+    "memory_budget_bytes": _size(1),
+    "admin_host": _match(_LOOPBACK, "a loopback address such as 127.0.0.1"),
+    "admin_port": _integer(0, 65535),
+    "queue_limit": _integer(1, 1_000_000),
+    "arena_limit_bytes": _size(65536),
+    "arena_total_bytes": _size(131072),
+    "connection_limit": _integer(1, 100_000),
+    "drain_timeout_s": _seconds,
+    "log_level": _match(r"debug|info|warning|error", "debug, info, warning or error"),
+}
+
+
+def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_path: Path | None = None) -> Settings:
+    """Return the settings from all sources. Flags that are None were not given. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    if toml_path is not None:
+        for key, value in _read_toml(toml_path).items():
+            values[key] = _checked(f"{toml_path}: {key}", key, value)
+    for key in _CHECKS:
+        name = PREFIX + key.upper()
+        if environ.get(name):
+            values[key] = _checked(name, key, environ[name])
+    for key, value in flags.items():
+        if value is not None:
+            values[key] = _checked(f"--{key.removesuffix('_bytes').replace('_', '-')}", key, value)
+    values.setdefault("memory_budget_bytes", _default_budget_bytes())
+    return Settings(**values)
+
+
+def _checked(source: str, key: str, value: object) -> object:
+    try:
+        return _CHECKS[key](value)
+    except ValueError as error:
+        raise ConfigError(f"{source} is {str(value)[:80]!r}; it must be {error}", key=key) from error
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as file:
+            read = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({os.strerror(error.errno or 0)})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    for key in read:
+        if key not in _CHECKS:
+            raise ConfigError(
+                f"{path}: {key[:80]!r} is no setting; the settings are {', '.join(_CHECKS)}", key=key[:80]
+            )
+    return read

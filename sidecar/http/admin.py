@@ -1,0 +1,240 @@
+"""The admin endpoint: what operators and the command line ask of a sidecar, as JSON over HTTP.
+
+A client of the engine like any other: it runs in processes of its own and may die without a function noticing. Weights are
+pushed straight into the store, which is safe for several processes; the engine is told when a model is whole. Every
+request passes ``_guard`` first, and every failure leaves through ``_failed``: one JSON shape, no path, no trace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from flask import Flask, Response, jsonify, request
+from trunkline.errors import BodyTooLarge, InvalidInput, TrunklineError, UnknownModel
+from werkzeug.exceptions import HTTPException
+
+from sidecar.bundle import MODEL_NAME
+from sidecar.errors import BundleError
+from sidecar.store import DIGEST, Store
+from sidecar.strictjson import encode_json, load_json
+
+log = logging.getLogger("trunkline.admin")
+
+MAX_BODY_BYTES = 1 << 20
+MAX_MODEL_BYTES = 80 << 20
+MAX_BLOB_BYTES = 64 << 30
+_CHUNK_BYTES = 1 << 20
+_LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
+
+
+class EngineClient(Protocol):
+    """How the endpoint reaches the engine; ``trunkline.admin.AdminConnection`` is one."""
+
+    def command(self, name: str, arguments: dict[str, object] | None = None) -> Any: ...
+
+
+def create_app(engine: EngineClient, store: Store) -> Flask:
+    """Return the endpoint's WSGI application."""
+    app = Flask("trunkline")
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.before_request(_guard)
+    app.register_error_handler(Exception, _failed)
+
+    @app.get("/healthz")
+    def healthz() -> Response:
+        """Say that the HTTP server is alive."""
+        return jsonify(status="ok")
+
+    @app.get("/readyz")
+    def readyz() -> Response:
+        """Say whether the engine answers and takes work."""
+        draining = engine.command("status")["engine"]["draining"]
+        response = jsonify(status="draining" if draining else "ok")
+        response.status_code = 503 if draining else 200
+        return response
+
+    @app.get("/admin/v1/status")
+    def status() -> Response:
+        """Return engine, memory, models and counters."""
+        return jsonify(engine.command("status"))
+
+    @app.get("/admin/v1/memory")
+    def memory() -> Response:
+        """Return the budget and what of it is used, shared and pinned."""
+        return jsonify(engine.command("memory"))
+
+    @app.get("/admin/v1/blocks")
+    def blocks() -> Response:
+        """Return the units of sharing, ``offset`` and ``limit`` (at most 1000) of them."""
+        arguments: dict[str, object] = {
+            "offset": _number("offset", 0, 10**9),
+            "limit": min(_number("limit", 100, 10**9), 1000),
+        }
+        return jsonify(engine.command("blocks", arguments))
+
+    @app.get("/admin/v1/models")
+    def models() -> Response:
+        """Return every model with its state and bytes."""
+        return jsonify(engine.command("models"))
+
+    @app.get("/admin/v1/models/<name>")
+    def model(name: str) -> Response:
+        """Return one model with its signature."""
+        return jsonify(engine.command("model", {"name": _name(name)}))
+
+    @app.put("/admin/v1/models/<name>")
+    def put_model(name: str) -> tuple[Response, int]:
+        """Publish a model from its manifest and graph; its weights must be in the store."""
+        body = _json_object("manifest", "graph")
+        manifest, graph = (encode_json(body[key]) for key in ("manifest", "graph"))
+        if not isinstance(body["manifest"], dict) or body["manifest"].get("name") != _name(name):
+            raise BundleError(f"the manifest does not name {name}", model=name)
+        bundle = store.put_model(manifest, graph)
+        return jsonify(engine.command("model_changed", {"name": bundle.name})), 201
+
+    @app.delete("/admin/v1/models/<name>")
+    def delete_model(name: str) -> Response:
+        """Remove a model; its weights stay in the store until they are collected."""
+        store.remove_model(_name(name))
+        return jsonify(engine.command("model_removed", {"name": name}))
+
+    @app.post("/admin/v1/models/<name>/<any(load,unload,evict,pin,unpin):action>")
+    def act(name: str, action: str) -> Response:
+        """Load, unload, evict, pin or unpin a model; answered when it is done."""
+        return jsonify(engine.command(action, {"name": _name(name)}))
+
+    @app.post("/admin/v1/blobs/missing")
+    def missing() -> Response:
+        """Return which of ``digests`` the store lacks."""
+        digests = _json_object("digests")["digests"]
+        if not isinstance(digests, list) or not all(isinstance(d, str) and DIGEST.fullmatch(d) for d in digests):
+            raise InvalidInput("digests must be a list of sha256 digests in lower-case hexadecimal")
+        return jsonify(missing=store.missing(digests))
+
+    @app.put("/admin/v1/blobs/<digest>")
+    def put_blob(digest: str) -> tuple[Response, int]:
+        """Store the body under its sha256 digest; its length must be announced."""
+        if not DIGEST.fullmatch(digest):
+            raise InvalidInput("a blob is named by its sha256 digest in lower-case hexadecimal")
+        size_bytes = request.content_length
+        if size_bytes is None:
+            raise InvalidInput("the length of a blob must be announced in Content-Length")
+        is_new = store.put_blob(digest, _chunks(), size_bytes)
+        return jsonify(digest=digest, stored=is_new), 201 if is_new else 200
+
+    @app.post("/admin/v1/store/verify")
+    def verify() -> Response:
+        """Read every stored byte against its digest; slow."""
+        return jsonify(dataclasses.asdict(store.verify()))
+
+    @app.post("/admin/v1/store/gc")
+    def gc() -> Response:
+        """Remove what no model uses and is older than an hour; ``dry_run`` only counts."""
+        dry_run = _json_object().get("dry_run", False)
+        if not isinstance(dry_run, bool):
+            raise InvalidInput("dry_run must be true or false")
+        count, size_bytes = store.gc(dry_run=dry_run)
+        return jsonify(count=count, size_bytes=size_bytes, dry_run=dry_run)
+
+    return app
+
+
+def _guard() -> None:
+    """Refuse what a browser on this machine could be tricked into sending, and bodies beyond their limit."""
+    over_tcp = bool(request.environ.get("REMOTE_ADDR"))
+    if over_tcp and not _LOCAL_HOST.fullmatch(request.host):
+        raise InvalidInput("this endpoint answers to the name localhost only")
+    request.max_content_length = MAX_BODY_BYTES
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        return
+    if "Origin" in request.headers:
+        raise InvalidInput("requests from web pages are not taken")
+    is_blob = request.endpoint == "put_blob"
+    if is_blob:
+        request.max_content_length = MAX_BLOB_BYTES
+    elif request.endpoint == "put_model":
+        request.max_content_length = MAX_MODEL_BYTES
+    expected = "application/octet-stream" if is_blob else "application/json"
+    if request.mimetype != expected and request.endpoint is not None:
+        raise InvalidInput(f"the Content-Type must be {expected}")
+    if (request.content_length or 0) > request.max_content_length:
+        raise BodyTooLarge(
+            f"the body has {request.content_length} bytes, at most {request.max_content_length} are taken",
+            limit_bytes=request.max_content_length,
+        )
+
+
+def _failed(error: Exception) -> tuple[Response, int]:
+    if isinstance(error, TrunklineError):
+        response = jsonify(error=error.to_dict())
+        if error.http_status == 503:
+            response.headers["Retry-After"] = "1"
+        return response, error.http_status
+    if isinstance(error, HTTPException):
+        status = error.code or 500
+        codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+        plain = {
+            "code": codes.get(status, "bad_request"),
+            "message": error.name,
+            "retryable": False,
+            "details": {"status": status},
+        }
+        return jsonify(error=plain), status
+    incident = secrets.token_hex(4)
+    log.exception("incident %s", incident)
+    plain = {
+        "code": "sidecar_fault",
+        "message": f"the admin endpoint failed; its log has incident {incident}",
+        "retryable": False,
+        "details": {"incident": incident},
+    }
+    return jsonify(error=plain), 500
+
+
+def _name(name: str) -> str:
+    if not MODEL_NAME.fullmatch(name):
+        raise UnknownModel(
+            "a model's name has at most 128 of the characters a-z, 0-9, '.', '_' and '-', and starts and ends with a letter "
+            "or digit"
+        )
+    return name
+
+
+def _number(key: str, default: int, maximum: int) -> int:
+    text = request.args.get(key, str(default))
+    if not re.fullmatch(r"\d{1,10}", text) or int(text) > maximum:
+        raise InvalidInput(f"{key} must be an integer from 0 to {maximum}")
+    return int(text)
+
+
+def _json_object(*keys: str) -> dict[str, Any]:
+    try:
+        body = load_json(request.get_data(cache=False), "the body", MAX_MODEL_BYTES)
+    except BundleError as error:
+        raise InvalidInput(error.message) from error
+    if not isinstance(body, dict):
+        raise InvalidInput("the body must be a JSON object")
+    for key in keys:
+        if key not in body:
+            raise InvalidInput(f"the body lacks {key!r}")
+    return body
+
+
+def _chunks() -> Iterator[bytes]:
+    while chunk := request.stream.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def admin_token(path: str) -> bytes:
+    """Return the administrator's token as the supervisor wrote it. Raises TrunklineError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read().strip()
+    except OSError as error:
+        raise TrunklineError(f"the administrator's token cannot be read ({os.strerror(error.errno or 0)})") from error
