@@ -274,8 +274,8 @@ def pack(
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("loading", total=None)
 
-        def advance(step: str, done: int, total: int) -> None:
-            progress.update(task, description=step, completed=done, total=total)
+        def advance(step: str, fraction: float) -> None:
+            progress.update(task, description=step, completed=fraction, total=1.0)
 
         lines = convert(
             source,

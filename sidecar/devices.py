@@ -63,6 +63,10 @@ class TorchDevice:
         """Return ``cpu`` or ``cuda:N``."""
         return str(self._device)
 
+    def facts(self) -> dict[str, object]:
+        """Return what an operator wants to know of this device: threads per operator and the version of torch."""
+        return {"threads": torch.get_num_threads(), "torch": torch.__version__}
+
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def new_weight(self, weight: Weight, fill: Callable[[memoryview], None]) -> torch.Tensor:

@@ -7,30 +7,24 @@ is translated, read back by the strict reader, run as the engine would run it, a
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.export import Dim, ExportedProgram
 
 from sidecar.bundle import Bundle, canonical_graph, graph_digest, manifest_bytes, parse_bundle
-from sidecar.calls import Call, example_call, output_names_of
+from sidecar.calls import example_call, output_names_of
+from sidecar.capture import FAILURES, capture, explain
 from sidecar.errors import BundleError, ExportError, UnsupportedModel
-from sidecar.ir import Symbol
-from sidecar.numerics import Report, compare
+from sidecar.numerics import Report, compare, default_tolerance
 from sidecar.sources import DynamicAxes, Source, load_source
-from sidecar.translate import Translated, translate, weight_bytes
+from sidecar.translate import translate, weight_bytes
 
 __all__ = ["PackedModel", "Report", "Source", "convert", "load_source"]
 
+# Told the name of a stage and the fraction of the whole work that is done.
 Progress = Callable[[str, float], None]
-
-# What capturing a model can raise: torch's own errors derive from RuntimeError, the rest comes from the model's code.
-_CAPTURE_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -74,17 +68,52 @@ def convert(
     NumericsMismatch when the converted graph computes something else, ExportError for arguments that make no sense.
     """
     tell = progress or (lambda stage, fraction: None)
-    module.eval()
     tell("trying the model on its example inputs", 0.0)
-    call = example_call(module, example_inputs, batch=batch, dynamic_axes=dynamic_axes or {}, max_batch=max_batch)
-    names = output_names_of(call, output_names)
+    module.eval()
+    call = example_call(
+        module,
+        example_inputs,
+        batch=batch,
+        dynamic_axes=dynamic_axes or {},
+        max_batch=max_batch,
+        bounds=input_bounds or {},
+    )
+    try:
+        names = output_names_of(call.original(call.examples), output_names)
+    except FAILURES as error:
+        raise UnsupportedModel(f"the model itself fails on its example inputs: {explain(error, call)}") from error
     tell("capturing the graph", 0.1)
-    program = _capture(module, call)
+    program = capture(call)
     tell("translating the graph", 0.4)
-    translated = translate(program, call.names, names, call.symbols, call.axes, dict(input_bounds or {}))
+    translated = translate(program, call, names)
+    accepted = default_tolerance(translated.tensors) if tolerance is None else tolerance
+    bundle = Bundle(
+        name=name,
+        version=version,
+        graph=translated.graph,
+        graph_digest=graph_digest(translated.graph),
+        batch=call.batch,
+        tolerance=accepted,
+        created={"torch": torch.__version__},
+    )
+    _check_readable(bundle)
     tell("comparing with the original", 0.6)
-    bundle = _bundle(translated, name, version, call, tolerance)
-    report = compare(call, bundle, translated.tensors, lambda done: tell("comparing with the original", 0.6 + 0.4 * done))
-    created = bundle.created | {"difference": f"{report.max_rel:.3g} of the output's scale, {report.max_abs:.3g} absolute"}
-    tell("done", 1.0)
-    return PackedModel(_replaced(bundle, created), report, translated.tensors)
+    report = compare(
+        call,
+        bundle.graph,
+        translated.tensors,
+        accepted,
+        lambda done: tell("comparing with the original", 0.6 + 0.4 * done),
+    )
+    difference = f"{report.max_abs:.3g} absolute, {report.max_rel:.3g} of the output's scale"
+    created = bundle.created | {"difference": difference}
+    return PackedModel(replace(bundle, created=created), report, translated.tensors)
+
+
+def _check_readable(bundle: Bundle) -> None:
+    """Read the bundle back as a node will, so that what a node would refuse is refused here."""
+    try:
+        again = parse_bundle(manifest_bytes(bundle), canonical_graph(bundle.graph))
+    except BundleError as error:
+        raise ExportError(f"the model has no form in a bundle: {error.message}") from error
+    assert again.graph == bundle.graph, "a graph reads back as it was written"

@@ -148,9 +148,7 @@ def _transformers(folder: Path) -> Source:
             "converting a transformers folder needs the package transformers: pip install 'trunkline[transformers]'"
         ) from error
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         # A class of transformers itself, named by the folder; anything else falls back to the plain encoder.
         name = (getattr(config, "architectures", None) or [""])[0]
         kind = getattr(transformers, name, None) if name.isidentifier() else None

@@ -21,14 +21,15 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node as FxNode
-
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from trunkline.protocol import ITEM_BYTES as WIRE_DTYPES
 from trunkline.protocol import TensorSpec
 from trunkline.signature import UNKNOWN_AXIS
 
 from sidecar import operators
+from sidecar.calls import Call
 from sidecar.errors import UnsupportedModel, UnsupportedOperator
-from sidecar.ir import ITEM_BYTES, Argument, Dtype, Enum, Graph, Node, Symbol, Value, Weight
+from sidecar.ir import ITEM_BYTES, Argument, Dtype, Enum, Graph, Node, Value, Weight
 
 _SYMBOLIC: dict[object, str] = {
     operator.add: "sym.add",
@@ -72,7 +73,8 @@ class Place:
 def place_of(node: FxNode) -> Place:
     """Return the line of the model's own code a node was made by, and the module that was running."""
     frames = [(file, int(line)) for file, line in _FRAME.findall(node.meta.get("stack_trace") or "")]
-    own = [frame for frame in frames if not frame[0].startswith((_TORCH_FOLDER, "torch/"))]
+    frames = [frame for frame in frames if not frame[0].startswith("torch/")]  # made by torch's own passes
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH_FOLDER)]
     file, line = (own or frames or [("", 0)])[-1]
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return Place(file, line, str(stack[-1][0]) if stack and stack[-1][0] != stack[-1][1] else "")
@@ -86,28 +88,18 @@ class Translated:
     tensors: dict[str, torch.Tensor]
 
 
-def translate(
-    program: ExportedProgram,
-    input_names: list[str],
-    output_names: list[str | None],
-    symbols: Mapping[str, Symbol],
-    axes: Mapping[str, Mapping[int, str]],
-    bounds: Mapping[str, tuple[int, int]],
-) -> Translated:
-    """Translate an exported program whose operators are functional.
+def translate(program: ExportedProgram, call: Call, output_names: list[str | None]) -> Translated:
+    """Translate the captured program of a call. ``output_names`` follows its outputs; None drops one.
 
-    ``input_names`` follows the program's user inputs, ``output_names`` its user outputs; None drops one. ``axes`` tells
-    which axes of which input are symbols. Raises UnsupportedOperator and UnsupportedModel.
+    Raises UnsupportedOperator naming every operator that is in the way with module and line, and UnsupportedModel.
     """
-    return _Translation(program, symbols, axes, bounds).run(input_names, output_names)
+    return _Translation(program, call).run(output_names)
 
 
 @dataclass
 class _Translation:
     program: ExportedProgram
-    symbols: Mapping[str, Symbol]
-    axes: Mapping[str, Mapping[int, str]]
-    bounds: Mapping[str, tuple[int, int]]
+    call: Call
     # What stands for each node of torch's graph: a reference, or a constant.
     found: dict[FxNode, Argument] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
@@ -116,7 +108,7 @@ class _Translation:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     names: dict[object, str] = field(default_factory=dict)  # torch's symbol -> ours
 
-    def run(self, input_names: list[str], output_names: list[str | None]) -> Translated:
+    def run(self, output_names: list[str | None]) -> Translated:
         self._refuse_mutation()
         nodes = list(self.program.graph.nodes)
         results = nodes[-1].args[0]
@@ -125,21 +117,21 @@ class _Translation:
             if not isinstance(result, FxNode) or not isinstance(result.meta.get("val"), torch.Tensor):
                 raise UnsupportedModel(f"output {name!r} is no tensor but {str(result)[:40]}; return tensors only")
         live = _live(nodes, [result for _, result in wanted])
-        inputs = self._take_placeholders([node for node in nodes if node.op == "placeholder"], live, input_names)
-        problems: list[tuple[str, Place]] = []
+        inputs = self._take_placeholders([node for node in nodes if node.op == "placeholder"], live)
+        problems: list[tuple[str, Place, str]] = []
         for node in nodes:
             if node not in live or node in self.found or node.op == "output":
                 continue
             name = _operator_name(node)
             if node.op == "call_function" and self._carry(name, node, live):
                 continue
-            problems.append((name, place_of(node)))
+            problems.append((name, place_of(node), _reason(name, node)))
             self.found[node] = None  # go on, so that one run names everything that is in the way
         if problems:
             _refuse(problems)
         return Translated(
             Graph(
-                symbols=tuple(self.symbols.values()),
+                symbols=tuple(self.call.symbols.values()),
                 inputs=tuple(inputs),
                 outputs=tuple(self._output_spec(name, result.meta["val"]) for name, result in wanted),
                 weights=tuple(self.weight_list),
@@ -153,22 +145,26 @@ class _Translation:
 
     def _refuse_mutation(self) -> None:
         for spec in self.program.graph_signature.output_specs:
-            if spec.kind in (OutputKind.BUFFER_MUTATION, getattr(OutputKind, "PARAMETER_MUTATION", None)):
-                raise UnsupportedModel(
-                    f"the model changes its own state self.{spec.target} when it runs; a served model must be a pure "
-                    "function of its inputs",
-                    state=str(spec.target),
-                )
+            if spec.kind == OutputKind.USER_OUTPUT:
+                continue
+            maker = next((node for node in self.program.graph.nodes if node.name == spec.arg.name), None)
+            place = f" at {place_of(maker)}" if maker is not None else ""
             if spec.kind == OutputKind.USER_INPUT_MUTATION:
                 raise UnsupportedModel(
-                    f"the model changes its input {spec.target!r} in place; clone it first", input=str(spec.target)
+                    f"the model changes its input {spec.target!r} in place{place}; clone it first",
+                    input=str(spec.target),
                 )
-            if spec.kind != OutputKind.USER_OUTPUT:
+            if spec.target is None:
                 raise UnsupportedModel(f"the model returns something other than tensors ({spec.kind.name.lower()})")
+            raise UnsupportedModel(
+                f"the model changes its own state self.{spec.target}{place}; a served model must be a pure function of "
+                "its inputs",
+                state=str(spec.target),
+            )
 
-    def _take_placeholders(self, nodes: list[FxNode], live: set[FxNode], input_names: list[str]) -> list[TensorSpec]:
+    def _take_placeholders(self, nodes: list[FxNode], live: set[FxNode]) -> list[TensorSpec]:
         inputs: list[TensorSpec] = []
-        names = iter(input_names)
+        names = iter(self.input_names())
         for node, spec in zip(nodes, self.program.graph_signature.input_specs, strict=True):
             if spec.kind == InputKind.USER_INPUT:
                 self.found[node] = Value("input", len(inputs))
@@ -181,6 +177,11 @@ class _Translation:
             elif node in live:
                 raise UnsupportedModel(f"the model needs an object that is no tensor: {spec.target} ({spec.kind.name})")
         return inputs
+
+    def input_names(self) -> list[str]:
+        """Return the names of the inputs in the program's order, which for named inputs is torch's to choose."""
+        _, named = self.program.call_spec.in_spec.children()
+        return list(named.context) if self.call.by_name else list(self.call.names)
 
     def _weight(self, target: str, tensor: Any) -> Value:
         dtype = _dtype_name(tensor.dtype)
@@ -204,7 +205,7 @@ class _Translation:
 
     def _input_spec(self, name: str, fake: torch.Tensor) -> TensorSpec:
         shape: list[int | str] = []
-        declared = self.axes.get(name, {})
+        declared = self.call.axes.get(name, {})
         for axis, size in enumerate(fake.shape):
             symbol = declared.get(axis)
             if symbol is None:
@@ -218,7 +219,7 @@ class _Translation:
                     axis=axis,
                 )
             shape.append(symbol)
-        low, high = self.bounds.get(name, (None, None))
+        low, high = self.call.bounds.get(name, (None, None))
         return TensorSpec(name, self._wire_dtype("input", name, fake.dtype), tuple(shape), low, high)
 
     def _output_spec(self, name: str, fake: torch.Tensor) -> TensorSpec:
@@ -263,7 +264,7 @@ class _Translation:
         return self.emit(node, name, node.args, node.kwargs)
 
     def emit(self, node: FxNode, name: str, args: Any, kwargs: Mapping[str, Any] | None = None) -> bool:
-        """Add a node of the bundle's graph that stands for ``node``; return whether its arguments could be expressed."""
+        """Add a node of the bundle's graph that stands for ``node``; return whether it has a form there."""
         try:
             self.nodes.append(
                 Node(
@@ -278,6 +279,8 @@ class _Translation:
                 )
             )
         except _Inexpressible:
+            return False
+        if free_unbacked_symbols(node.meta.get("val")):
             return False
         self.found[node] = Value("node", len(self.nodes) - 1)
         return True
@@ -302,7 +305,7 @@ class _Translation:
                 raise _Inexpressible
 
 
-class _Inexpressible(Exception):  # noqa: N818  (never leaves this module)
+class _Inexpressible(Exception):
     """An argument has no form in a bundle."""
 
 
@@ -347,6 +350,14 @@ def _slice(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
         translation.emit(node, "aten.slice.Tensor", node.args)
 
 
+def _permute(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
+    order: Any = node.args[1]
+    if list(order) == list(range(len(order))):
+        _same(translation, node, live)
+    else:
+        translation.emit(node, "aten.permute.default", node.args)
+
+
 def _batch_norm(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
     """Put a batch norm together again; its decomposed form makes two more results that inference does not use."""
     first = _only_result(node, live)
@@ -378,6 +389,7 @@ _REWRITES: dict[str, Callable[[_Translation, FxNode, set[FxNode]], None]] = {
     "aten.clone.default": _clone,
     "aten._to_copy.default": _to_copy,
     "aten.slice.Tensor": _slice,
+    "aten.permute.default": _permute,
     "aten._native_batch_norm_legit_no_training.default": _batch_norm,
     "aten.max_pool2d_with_indices.default": _max_pool,
     "aten.max_pool3d_with_indices.default": _max_pool,
@@ -424,27 +436,28 @@ def _live(nodes: list[FxNode], results: list[FxNode]) -> set[FxNode]:
     return live
 
 
-def _refuse(problems: list[tuple[str, Place]]) -> None:
-    first: dict[str, Place] = {}
-    for name, place in problems:
-        first.setdefault(name, place)
-    lines = [f"{name} at {place}{_reason(name)}" for name, place in list(first.items())[:_MAX_REPORTED]]
+def _refuse(problems: list[tuple[str, Place, str]]) -> None:
+    first: dict[str, str] = {}
+    for name, place, reason in problems:
+        first.setdefault(name, f"{name} at {place}{reason and f' ({reason})'}")
     more = f"; and {len(first) - _MAX_REPORTED} more" if len(first) > _MAX_REPORTED else ""
-    name, place = problems[0]
+    lines = list(first.values())[:_MAX_REPORTED]
+    name, place, _ = problems[0]
     raise UnsupportedOperator(
         f"bundles do not take {'; '.join(lines)}{more}", operator=name, module=place.module, line=str(place)
     )
 
 
-def _reason(name: str) -> str:
-    return next((f" ({reason})" for words, reason in _REASONS if any(word in name for word in words)), "")
+def _reason(name: str, node: FxNode) -> str:
+    if free_unbacked_symbols(node.meta.get("val")):
+        return "its result, or the size of its result, depends on the values of tensors"
+    return next((reason for words, reason in _REASONS if any(word in name for word in words)), "")
 
 
 _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("rand", "dropout", "bernoulli", "normal", "multinomial"), "its result is random"),
-    (("nonzero", "unique", "masked_select", "item", "local_scalar"), "the size of its result depends on values"),
+    (("item", "local_scalar"), "it reads a value out of a tensor"),
     (("empty",), "its result is uninitialised memory"),
     (("as_strided",), "it looks beyond a tensor"),
     (("cond", "while_loop", "scan", "map_impl"), "control flow that depends on values"),
 )
-

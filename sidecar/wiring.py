@@ -58,7 +58,7 @@ def _engine_process(
         budget_bytes=settings.memory_budget_bytes,
         queue_limit=settings.queue_limit,
         generation=generation,
-        facts={"threads": device.threads, "torch": device.torch_version},
+        facts=device.facts(),
     )
     server = Server(
         listener,

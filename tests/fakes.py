@@ -105,6 +105,9 @@ class FakeDevice:
         fill(content.memory)
         return content
 
+    def as_weight(self, held: Any, weight: Weight) -> object:
+        return held
+
     def prepare(self, graph: Graph) -> Any:
         return graph
 

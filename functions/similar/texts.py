@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from tokenizers.implementations import BertWordPieceTokenizer
-
 from trunkline.errors import InvalidInput
 
 TOKENIZER = BertWordPieceTokenizer(str(Path(__file__).with_name("vocab.txt")), lowercase=True)

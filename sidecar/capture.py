@@ -1,0 +1,94 @@
+"""Capturing: torch.export on a publisher's model, and its many ways to fail put into one sentence.
+
+The captured graph is functional, and composite operators are whole. Part of the converter; must not import anything
+above layer 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch.export import ExportedProgram
+
+from sidecar.calls import BATCH, Call
+from sidecar.errors import UnsupportedModel
+
+# What model code and torch's tracing of it can raise; torch's own errors derive from RuntimeError.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
+_OWN_FOLDERS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+
+# Operators that are taken apart although torch could keep them: an equation in a string has no form in a bundle.
+_TAKEN_APART = (torch.ops.aten.einsum.default,)
+
+
+def capture(call: Call) -> ExportedProgram:
+    """Return the functional graph of a call. Raises UnsupportedModel naming line and module where torch knows them."""
+    args, kwargs = call.arguments(call.examples)
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(call.module, args, kwargs, dynamic_shapes=call.dynamic_shapes(), strict=False)
+            known = torch.export.default_decompositions()
+            functional: ExportedProgram = program.run_decompositions({target: known[target] for target in _TAKEN_APART})
+            return functional
+    except FAILURES as error:
+        raise UnsupportedModel(explain(error, call), **_place(error, call.module)) from error
+
+
+def explain(error: Exception, call: Call) -> str:
+    """Return one sentence about why a model could not be captured."""
+    text = str(error)
+    line = next((line.strip(" -") for line in text.splitlines() if line.strip()), type(error).__name__)
+    place = _place(error, call.module)
+    where = f" at {place['line']} in self{place['module'] and '.' + place['module']}" if place else ""
+    if "data-dependent" in text or "data dependent" in text:
+        return f"the model's control flow depends on the values of tensors{where}: {line[:200]}"
+    for name in call.symbols:
+        if "onstraints violated" in text and name in text:
+            detail = next((part.strip(" -") for part in text.splitlines() if part.lstrip().startswith("- ")), line)
+            advice = (
+                "convert with batch=False to fix the batch size" if name == BATCH else "leave it out of dynamic_axes"
+            )
+            axes = ", ".join(
+                f"axis {axis} of {tensor}"
+                for tensor, table in call.axes.items()
+                for axis, symbol in table.items()
+                if symbol == name
+            )
+            return f"{name} ({axes}) cannot vary, the model fixes it; {advice}. torch says: {detail[:200]}"
+    return f"torch cannot capture the model{where}: {type(error).__name__}: {line[:300]}"
+
+
+def _place(error: Exception, module: torch.nn.Module) -> dict[str, str]:
+    """Return the innermost line of the model's own code on an error's way, and the module that was running there."""
+    names = {id(member): name for name, member in module.named_modules()}
+    found: dict[str, str] = {}
+    running = ""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        running = names.get(id(frame.f_locals.get("self")), running)
+        file = frame.f_code.co_filename
+        if not file.startswith((*_OWN_FOLDERS, "<")):
+            found = {"line": f"{file}:{trace.tb_lineno}", "module": running}
+        trace = trace.tb_next
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's tracing from talking to the publisher about its own internals."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

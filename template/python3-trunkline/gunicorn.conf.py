@@ -1,0 +1,35 @@
+"""How gunicorn serves a function. Every value can be set by an environment variable of stack.yml."""
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+
+def _is_behind_watchdog() -> bool:
+    # PORT is the watchdog's to listen on then, and this server's address is the one the watchdog forwards to.
+    try:
+        return Path(f"/proc/{os.getppid()}/comm").read_text().strip() == "fwatchdog"
+    except OSError:
+        return False
+
+
+if os.environ.get("PORT") and not _is_behind_watchdog():
+    bind = f"{os.environ.get('bind_address', '0.0.0.0')}:{os.environ['PORT']}"
+else:
+    bind = urlsplit(os.environ.get("upstream_url", "http://127.0.0.1:5000")).netloc
+
+workers = int(os.environ.get("workers", "1"))
+threads = int(os.environ.get("threads", "4"))
+worker_class = "gthread"
+# What the handler needs is imported once, before the fork, and shared by all workers.
+preload_app = True
+keepalive = 75
+# A request may take as long as the watchdog allows; the watchdog, not gunicorn, ends those that take longer.
+timeout = 0
+graceful_timeout = 30
+loglevel = os.environ.get("gunicorn_log_level", "warning")
+accesslog = None
+# Nothing may be written below a read-only root.
+control_socket_disable = True
+if os.access("/dev/shm", os.W_OK):
+    worker_tmp_dir = "/dev/shm"
