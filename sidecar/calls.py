@@ -17,6 +17,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from sidecar.errors import ExportError, UnsupportedModel
+from sidecar.graphfile import SYMBOL
 from sidecar.ir import Symbol
 from sidecar.sources import DynamicAxes
 
@@ -97,10 +98,13 @@ def example_call(
 ) -> Call:
     """Return the call of a module on example inputs, whose rows are repeated so that no varying axis is 1.
 
-    torch takes a size of 0 or 1 in an example for a constant. Raises ExportError or UnsupportedModel, naming the input.
+    torch takes a size of 0 or 1 in an example for a constant. A mapping whose names are not those of the module's
+    parameters names the inputs in the module's order. Raises ExportError or UnsupportedModel, naming the input.
     """
-    by_name = isinstance(inputs, Mapping)
-    names = tuple(inputs) if isinstance(inputs, Mapping) else _positional_names(module, len(inputs))
+    by_name = isinstance(inputs, Mapping) and _takes_by_name(module, inputs)
+    names = _positional_names(module, len(inputs))
+    if isinstance(inputs, Mapping):
+        names = tuple(inputs)
     tensors = tuple(inputs.values()) if isinstance(inputs, Mapping) else tuple(inputs)
     if not tensors:
         raise ExportError("the model needs at least one example input")
@@ -127,6 +131,14 @@ def example_call(
     return call
 
 
+def _takes_by_name(module: torch.nn.Module, inputs: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(module.forward).bind(**inputs)
+    except TypeError:
+        return False
+    return True
+
+
 def _positional_names(module: torch.nn.Module, count: int) -> tuple[str, ...]:
     names: list[str] = []
     for parameter in inspect.signature(module.forward).parameters.values():
@@ -149,11 +161,13 @@ def _tables(
     wanted: dict[str, dict[int, tuple[str, int, int]]] = {name: {} for name in names}
     for name, table in dynamic_axes.items():
         wanted[name].update(table)
+    firsts = (table[0] for table in wanted.values() if 0 in table)
+    batch_entry = next((entry for entry in firsts if entry[0] == BATCH), (BATCH, 1, max_batch))
     for name, tensor in zip(names, tensors, strict=True):
         if batch:
             if tensor.dim() == 0:
                 raise UnsupportedModel(f"input {name!r} has no axes, so no batch; convert with batch=False", input=name)
-            wanted[name].setdefault(0, (BATCH, 1, max_batch))
+            wanted[name].setdefault(0, batch_entry)
             if wanted[name][0][0] != BATCH:
                 raise UnsupportedModel(
                     f"axis 0 of input {name!r} is {wanted[name][0][0]!r}, not the batch; convert with batch=False",
@@ -162,11 +176,17 @@ def _tables(
         for axis in wanted[name]:
             if not 0 <= axis < tensor.dim():
                 raise ExportError(f"input {name!r} has {tensor.dim()} axes, no axis {axis}", input=name)
-    symbols: dict[str, Symbol] = {}
+    symbols = {BATCH: Symbol(*batch_entry)} if batch else {}  # the batch comes first
     for name, table in wanted.items():
         for axis, (symbol, low, high) in table.items():
-            if not 1 <= low <= high:
-                raise ExportError(f"axis {axis} of input {name!r} cannot be {low}..{high}", input=name)
+            if not SYMBOL.fullmatch(symbol):
+                raise ExportError(f"symbol {symbol[:40]!r} does not match {SYMBOL.pattern}")
+            if not 1 <= low <= high or high < 2:
+                raise ExportError(
+                    f"axis {axis} of input {name!r} is to be {low}..{high}; an axis that varies needs a smallest size of "
+                    "1 or more and a largest of 2 or more",
+                    input=name,
+                )
             if symbols.setdefault(symbol, Symbol(symbol, low, high)) != Symbol(symbol, low, high):
                 raise ExportError(f"symbol {symbol!r} is given two ranges", symbol=symbol)
     return symbols, {name: {axis: entry[0] for axis, entry in table.items()} for name, table in wanted.items()}
@@ -194,7 +214,8 @@ def _check_equal_sizes(call: Call) -> None:
                 )
             if size > call.symbols[symbol].maximum:
                 raise ExportError(
-                    f"axis {axis} of example input {name!r} is {size}, its largest size is {call.symbols[symbol].maximum}",
+                    f"axis {axis} of example input {name!r} is {size}, its symbol {symbol} goes up to "
+                    f"{call.symbols[symbol].maximum}",
                     input=name,
                 )
 
@@ -203,14 +224,14 @@ def _described(value: object) -> str:
     return f"a {value.layout} tensor on {value.device}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-# --- outputs ------------------------------------------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------------------------------------
 
 
 def output_names_of(answer: Any, given: Iterable[str] | None) -> list[str | None]:
     """Return a name per leaf of a model's answer, None for a leaf that is None.
 
-    Without ``given``, one tensor is called ``output``, members of a mapping or dataclass go by their names, members of a
-    tuple are numbered. Raises UnsupportedModel for an answer that holds something other than tensors.
+    Without ``given``, one tensor is called ``output``, members of a mapping or dataclass go by their names, members of
+    a tuple are numbered. Raises UnsupportedModel for an answer that holds something other than tensors.
     """
     leaves, _ = pytree.tree_flatten_with_path(answer)
     names: list[str | None] = []

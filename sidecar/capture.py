@@ -38,31 +38,36 @@ def capture(call: Call) -> ExportedProgram:
             functional: ExportedProgram = program.run_decompositions({target: known[target] for target in _TAKEN_APART})
             return functional
     except FAILURES as error:
-        raise UnsupportedModel(explain(error, call), **_place(error, call.module)) from error
+        raise UnsupportedModel(_explain(error, call), **_place(error, call.module)) from error
 
 
-def explain(error: Exception, call: Call) -> str:
-    """Return one sentence about why a model could not be captured."""
-    text = str(error)
-    line = next((line.strip(" -") for line in text.splitlines() if line.strip()), type(error).__name__)
+def describe(error: Exception, call: Call) -> str:
+    """Return an error's class, its first line, and the place in the model's own code where it came up."""
+    line = next((line.strip(" -") for line in str(error).splitlines() if line.strip()), "")
     place = _place(error, call.module)
     where = f" at {place['line']} in self{place['module'] and '.' + place['module']}" if place else ""
+    return f"{type(error).__name__}{where}: {line[:300]}"
+
+
+def _explain(error: Exception, call: Call) -> str:
+    text = str(error)
     if "data-dependent" in text or "data dependent" in text:
-        return f"the model's control flow depends on the values of tensors{where}: {line[:200]}"
-    for name in call.symbols:
-        if "onstraints violated" in text and name in text:
-            detail = next((part.strip(" -") for part in text.splitlines() if part.lstrip().startswith("- ")), line)
-            advice = (
-                "convert with batch=False to fix the batch size" if name == BATCH else "leave it out of dynamic_axes"
-            )
-            axes = ", ".join(
-                f"axis {axis} of {tensor}"
-                for tensor, table in call.axes.items()
-                for axis, symbol in table.items()
-                if symbol == name
-            )
-            return f"{name} ({axes}) cannot vary, the model fixes it; {advice}. torch says: {detail[:200]}"
-    return f"torch cannot capture the model{where}: {type(error).__name__}: {line[:300]}"
+        return f"the model's control flow depends on the values of tensors: {describe(error, call)}"
+    fixed = next((name for name in call.symbols if "onstraints violated" in text and name in text), None)
+    if fixed is None:
+        return f"torch cannot capture the model: {describe(error, call)}"
+    axes = [
+        f"axis {axis} of {tensor}"
+        for tensor, table in call.axes.items()
+        for axis, symbol in table.items()
+        if symbol == fixed
+    ]
+    reasons = (line.strip(" -") for line in text.splitlines() if line.lstrip().startswith("- "))
+    advice = "convert with batch=False to fix the batch size" if fixed == BATCH else "leave it out of dynamic_axes"
+    return (
+        f"{fixed} ({', '.join(axes)}) cannot vary because the model fixes it; {advice}. "
+        f"torch says: {next(reasons, text)[:200]}"
+    )
 
 
 def _place(error: Exception, module: torch.nn.Module) -> dict[str, str]:

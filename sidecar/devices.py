@@ -17,7 +17,8 @@ from trunkline.errors import DeviceFault
 
 from sidecar.errors import ConfigError
 from sidecar.ir import Graph, Weight
-from sidecar.programs import Program, prepare
+from sidecar.prepare import prepare
+from sidecar.programs import Program
 
 _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
 

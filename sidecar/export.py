@@ -15,7 +15,7 @@ import torch
 
 from sidecar.bundle import Bundle, canonical_graph, graph_digest, manifest_bytes, parse_bundle
 from sidecar.calls import example_call, output_names_of
-from sidecar.capture import FAILURES, capture, explain
+from sidecar.capture import FAILURES, capture, describe
 from sidecar.errors import BundleError, ExportError, UnsupportedModel
 from sidecar.numerics import Report, compare, default_tolerance
 from sidecar.sources import DynamicAxes, Source, load_source
@@ -81,7 +81,7 @@ def convert(
     try:
         names = output_names_of(call.original(call.examples), output_names)
     except FAILURES as error:
-        raise UnsupportedModel(f"the model itself fails on its example inputs: {explain(error, call)}") from error
+        raise UnsupportedModel(f"the model itself fails on its example inputs: {describe(error, call)}") from error
     tell("capturing the graph", 0.1)
     program = capture(call)
     tell("translating the graph", 0.4)

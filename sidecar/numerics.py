@@ -13,7 +13,7 @@ import torch
 from trunkline.errors import TrunklineError
 
 from sidecar.calls import BATCH, Call, tensors_in
-from sidecar.capture import FAILURES
+from sidecar.capture import FAILURES, describe
 from sidecar.devices import open_device
 from sidecar.errors import NumericsMismatch, UnsupportedModel
 from sidecar.ir import Graph, model_bytes
@@ -93,9 +93,7 @@ def compare(
         try:
             expected = tensors_in(call.original(tuple(tensor.clone() for tensor in inputs)))
         except FAILURES as error:
-            raise UnsupportedModel(
-                f"the model itself fails at {_show(sizes)}: {type(error).__name__}: {str(error)[:200]}"
-            ) from error
+            raise UnsupportedModel(f"the model itself fails at {_show(sizes)}: {describe(error, call)}") from error
         try:
             found = program.run(weights, inputs)
         except TrunklineError as error:
@@ -150,8 +148,8 @@ def _difference(
     )
     if wanted.dtype != got.dtype or wanted.shape != got.shape or not agrees:
         raise NumericsMismatch(
-            f"output {name!r} at {_show(sizes)} is {got.dtype} {list(got.shape)}, declared {list(shape)}; the model's own "
-            f"is {wanted.dtype} {list(wanted.shape)}",
+            f"output {name!r} at {_show(sizes)} is {got.dtype} {list(got.shape)}, declared as {list(shape)}; the model's "
+            f"own is {wanted.dtype} {list(wanted.shape)}",
             output=name,
         )
     if torch.equal(wanted, got):

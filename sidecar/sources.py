@@ -47,8 +47,8 @@ def load_source(source: str) -> Source:
 
     ``module:callable`` or ``path/to/file.py:callable`` calls a function without arguments, which returns
     (module, example inputs), a mapping of ``Source`` fields, or a ``Source``; the current folder can be imported from.
-    A folder with ``config.json`` is a transformers model. A ``.pt2`` file is loaded by ``torch.export.load``, which runs
-    whatever code the file's author put into it. Raises ExportError.
+    A folder with ``config.json`` is a transformers model. A ``.pt2`` file is loaded by ``torch.export.load``, which
+    runs whatever code the file's author put into it. Raises ExportError.
     """
     if os.path.isdir(source):
         return _transformers(Path(source))
@@ -119,7 +119,7 @@ def _pt2(path: Path) -> Source:
     )
 
 
-# --- transformers -------------------------------------------------------------------------------------------------------
+# --- transformers -----------------------------------------------------------------------------------------------------
 
 # Which output of a transformers model is served: the first of these that it has.
 _PREFERRED_OUTPUTS = ("logits", "last_hidden_state")

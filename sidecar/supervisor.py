@@ -198,11 +198,11 @@ class Supervisor:
 
     def _start_engine(self, listener: socket.socket, token: bytes) -> None:
         self._engine_started_s = time.monotonic()
+        self._generation += 1
         parent = os.getpid()
         pid = os.fork()
         if pid:
             self._engine_pid = pid
-            self._generation += 1
             return
         status = 1
         try:

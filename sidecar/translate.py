@@ -1,18 +1,14 @@
-"""Translation of an exported, functional torch graph into the bundle's own graph.
+"""Translation of a captured, functional torch graph into the bundle's own graph.
 
-What does not reach an output is left behind, which takes care of assertions and unused weights. What only moves
-memory or restates a device is dropped. Operators that a decomposition took apart are put together again where the
-parts are slower or fixed to one kind of device. Everything else is carried over as it is, or refused by name and place.
-Must not import anything above layer 2.
+What does not reach an output is left behind, which takes care of assertions and unused weights. Everything else is
+carried over as it is, rewritten (see ``sidecar.rewrites``), or refused by name and place.
+Part of the converter. Must not import anything above layer 2.
 """
 
 from __future__ import annotations
 
-import operator
-import os
-import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -28,56 +24,15 @@ from trunkline.signature import UNKNOWN_AXIS
 
 from sidecar import operators
 from sidecar.calls import Call
-from sidecar.errors import UnsupportedModel, UnsupportedOperator
+from sidecar.errors import BundleError, UnsupportedModel, UnsupportedOperator
+from sidecar.fxgraph import Place, dtype_name, live_nodes, operand, operator_name, place_of
 from sidecar.ir import ITEM_BYTES, Argument, Dtype, Enum, Graph, Node, Value, Weight
-
-_SYMBOLIC: dict[object, str] = {
-    operator.add: "sym.add",
-    operator.sub: "sym.sub",
-    operator.mul: "sym.mul",
-    operator.floordiv: "sym.floordiv",
-    operator.mod: "sym.mod",
-    operator.neg: "sym.neg",
-    torch.sym_max: "sym.max",
-    torch.sym_min: "sym.min",
-}
+from sidecar.rewrites import REWRITES
 
 # These say where and how a tensor lies in memory, or how it gets there. That is the engine's business.
 _PLACEMENT = frozenset(("device", "layout", "memory_format", "pin_memory", "non_blocking"))
 
-_FRAME = re.compile(r'File "(.+?)", line (\d+)')
-_TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 _MAX_REPORTED = 5
-_WHOLE_SLICE_END = (1 << 63) - 1
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in the publisher's sources a node comes from; empty strings and 0 where torch did not say."""
-
-    file: str
-    line: int
-    module: str
-
-    def __str__(self) -> str:
-        source = f"{self.file}:{self.line} " if self.file else ""
-        return f"{source}self.{self.module}".rstrip(".")
-
-    def short(self) -> str:
-        """Return the place without folders, so that a bundle does not depend on where the sources lay."""
-        short = Place(os.path.basename(self.file), self.line, self.module)
-        text = "".join(character if character.isprintable() else "?" for character in str(short))
-        return text[-200:]
-
-
-def place_of(node: FxNode) -> Place:
-    """Return the line of the model's own code a node was made by, and the module that was running."""
-    frames = [(file, int(line)) for file, line in _FRAME.findall(node.meta.get("stack_trace") or "")]
-    frames = [frame for frame in frames if not frame[0].startswith("torch/")]  # made by torch's own passes
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH_FOLDER)]
-    file, line = (own or frames or [("", 0)])[-1]
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return Place(file, line, str(stack[-1][0]) if stack and stack[-1][0] != stack[-1][1] else "")
 
 
 @dataclass
@@ -107,6 +62,7 @@ class _Translation:
     weight_list: list[Weight] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     names: dict[object, str] = field(default_factory=dict)  # torch's symbol -> ours
+    reasons: dict[FxNode, str] = field(default_factory=dict)  # why a node was refused, where its name does not tell
 
     def run(self, output_names: list[str | None]) -> Translated:
         self._refuse_mutation()
@@ -116,16 +72,16 @@ class _Translation:
         for name, result in wanted:
             if not isinstance(result, FxNode) or not isinstance(result.meta.get("val"), torch.Tensor):
                 raise UnsupportedModel(f"output {name!r} is no tensor but {str(result)[:40]}; return tensors only")
-        live = _live(nodes, [result for _, result in wanted])
+        live = live_nodes(nodes, [result for _, result in wanted])
         inputs = self._take_placeholders([node for node in nodes if node.op == "placeholder"], live)
         problems: list[tuple[str, Place, str]] = []
         for node in nodes:
             if node not in live or node in self.found or node.op == "output":
                 continue
-            name = _operator_name(node)
+            name = operator_name(node)
             if node.op == "call_function" and self._carry(name, node, live):
                 continue
-            problems.append((name, place_of(node), _reason(name, node)))
+            problems.append((name, place_of(node), self.reasons.get(node) or _reason(name)))
             self.found[node] = None  # go on, so that one run names everything that is in the way
         if problems:
             _refuse(problems)
@@ -184,7 +140,7 @@ class _Translation:
         return list(named.context) if self.call.by_name else list(self.call.names)
 
     def _weight(self, target: str, tensor: Any) -> Value:
-        dtype = _dtype_name(tensor.dtype)
+        dtype = dtype_name(tensor.dtype)
         if dtype not in ITEM_BYTES or tensor.layout != torch.strided or tensor.is_quantized:
             raise UnsupportedModel(
                 f"weight self.{target} has dtype {dtype} and layout {tensor.layout}; bundles hold dense tensors of "
@@ -211,7 +167,7 @@ class _Translation:
             if symbol is None:
                 shape.append(int(size))
                 continue
-            expression = size.node.expr if isinstance(size, torch.SymInt) else size
+            expression = _expression(size)
             if not getattr(expression, "is_Symbol", False) or self.names.setdefault(expression, symbol) != symbol:
                 raise UnsupportedModel(
                     f"axis {axis} of input {name!r} cannot vary freely: the model fixes it to {expression}",
@@ -224,13 +180,13 @@ class _Translation:
 
     def _output_spec(self, name: str, fake: torch.Tensor) -> TensorSpec:
         shape = tuple(
-            size if isinstance(size, int) else self.names.get(size.node.expr, UNKNOWN_AXIS) for size in fake.shape
+            int(size) if type(size) is int else self.names.get(_expression(size), UNKNOWN_AXIS) for size in fake.shape
         )
         return TensorSpec(name, self._wire_dtype("output", name, fake.dtype), shape)
 
     @staticmethod
     def _wire_dtype(kind: str, name: str, dtype: torch.dtype) -> str:
-        text = _dtype_name(dtype)
+        text = dtype_name(dtype)
         if text not in WIRE_DTYPES:
             raise UnsupportedModel(
                 f"{kind} {name!r} has dtype {text}, which cannot travel; convert it inside the model to one of "
@@ -247,12 +203,12 @@ class _Translation:
 
     def _carry(self, name: str, node: FxNode, live: set[FxNode]) -> bool:
         """Translate one call; return whether it could be."""
-        rewrite = _REWRITES.get(name)
+        rewrite = REWRITES.get(name)
         if rewrite is not None:
             rewrite(self, node, live)
             return node in self.found
         if name == "getitem":
-            parent, item = self.found[_fx(node.args[0])], node.args[1]
+            parent, item = self.found[operand(node.args[0])], node.args[1]
             if parent is None:
                 self.found[node] = None  # the parent was refused and is reported
             else:
@@ -266,174 +222,57 @@ class _Translation:
     def emit(self, node: FxNode, name: str, args: Any, kwargs: Mapping[str, Any] | None = None) -> bool:
         """Add a node of the bundle's graph that stands for ``node``; return whether it has a form there."""
         try:
-            self.nodes.append(
-                Node(
-                    op=name,
-                    args=tuple(self._argument(argument) for argument in args),
-                    kwargs=tuple(
-                        (key, self._argument(argument))
-                        for key, argument in sorted((kwargs or {}).items())
-                        if key not in _PLACEMENT
-                    ),
-                    origin=place_of(node).short(),
-                )
+            made = Node(
+                op=name,
+                args=tuple(self._argument(argument) for argument in args),
+                kwargs=tuple(
+                    (key, self._argument(argument))
+                    for key, argument in sorted((kwargs or {}).items())
+                    if key not in _PLACEMENT
+                ),
+                origin=place_of(node).short(),
             )
-        except _Inexpressible:
+            operators.check_node(made, len(self.nodes))
+        except _Inexpressible as error:
+            self.reasons[node] = f"argument {str(error)[:80]} has no form in a bundle"
             return False
-        if free_unbacked_symbols(node.meta.get("val")):
+        except BundleError:
+            self.reasons[node] = "with these arguments its result is random or it changes state"
             return False
+        sizes = free_unbacked_symbols(node.meta.get("val"))
+        if sizes.difference(*(free_unbacked_symbols(source.meta.get("val")) for source in node.all_input_nodes)):
+            self.reasons[node] = "its result, or the size of its result, depends on the values of tensors"
+            return False
+        self.nodes.append(made)
         self.found[node] = Value("node", len(self.nodes) - 1)
         return True
 
     def _argument(self, argument: Any) -> Argument:
-        match argument:
-            case FxNode():
-                return self.found[argument]
-            case torch.dtype():
-                if _dtype_name(argument) not in ITEM_BYTES:
-                    raise _Inexpressible
-                return Dtype(_dtype_name(argument))
-            case str():
-                if argument not in operators.ENUMS:
-                    raise _Inexpressible
-                return Enum(argument)
-            case list() | tuple():
-                return tuple(self._argument(member) for member in argument)
-            case None | bool() | int() | float():
-                return argument
-            case _:
-                raise _Inexpressible
+        if isinstance(argument, FxNode):
+            return self.found[argument]
+        if isinstance(argument, torch.dtype) and dtype_name(argument) in ITEM_BYTES:
+            return Dtype(dtype_name(argument))
+        if isinstance(argument, str) and argument in operators.ENUMS:
+            return Enum(argument)
+        if isinstance(argument, (list, tuple)):
+            return tuple(self._argument(member) for member in argument)
+        if argument is None or isinstance(argument, (bool, int, float)):
+            return argument
+        raise _Inexpressible(str(argument))
 
 
-class _Inexpressible(Exception):
+class _Inexpressible(ValueError):
     """An argument has no form in a bundle."""
 
 
-# --- rewrites: what is dropped or put together again ----------------------------------------------------------------------
-
-
-def _same(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
-    """Drop an operator that only gives its first argument another name or other memory."""
-    translation.found[node] = translation.found[_fx(node.args[0])]
-
-
-def _reshape(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
-    """A view was legal for the strides the operators of one device produce; a reshape is legal for all."""
-    translation.emit(node, "aten.reshape.default", node.args)
-
-
-def _clone(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
-    """In a functional graph a copy matters for nothing but the order of elements in memory."""
-    source = _fx(node.args[0])
-    if node.kwargs.get("memory_format") is torch.contiguous_format:
-        translation.emit(node, "aten.contiguous.default", (source,))
-    elif source.meta["val"].is_contiguous():
-        _same(translation, node, live)
-    else:
-        translation.emit(node, "aten.clone.default", (source,))
-
-
-def _to_copy(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
-    source = _fx(node.args[0])
-    dtype = node.kwargs.get("dtype")
-    if dtype is None or dtype == source.meta["val"].dtype:
-        _same(translation, node, live)
-    else:
-        translation.emit(node, "aten._to_copy.default", (source,), {"dtype": dtype})
-
-
-def _slice(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
-    _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-    if start in (None, 0) and end in (None, _WHOLE_SLICE_END) and step == 1:
-        _same(translation, node, live)
-    else:
-        translation.emit(node, "aten.slice.Tensor", node.args)
-
-
-def _permute(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
-    order: Any = node.args[1]
-    if list(order) == list(range(len(order))):
-        _same(translation, node, live)
-    else:
-        translation.emit(node, "aten.permute.default", node.args)
-
-
-def _batch_norm(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
-    """Put a batch norm together again; its decomposed form makes two more results that inference does not use."""
-    first = _only_result(node, live)
-    if first is None:
-        translation.emit(node, _operator_name(node), node.args)
-        return
-    source, weight, bias, mean, variance, momentum, epsilon = node.args
-    arguments = (source, weight, bias, mean, variance, False, momentum, epsilon, True)
-    if translation.emit(node, "aten.batch_norm.default", arguments):
-        translation.found[first] = translation.found[node]
-
-
-def _max_pool(translation: _Translation, node: FxNode, live: set[FxNode]) -> None:
-    """Drop the indices of a maximum pool that only training uses."""
-    first = _only_result(node, live)
-    name = _operator_name(node)
-    if first is None:
-        translation.emit(node, name, node.args)
-    elif translation.emit(node, name.replace("_with_indices", ""), node.args):
-        translation.found[first] = translation.found[node]
-
-
-_REWRITES: dict[str, Callable[[_Translation, FxNode, set[FxNode]], None]] = {
-    "aten.alias.default": _same,
-    "aten.detach.default": _same,
-    "aten.lift_fresh_copy.default": _same,
-    "aten.view.default": _reshape,
-    "aten._unsafe_view.default": _reshape,
-    "aten.clone.default": _clone,
-    "aten._to_copy.default": _to_copy,
-    "aten.slice.Tensor": _slice,
-    "aten.permute.default": _permute,
-    "aten._native_batch_norm_legit_no_training.default": _batch_norm,
-    "aten.max_pool2d_with_indices.default": _max_pool,
-    "aten.max_pool3d_with_indices.default": _max_pool,
-}
-
-
-def _only_result(node: FxNode, live: set[FxNode]) -> FxNode | None:
-    """Return the node that takes result 0, when that is the only live result."""
-    users = [user for user in node.users if user in live]
-    return users[0] if len(users) == 1 and users[0].args[1:] == (0,) else None
-
-
-# --- torch's graph ------------------------------------------------------------------------------------------------------
+def _expression(size: Any) -> Any:
+    """Return the symbolic expression of a captured size, or the integer it is fixed to."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def weight_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _fx(argument: object) -> FxNode:
-    assert isinstance(argument, FxNode), "the operand of an operator is a node"
-    return argument
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _operator_name(node: FxNode) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return f"{target.namespace}.{target.__name__}"
-    if target is operator.getitem:
-        return "getitem"
-    return _SYMBOLIC.get(target, getattr(target, "__name__", str(target)))
-
-
-def _live(nodes: list[FxNode], results: list[FxNode]) -> set[FxNode]:
-    live = set(results)
-    for node in reversed(nodes):
-        if node in live:
-            live.update(node.all_input_nodes)
-    return live
 
 
 def _refuse(problems: list[tuple[str, Place, str]]) -> None:
@@ -448,15 +287,15 @@ def _refuse(problems: list[tuple[str, Place, str]]) -> None:
     )
 
 
-def _reason(name: str, node: FxNode) -> str:
-    if free_unbacked_symbols(node.meta.get("val")):
-        return "its result, or the size of its result, depends on the values of tensors"
-    return next((reason for words, reason in _REASONS if any(word in name for word in words)), "")
+def _reason(name: str) -> str:
+    base = name.split(".")[1] if name.count(".") == 2 else name
+    return next((reason for words, reason in _REASONS if any(word in base for word in words)), "")
 
 
 _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("rand", "dropout", "bernoulli", "normal", "multinomial"), "its result is random"),
+    (("rand", "dropout", "bernoulli", "normal_functional", "multinomial"), "its result is random"),
     (("item", "local_scalar"), "it reads a value out of a tensor"),
+    (("nonzero", "unique", "masked_select"), "the size of its result depends on the values of tensors"),
     (("empty",), "its result is uninitialised memory"),
     (("as_strided",), "it looks beyond a tensor"),
     (("cond", "while_loop", "scan", "map_impl"), "control flow that depends on values"),

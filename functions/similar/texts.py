@@ -10,6 +10,8 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from trunkline.errors import InvalidInput
 
 TOKENIZER = BertWordPieceTokenizer(str(Path(__file__).with_name("vocab.txt")), lowercase=True)
+# A megabyte of text takes 300 MB while it is split into tokens, and a function has a memory limit.
+MAX_CHARACTERS_PER_TOKEN = 64
 
 
 def read_json(body):
@@ -40,21 +42,27 @@ def token_ids(texts, maximum):
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise InvalidInput(f"text {number} is of type {type(text).__name__}, not a string", text=number)
+        _refuse_above(maximum * MAX_CHARACTERS_PER_TOKEN, len(text), "characters", number)
         try:
-            row = TOKENIZER.encode(text).ids
+            text.encode()
         except UnicodeEncodeError as error:
             raise InvalidInput(f"text {number} is not valid Unicode at character {error.start}", text=number) from error
+        row = TOKENIZER.encode(text).ids
         if len(row) <= 2:
             raise InvalidInput(f"text {number} of {len(text)} characters has no word in it", text=number)
-        if len(row) > maximum:
-            raise InvalidInput(
-                f"text {number} has {len(row)} tokens, the model takes at most {maximum}",
-                text=number,
-                tokens=len(row),
-                maximum=maximum,
-            )
+        _refuse_above(maximum, len(row), "tokens", number)
         rows.append(row)
     return rows
+
+
+def _refuse_above(maximum, count, what, number):
+    if count > maximum:
+        raise InvalidInput(
+            f"text {number} has {count} {what}, the model takes at most {maximum}",
+            text=number,
+            count=count,
+            maximum=maximum,
+        )
 
 
 def run(model, texts):

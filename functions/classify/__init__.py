@@ -1,0 +1,1 @@
+"""The function classify: OpenFaaS imports this folder as the package `function`."""

@@ -1,0 +1,1 @@
+"""The function embed: OpenFaaS imports this folder as the package `function`."""

@@ -1,0 +1,1 @@
+"""The function route: OpenFaaS imports this folder as the package `function`."""

@@ -1,0 +1,1 @@
+"""The function similar: OpenFaaS imports this folder as the package `function`."""

@@ -1,0 +1,210 @@
+"""Sidecar, functions and gateway of one stack, started together, stopped together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import requests
+from trunkline.errors import SidecarUnavailable, TrunklineError
+
+from sidecar.admin_client import AdminClient
+from sidecar.errors import ConfigError
+from sidecar.local.environment import ensure_environment
+from sidecar.local.processes import Kept, descendants, to_stderr
+from sidecar.local.stack import find_template, lay_out, read_stack
+
+READY_PATH = "/_/trunkline/ready"
+_STATE = Path(".trunkline")
+_START_S = 60.0
+_PROBE_S = 0.05
+# Where a socket's path may have at most 107 characters, the project's own folder can be too deep.
+_LONGEST_RUN_DIR = 70
+
+
+class LocalStack:
+    """A running stack. A context manager; ``url`` is the gateway's, ``admin`` the sidecar's admin address.
+
+    Everything that is made (environments, build contexts, sockets, the store) lies in ``.trunkline`` beside the stack file.
+    """
+
+    def __init__(
+        self,
+        stack: Path,
+        *,
+        functions: list[str] | None = None,
+        gateway_port: int = 0,
+        settings: Mapping[str, str] | None = None,
+        write: Callable[[str], None] = to_stderr,
+    ) -> None:
+        """Start sidecar, functions and gateway of ``stack``; ``settings`` are TRUNKLINE_ settings of the sidecar.
+
+        Returns when every process listens; functions are ready only when their models are there. Raises ConfigError.
+        """
+        self._write = write
+        self._kept: list[Kept] = []
+        state = stack.resolve().parent / _STATE
+        state.mkdir(exist_ok=True)
+        self._scratch = None
+        run_dir = state / "run"
+        if len(str(run_dir)) > _LONGEST_RUN_DIR:
+            self._scratch = tempfile.TemporaryDirectory(prefix="trunkline-")
+            run_dir = Path(self._scratch.name)
+        self.admin = f"unix:{run_dir}/admin.sock"
+        self.socket = run_dir / "public" / "trunkline.sock"
+        self.ports: dict[str, int] = {}
+        try:
+            self._start(stack, state, run_dir, functions, gateway_port, settings or {})
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(
+        self,
+        stack: Path,
+        state: Path,
+        run_dir: Path,
+        only: list[str] | None,
+        gateway_port: int,
+        settings: Mapping[str, str],
+    ) -> None:
+        functions = read_stack(stack, only)
+        template = find_template(stack)
+        contexts = {function.name: lay_out(function, template, state / "build") for function in functions}
+        interpreters = {
+            name: ensure_environment(
+                [template / "requirements.txt", context / "function" / "requirements.txt"], state / "envs", self._write
+            )
+            for name, context in contexts.items()
+        }
+        chosen = {
+            "TRUNKLINE_RUN_DIR": str(run_dir),
+            "TRUNKLINE_STORE_DIR": str(state / "store"),
+            "TRUNKLINE_ADMIN_PORT": "0",
+            **settings,
+        }
+        self._keep("sidecar", [sys.executable, "-m", "sidecar", "serve"], os.environ | chosen, stack.resolve().parent)
+        self._await("the sidecar", lambda: bool(AdminClient(self.admin).get("status")))
+        for function in functions:
+            self.ports[function.name] = _free_port()
+            self._keep(
+                function.name,
+                [str(interpreters[function.name]), "index.py"],
+                _function_environment(function.environment, self.ports[function.name], self.socket),
+                contexts[function.name],
+            )
+        upstreams = {name: f"http://127.0.0.1:{port}" for name, port in self.ports.items()}
+        port = gateway_port or _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        gateway = {"GATEWAY_BIND": f"127.0.0.1:{port}", "GATEWAY_UPSTREAMS": json.dumps(upstreams)}
+        self._keep(
+            "gateway", [sys.executable, "-m", "sidecar.local.gateway"], os.environ | gateway, stack.resolve().parent
+        )
+        for name, upstream in upstreams.items():
+            self._await(name, lambda upstream=upstream: _listens(f"{upstream}{READY_PATH}"))  # type: ignore[misc]
+        self._await("the gateway", lambda: _listens(f"{self.url}/healthz"))
+
+    def _keep(self, name: str, command: list[str], environment: Mapping[str, str], folder: Path) -> None:
+        self._kept.append(Kept(name, command, environment=environment, folder=folder, write=self._write))
+
+    def _await(self, what: str, answers: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            try:
+                if answers():
+                    return
+            except TrunklineError:
+                pass
+            time.sleep(_PROBE_S)
+        raise SidecarUnavailable(f"{what} did not start within {_START_S:.0f} s; its output tells why")
+
+    def wait_ready(self, timeout_s: float = _START_S) -> None:
+        """Wait until every function has its models. Raises SidecarUnavailable with what the last one lacks."""
+        deadline = time.monotonic() + timeout_s
+        for name, port in self.ports.items():
+            while True:
+                answer = requests.get(f"http://127.0.0.1:{port}{READY_PATH}", timeout=10)
+                if answer.status_code == 200:
+                    break
+                if time.monotonic() > deadline:
+                    raise SidecarUnavailable(f"{name} is not ready: {answer.json()['error']['message']}")
+                time.sleep(_PROBE_S)
+
+    def pids(self) -> dict[str, list[int]]:
+        """Return the processes of the sidecar, of each function and of the gateway, workers included."""
+        return {kept.name: descendants(kept.pid) for kept in self._kept if kept.alive}
+
+    def stop(self) -> None:
+        """Stop everything: the gateway first, the sidecar last, so that accepted requests are answered."""
+        for kept in reversed(self._kept):
+            kept.stop()
+        self._kept.clear()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def __enter__(self) -> LocalStack:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _function_environment(given: Mapping[str, str], port: int, sidecar_socket: Path) -> dict[str, str]:
+    """Return the environment of a function: little of this machine's, as in a container."""
+    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
+    return {
+        **kept,
+        "bind_address": "127.0.0.1",
+        "PORT": str(port),
+        "TRUNKLINE_SOCKET": str(sidecar_socket),
+        "PYTHONUNBUFFERED": "1",
+        # No gateway needs time to notice: stop at once.
+        "healthcheck_interval": "0s",
+        **given,
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _listens(url: str) -> bool:
+    try:
+        requests.get(url, timeout=2)
+    except requests.RequestException:
+        return False
+    return True
+
+
+def up(stack: Path, *, functions: list[str] | None = None, gateway_port: int = 8080) -> int:
+    """Run a stack until SIGINT or SIGTERM; return the exit code. Raises ConfigError."""
+    if not stack.is_file():
+        raise ConfigError(f"{stack} is not there; run this beside a stack.yml or name one")
+    told = threading.Event()
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        told.set()
+
+    signal.signal(signal.SIGTERM, tell)
+    signal.signal(signal.SIGINT, tell)
+    with LocalStack(stack, functions=functions, gateway_port=gateway_port) as running:
+        to_stderr(f"[up] functions at {running.url}/function/NAME, sidecar at {running.admin}")
+        for name in running.ports:
+            to_stderr(f"[up] {running.url}/function/{name}")
+        to_stderr(f"[up] push models with: trunkline --admin {running.admin} push DIR; Ctrl-C stops everything")
+        told.wait()
+        to_stderr("[up] stopping")
+    return 0

@@ -1,0 +1,210 @@
+"""Real processes that die: the engine, the supervisor, the HTTP server, a client. Nothing accepted is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sidecar.bundle import write_bundle
+from sidecar.export import convert
+from tests.sidecar_process import SidecarProcess, sidecar_process
+from trunkline import client, errors
+from trunkline.pool import Pool
+
+ENGINE_KILLS = 20
+
+
+class Scaled(torch.nn.Module):
+    """y = x * weight, small enough that its answers can be checked by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(8.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "scaled"
+    packed = convert(Scaled(), (torch.ones(2, 8),), name="scaled")
+    write_bundle(folder, packed.bundle, packed.blobs)
+    return folder
+
+
+@pytest.fixture
+def sidecar(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SidecarProcess]:
+    with sidecar_process(tmp_path) as running:
+        running.admin.push(bundle)
+        monkeypatch.setenv("TRUNKLINE_SOCKET", str(running.socket))
+        yield running
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+
+
+def eventually(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+class Load:
+    """Clients that call all the time and check every answer."""
+
+    def __init__(self, count: int = 4) -> None:
+        self.stopping = threading.Event()
+        self.answered = 0
+        self.wrong: list[object] = []
+        self.lost: list[BaseException] = []
+        self._pool = Pool()
+        self._threads = [threading.Thread(target=self._call, args=(seed,)) for seed in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def _call(self, seed: int) -> None:
+        model = client.Model("scaled", self._pool)
+        random = np.random.default_rng(seed)
+        expected = np.arange(8, dtype=np.float32)
+        while not self.stopping.is_set():
+            x = random.random((1 + seed, 8)).astype(np.float32)
+            try:
+                answer = model(x)
+            except errors.TrunklineError as error:
+                self.lost.append(error)
+                continue
+            if not np.array_equal(answer, x * expected):
+                self.wrong.append(answer)
+            self.answered += 1
+
+    def stop(self) -> None:
+        self.stopping.set()
+        for thread in self._threads:
+            thread.join(60)
+        self._pool.close()
+
+
+def test_a_killed_engine_loses_no_request(sidecar: SidecarProcess) -> None:
+    load = Load()
+    eventually(lambda: load.answered > 20, "no answers")
+    for _ in range(ENGINE_KILLS):
+        before = load.answered
+        pid = sidecar.await_engine()
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda pid=pid: sidecar.await_engine() != pid, "no new engine")
+        eventually(lambda before=before: load.answered > before + 4, "no answers after the kill")
+    load.stop()
+    assert not load.wrong
+    assert not load.lost
+    assert sidecar.admin.get("status")["engine"]["generation"] == ENGINE_KILLS + 1
+    assert sidecar.stop() == 0
+
+
+def test_a_restarted_sidecar_loses_no_request(sidecar: SidecarProcess) -> None:
+    load = Load(2)
+    eventually(lambda: load.answered > 5, "no answers")
+    for kill in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        before = load.answered
+        sidecar.process.send_signal(kill)
+        sidecar.process.wait(30)
+        sidecar.start()
+        eventually(lambda before=before: load.answered > before + 4, "no answers after the restart")
+    load.stop()
+    assert not load.wrong
+    assert not load.lost
+
+
+def test_sigterm_answers_what_was_accepted_and_leaves_nothing(sidecar: SidecarProcess) -> None:
+    model = client.Model("scaled", pool := Pool())
+    model(np.ones((1, 8), np.float32))
+    engine = sidecar.await_engine()
+    assert sidecar.stop() == 0
+    assert gone(engine)
+    assert not sidecar.socket.exists()
+    assert not (sidecar.run_dir / "admin.token").exists()
+    pool.close()
+
+
+def test_children_do_not_outlive_the_supervisor(sidecar: SidecarProcess) -> None:
+    engine = sidecar.await_engine()
+    children = [int(pid) for pid in Path(f"/proc/{sidecar.process.pid}/task/{sidecar.process.pid}/children").read_text().split()]
+    assert engine in children
+    assert len(children) == 2
+    sidecar.process.kill()
+    sidecar.process.wait()
+    eventually(lambda: all(gone(pid) for pid in children), "children live on")
+
+
+def test_a_killed_http_server_is_replaced_and_functions_do_not_notice(sidecar: SidecarProcess) -> None:
+    load = Load(1)
+    engine = sidecar.await_engine()
+    children = Path(f"/proc/{sidecar.process.pid}/task/{sidecar.process.pid}/children")
+    for _ in range(3):
+        http = [int(pid) for pid in children.read_text().split() if int(pid) != engine]
+        for pid in http:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda http=http: all(gone(pid) for pid in http), "it lives on")
+        assert sidecar.await_engine() == engine
+    load.stop()
+    assert load.answered
+    assert not load.lost
+
+
+def test_a_second_sidecar_in_one_place_is_refused(sidecar: SidecarProcess) -> None:
+    second = subprocess.run(sidecar.command(), capture_output=True, text=True, timeout=60, check=False, env=child_environment())
+    assert second.returncode == 1
+    assert "a sidecar is running in" in second.stderr
+    assert sidecar.await_engine()
+
+
+def child_environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_leftovers_of_a_killed_sidecar_do_not_hinder_the_next(sidecar: SidecarProcess) -> None:
+    sidecar.process.kill()
+    sidecar.process.wait()
+    assert sidecar.socket.exists()
+    sidecar.start()
+    assert client.Model("scaled", pool := Pool())(np.ones((1, 8), np.float32)).shape == (1, 8)
+    pool.close()
+
+
+def test_a_killed_client_leaves_nothing_in_the_sidecar(sidecar: SidecarProcess) -> None:
+    engine = sidecar.await_engine()
+    descriptors = lambda: len(os.listdir(f"/proc/{engine}/fd"))  # noqa: E731
+    before = descriptors()
+    code = "import numpy as np\nfrom trunkline import model\nm = model('scaled')\nprint('up', flush=True)\nwhile True: m(np.ones((1, 8), np.float32))"
+    for _ in range(5):
+        victim = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=child_environment())
+        assert victim.stdout is not None
+        victim.stdout.readline()
+        victim.kill()
+        victim.wait()
+        victim.stdout.close()
+    eventually(lambda: descriptors() <= before, "descriptors leaked")
+    assert sidecar.await_engine() == engine
+
+
+def test_admin_socket_and_token_are_not_for_everybody(sidecar: SidecarProcess) -> None:
+    assert sidecar.socket.stat().st_mode & 0o777 == 0o666
+    assert (sidecar.run_dir / "public").stat().st_mode & 0o777 == 0o755
+    assert (sidecar.run_dir / "admin.token").stat().st_mode & 0o777 == 0o600
+    assert (sidecar.run_dir / "admin.sock").stat().st_mode & 0o777 == 0o660

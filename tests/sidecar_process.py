@@ -1,0 +1,73 @@
+"""A real sidecar as a process of its own, for tests of what only real processes do: dying, restarting, draining."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sidecar.admin_client import AdminClient
+from trunkline.errors import TrunklineError
+
+ROOT = Path(__file__).parent.parent
+START_S = 60.0
+
+
+class SidecarProcess:
+    """A running `trunkline serve`."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.run_dir = folder / "run"
+        self.store_dir = folder / "store"
+        self.socket = self.run_dir / "public" / "trunkline.sock"
+        self.admin = AdminClient(f"unix:{self.run_dir}/admin.sock")
+        self.log = folder / "sidecar.log"
+        self._flags = flags
+        self.process = self.start()
+
+    def command(self) -> list[str]:
+        return [
+            *(sys.executable, "-m", "sidecar", "serve"),
+            *("--run-dir", str(self.run_dir), "--store-dir", str(self.store_dir)),
+            *("--admin-port", "0", "--device", "cpu", "--threads", "1"),
+            *self._flags,
+        ]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline"}
+            self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, env=environment)
+        self.await_engine()
+        return self.process
+
+    def await_engine(self) -> int:
+        """Return the pid of an engine that answers."""
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                return int(self.admin.get("status")["engine"]["pid"])
+            except TrunklineError:
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    raise AssertionError(f"the sidecar did not start:\n{self.log.read_text()}") from None
+                time.sleep(0.02)
+
+    def stop(self) -> int:
+        """Send SIGTERM and return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@contextlib.contextmanager
+def sidecar_process(folder: Path, *flags: str) -> Iterator[SidecarProcess]:
+    """Run a sidecar in ``folder`` while the block runs."""
+    running = SidecarProcess(folder, *flags)
+    try:
+        yield running
+    finally:
+        running.stop()
