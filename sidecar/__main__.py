@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -156,21 +157,22 @@ def status(ctx: click.Context, as_json: bool) -> None:
 
 
 def _print_models(models: list[dict[str, Any]]) -> None:
-    table = Table("model", "version", "state", "bytes", "own", "shared", "shared with", "pinned", "requests")
+    table = Table(box=SIMPLE, pad_edge=False)
+    for heading in ("model", "state", "bytes", "own", "shared", "requests"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("shared with")
     for entry in models:
         if entry["state"] == "corrupt":
-            table.add_row(entry["name"], "", f"[red]corrupt: {entry['error']['message']}[/]")
+            table.add_row(entry["name"], "[red]corrupt[/]", "", "", "", "", entry["error"]["message"])
             continue
         table.add_row(
             entry["name"],
-            entry["version"],
-            entry["state"],
+            entry["state"] + (", pinned" if entry["pinned"] else ""),
             size(entry["bytes"]),
             size(entry["unique_bytes"]),
             size(entry["shared_bytes"]),
-            ", ".join(entry["shared_with"]) or "-",
-            "yes" if entry["pinned"] else "-",
             str(entry["requests"]),
+            ", ".join(entry["shared_with"]) or "-",
         )
     console.print(table)
 

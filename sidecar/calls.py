@@ -19,9 +19,7 @@ from torch.utils import _pytree as pytree
 from sidecar.errors import ExportError, UnsupportedModel
 from sidecar.graphfile import SYMBOL
 from sidecar.ir import Symbol
-from sidecar.sources import DynamicAxes
-
-BATCH = "batch"
+from sidecar.sources import BATCH, DynamicAxes
 
 Bounds = Mapping[str, tuple[int, int]]
 
@@ -183,8 +181,8 @@ def _tables(
                 raise ExportError(f"symbol {symbol[:40]!r} does not match {SYMBOL.pattern}")
             if not 1 <= low <= high or high < 2:
                 raise ExportError(
-                    f"axis {axis} of input {name!r} is to be {low}..{high}; an axis that varies needs a smallest size of "
-                    "1 or more and a largest of 2 or more",
+                    f"axis {axis} of input {name!r} is to be {low}..{high}; an axis that varies needs a smallest size "
+                    "of 1 or more and a largest of 2 or more",
                     input=name,
                 )
             if symbols.setdefault(symbol, Symbol(symbol, low, high)) != Symbol(symbol, low, high):

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch.export import ExportedProgram
 
-from sidecar.calls import BATCH, Call
+from sidecar.calls import Call
 from sidecar.errors import UnsupportedModel
+from sidecar.sources import BATCH
 
 # What model code and torch's tracing of it can raise; torch's own errors derive from RuntimeError.
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)

@@ -7,6 +7,7 @@ is translated, read back by the strict reader, run as the engine would run it, a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,7 +70,8 @@ def convert(
     """
     tell = progress or (lambda stage, fraction: None)
     tell("trying the model on its example inputs", 0.0)
-    module.eval()
+    with contextlib.suppress(NotImplementedError):  # an exported program has the mode it was exported in
+        module.eval()
     call = example_call(
         module,
         example_inputs,

@@ -50,9 +50,8 @@ class Place:
 def place_of(node: FxNode) -> Place:
     """Return the line of the model's own code a node was made by, and the module that was running."""
     frames = [(file, int(line)) for file, line in _FRAME.findall(node.meta.get("stack_trace") or "")]
-    frames = [frame for frame in frames if not frame[0].startswith("torch/")]  # made by torch's own passes
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH_FOLDER)]
-    file, line = (own or frames or [("", 0)])[-1]
+    own = [frame for frame in frames if not frame[0].startswith((_TORCH_FOLDER, "torch/"))]
+    file, line = (own or [("", 0)])[-1]
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return Place(file, line, str(stack[-1][0]) if stack and stack[-1][0] != stack[-1][1] else "")
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from trunkline.errors import TrunklineError
 
-from sidecar.calls import BATCH, Call, tensors_in
+from sidecar.calls import Call, tensors_in
 from sidecar.capture import FAILURES, describe
 from sidecar.devices import open_device
 from sidecar.errors import NumericsMismatch, UnsupportedModel
 from sidecar.ir import Graph, model_bytes
+from sidecar.sources import BATCH
 
 _BATCHES = (1, 2, 3)
 _SEED = 20
@@ -148,8 +149,8 @@ def _difference(
     )
     if wanted.dtype != got.dtype or wanted.shape != got.shape or not agrees:
         raise NumericsMismatch(
-            f"output {name!r} at {_show(sizes)} is {got.dtype} {list(got.shape)}, declared as {list(shape)}; the model's "
-            f"own is {wanted.dtype} {list(wanted.shape)}",
+            f"output {name!r} at {_show(sizes)} is {got.dtype} {list(got.shape)}, declared as {list(shape)}; the "
+            f"model's own is {wanted.dtype} {list(wanted.shape)}",
             output=name,
         )
     if torch.equal(wanted, got):

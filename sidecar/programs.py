@@ -61,15 +61,19 @@ class Program:
                         values[slot] = None
             except _FAILURES as error:
                 _translate(error, self.nodes[node], node)
-            outputs = []
-            for slot, sources in zip(self.results, self.sources, strict=True):
-                output = values[slot]
-                if sources:
-                    start = output.untyped_storage().data_ptr()
-                    if any(values[source].untyped_storage().data_ptr() == start for source in sources):
-                        output = output.clone()
-                outputs.append(output)
-        return outputs
+            return [self._output(number, values) for number in range(len(self.results))]
+
+    def _output(self, number: int, values: list[Any]) -> Any:
+        output = values[self.results[number]]
+        try:
+            if min(output.shape, default=0) < 0:  # which expand makes without a word
+                raise DeviceFault(f"output {number} has the shape {list(output.shape)}", output=number)
+            start = output.untyped_storage().data_ptr() if self.sources[number] else None
+            if any(values[source].untyped_storage().data_ptr() == start for source in self.sources[number]):
+                return output.clone()
+        except _FAILURES as error:
+            raise DeviceFault(f"output {number} failed: {type(error).__name__}", output=number) from error
+        return output
 
 
 def _translate(error: Exception, node: Node, index: int) -> NoReturn:

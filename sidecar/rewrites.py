@@ -23,6 +23,7 @@ class Emitter(Protocol):
 
     found: dict[FxNode, Argument]
 
+    def value(self, node: FxNode) -> Argument: ...
     def emit(self, node: FxNode, name: str, args: Any, kwargs: Mapping[str, Any] | None = None) -> bool: ...
 
 
@@ -31,7 +32,7 @@ Rewrite = Callable[[Emitter, FxNode, set[FxNode]], None]
 
 def _same(emitter: Emitter, node: FxNode, live: set[FxNode]) -> None:
     """Drop an operator that only gives its first argument another name or other memory."""
-    emitter.found[node] = emitter.found[operand(node.args[0])]
+    emitter.found[node] = emitter.value(operand(node.args[0]))
 
 
 def _reshape(emitter: Emitter, node: FxNode, live: set[FxNode]) -> None:
@@ -60,8 +61,8 @@ def _to_copy(emitter: Emitter, node: FxNode, live: set[FxNode]) -> None:
 
 
 def _slice(emitter: Emitter, node: FxNode, live: set[FxNode]) -> None:
-    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
-    _, _, start, end, step = (*node.args, *defaults[len(node.args) :])
+    arguments = dict(zip(("self", "dim", "start", "end", "step"), node.args, strict=False))
+    start, end, step = arguments.get("start"), arguments.get("end"), arguments.get("step", 1)
     if start in (None, 0) and end in (None, _WHOLE_SLICE_END) and step == 1:
         _same(emitter, node, live)
     else:
@@ -79,12 +80,9 @@ def _permute(emitter: Emitter, node: FxNode, live: set[FxNode]) -> None:
 def _batch_norm(emitter: Emitter, node: FxNode, live: set[FxNode]) -> None:
     """Put a batch norm together again; its decomposed form makes two more results that inference does not use."""
     first = _only_result(node, live)
-    if first is None:
-        emitter.emit(node, operator_name(node), node.args)
-        return
     source, weight, bias, mean, variance, momentum, epsilon = node.args
     arguments = (source, weight, bias, mean, variance, False, momentum, epsilon, True)
-    if emitter.emit(node, "aten.batch_norm.default", arguments):
+    if first is not None and emitter.emit(node, "aten.batch_norm.default", arguments):
         emitter.found[first] = emitter.found[node]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -19,6 +20,10 @@ from typing import Any
 import torch
 
 from sidecar.errors import ExportError, UnsupportedModel
+
+BATCH = "batch"
+# Where an exported program sets no upper bound to an axis, this is one.
+UNBOUNDED_SIZE = 512
 
 # input -> axis -> (symbol, smallest, largest)
 DynamicAxes = Mapping[str, Mapping[int, tuple[str, int, int]]]
@@ -112,11 +117,37 @@ def _pt2(path: Path) -> Source:
     args, kwargs = program.example_inputs
     if args and kwargs:
         raise UnsupportedModel(f"{path}: takes positional and named inputs; use one kind", source=str(path))
+    module = program.module()
+    names = tuple(kwargs) if kwargs else tuple(inspect.signature(module.forward).parameters)[: len(args)]
+    axes, batch = _exported_axes(program, names)
     return Source(
-        module=program.module(),
+        module=module,
         inputs=kwargs or args,
+        dynamic_axes=axes,
+        batch=batch,
         notes=(f"{path.name} was loaded by torch.export.load, which runs code from the file; a bundle has none",),
     )
+
+
+def _exported_axes(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> tuple[DynamicAxes, bool]:
+    """Return the axes an exported program lets vary, in its own ranges, and whether axis 0 is one batch for all."""
+    fakes = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    shapes = [tuple(fakes[name].shape) for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    first = {str(shape[0]) for shape in shapes if shape}
+    batch = len(first) == 1 and all(shape and isinstance(shape[0], torch.SymInt) for shape in shapes)
+    found: dict[str, dict[int, tuple[str, int, int]]] = {}
+    symbols: dict[str, str] = {str(shapes[0][0]): BATCH} if batch else {}
+    for name, shape in zip(names, shapes, strict=True):
+        for axis, size in enumerate(shape):
+            bounds = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            if bounds is None:
+                continue
+            symbol = symbols.setdefault(str(size), f"{name}_{axis}".lower())
+            # torch calls 2 the smallest size of an axis that was not said to include 1, without looking at 1.
+            low = 1 if bounds.lower <= 2 else int(bounds.lower)
+            high = int(bounds.upper) if bounds.upper.is_Integer else UNBOUNDED_SIZE
+            found.setdefault(name, {})[axis] = (symbol, low, max(min(high, UNBOUNDED_SIZE), low))
+    return found, batch
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------

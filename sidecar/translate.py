@@ -57,6 +57,7 @@ class _Translation:
     call: Call
     # What stands for each node of torch's graph: a reference, or a constant.
     found: dict[FxNode, Argument] = field(default_factory=dict)
+    stored: dict[FxNode, tuple[str, Any]] = field(default_factory=dict)  # name and tensor of weights
     nodes: list[Node] = field(default_factory=list)
     weights: dict[tuple[str, str, tuple[int, ...]], int] = field(default_factory=dict)
     weight_list: list[Weight] = field(default_factory=list)
@@ -76,7 +77,7 @@ class _Translation:
         inputs = self._take_placeholders([node for node in nodes if node.op == "placeholder"], live)
         problems: list[tuple[str, Place, str]] = []
         for node in nodes:
-            if node not in live or node in self.found or node.op == "output":
+            if node not in live or node in self.found or node.op in ("placeholder", "output"):
                 continue
             name = operator_name(node)
             if node.op == "call_function" and self._carry(name, node, live):
@@ -85,17 +86,16 @@ class _Translation:
             self.found[node] = None  # go on, so that one run names everything that is in the way
         if problems:
             _refuse(problems)
-        return Translated(
-            Graph(
-                symbols=tuple(self.call.symbols.values()),
-                inputs=tuple(inputs),
-                outputs=tuple(self._output_spec(name, result.meta["val"]) for name, result in wanted),
-                weights=tuple(self.weight_list),
-                nodes=tuple(self.nodes),
-                results=tuple(self._result(result) for _, result in wanted),
-            ),
-            self.tensors,
+        references = tuple(self._result(result) for _, result in wanted)
+        graph = Graph(
+            symbols=tuple(self.call.symbols.values()),
+            inputs=tuple(inputs),
+            outputs=tuple(self._output_spec(name, result.meta["val"]) for name, result in wanted),
+            weights=tuple(self.weight_list),
+            nodes=tuple(self.nodes),
+            results=references,
         )
+        return Translated(graph, self.tensors)
 
     # --- inputs, weights, outputs -----------------------------------------------------------------------------------
 
@@ -126,10 +126,9 @@ class _Translation:
                 self.found[node] = Value("input", len(inputs))
                 inputs.append(self._input_spec(next(names), node.meta["val"]))
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-                if node in live:
-                    target = str(spec.target)
-                    stored = self.program.state_dict if target in self.program.state_dict else self.program.constants
-                    self.found[node] = self._weight(target, stored[target])
+                target = str(spec.target)
+                stored = self.program.state_dict if target in self.program.state_dict else self.program.constants
+                self.stored[node] = target, stored[target]
             elif node in live:
                 raise UnsupportedModel(f"the model needs an object that is no tensor: {spec.target} ({spec.kind.name})")
         return inputs
@@ -138,6 +137,12 @@ class _Translation:
         """Return the names of the inputs in the program's order, which for named inputs is torch's to choose."""
         _, named = self.program.call_spec.in_spec.children()
         return list(named.context) if self.call.by_name else list(self.call.names)
+
+    def value(self, node: FxNode) -> Argument:
+        """Return what stands for a node. Weights are numbered as they are first asked for."""
+        if node not in self.found and node in self.stored:
+            self.found[node] = self._weight(*self.stored[node])
+        return self.found[node]
 
     def _weight(self, target: str, tensor: Any) -> Value:
         dtype = dtype_name(tensor.dtype)
@@ -195,7 +200,7 @@ class _Translation:
         return text
 
     def _result(self, node: FxNode) -> Value:
-        value = self.found[node]
+        value = self.value(node)
         assert isinstance(value, Value), "an output is the result of an operator"
         return value
 
@@ -249,7 +254,7 @@ class _Translation:
 
     def _argument(self, argument: Any) -> Argument:
         if isinstance(argument, FxNode):
-            return self.found[argument]
+            return self.value(argument)
         if isinstance(argument, torch.dtype) and dtype_name(argument) in ITEM_BYTES:
             return Dtype(dtype_name(argument))
         if isinstance(argument, str) and argument in operators.ENUMS:

@@ -1,0 +1,1 @@
+"""What Trunkline is compared with, each as a program of its own."""

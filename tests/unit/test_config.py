@@ -1,0 +1,101 @@
+"""Settings: who wins, and what is refused and how."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from sidecar.config import PREFIX, Settings, load_settings, parse_size
+from sidecar.errors import ConfigError
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    path = tmp_path / "t.toml"
+    path.write_text('queue_limit = 1\nconnection_limit = 1\nmemory_budget_bytes = "1GiB"\n')
+    settings = load_settings({"queue_limit": "3"}, {"TRUNKLINE_QUEUE_LIMIT": "2", "TRUNKLINE_CONNECTION_LIMIT": "2"}, path)
+    assert settings.queue_limit == 3
+    assert settings.connection_limit == 2
+    assert settings.memory_budget_bytes == 2**30
+    assert settings.admin_port == 9470
+
+
+def test_the_default_budget_is_most_of_what_is_free() -> None:
+    assert load_settings({}, {}).memory_budget_bytes > 2**20
+
+
+def test_settings_survive_the_way_to_a_child() -> None:
+    settings = load_settings({"threads": "2", "run_dir": "/tmp/x"}, {})
+    assert load_settings({}, settings.to_environment()) == settings
+    assert load_settings({}, load_settings({}, {"TRUNKLINE_MEMORY_BUDGET_BYTES": "5"}).to_environment()).threads is None
+
+
+@pytest.mark.parametrize(("text", "size"), [("17", 17), ("500MB", 500_000_000), ("2GiB", 2**31), ("1.5 kb", 1500), (9, 9)])
+def test_sizes(text: object, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("memory_budget_bytes", "lots"),
+        ("memory_budget_bytes", "-1"),
+        ("memory_budget_bytes", "0"),
+        ("memory_budget_bytes", "5XB"),
+        ("memory_budget_bytes", "99999999TiB"),
+        ("memory_budget_bytes", True),
+        ("device", "gpu"),
+        ("threads", "0"),
+        ("threads", "1.5"),
+        ("threads", "-2"),
+        ("queue_limit", True),
+        ("queue_limit", 2.0),
+        ("admin_port", "70000"),
+        ("admin_host", "0.0.0.0"),
+        ("admin_host", "example.org"),
+        ("drain_timeout_s", "soon"),
+        ("drain_timeout_s", "nan"),
+        ("drain_timeout_s", "-1"),
+        ("drain_timeout_s", True),
+        ("arena_limit_bytes", "1"),
+        ("log_level", "loud"),
+        ("run_dir", "\0"),
+    ],
+)
+def test_bad_values_are_refused_with_source_and_range(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="it must be "):
+        load_settings({key: value}, {})
+    if isinstance(value, str) and "\0" not in value:
+        with pytest.raises(ConfigError, match=PREFIX + key.upper()):
+            load_settings({}, {PREFIX + key.upper(): value})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'memory_budgte = "1GiB"', "'memory_budgte' is no setting"),
+        (b"queue_limit = ", "is not TOML"),
+        (b"\xff", "is not TOML"),
+        (b'queue_limit = "many"', "queue_limit is 'many'"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "t.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_settings({}, {}, path)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_settings({}, {}, tmp_path / "none.toml")
+
+
+def test_every_setting_is_documented() -> None:
+    text = PAGE.read_text()
+    assert {field.name for field in fields(Settings)} == {
+        line.split("`")[1] for line in text.splitlines() if line.startswith("| `")
+    }

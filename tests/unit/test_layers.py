@@ -1,0 +1,96 @@
+"""The layers of docs/architecture.md, read from the imports themselves."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WIRE = ROOT / "template" / "python3-trunkline" / "trunkline"
+WIRE_MAY_IMPORT = {"msgpack", "numpy", "posix_ipc", "trunkline"}
+
+LAYERS = {
+    1: {"errors", "config", "bundle", "operators", "ir", "graphfile", "strictjson", "processes", "pins"},
+    2: {"store", "graph", "residency", "scheduler"},
+    3: {"calls", "devices", "programs", "prepare", "export", "sources", "translate", "capture", "numerics", "fxgraph", "rewrites"},
+    4: {"engine"},
+    5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.server"},
+    6: {"__main__", "wiring", "packing", "local"},
+}
+LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
+MAY_IMPORT_TORCH = LAYERS[3]
+# Two modules that build what they run, each in a process of its own.
+BUILDERS = {("http.server", "http.admin"), ("server", "engine")}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def sidecar_modules() -> list[Path]:
+    return sorted((ROOT / "sidecar").rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT / "sidecar").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", sorted(WIRE.glob("*.py")), ids=lambda path: path.stem)
+def test_the_client_imports_little(path: Path) -> None:
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert tops - set(sys.stdlib_module_names) <= WIRE_MAY_IMPORT
+
+
+@pytest.mark.parametrize("path", sidecar_modules(), ids=module_name)
+def test_modules_import_lower_layers_only(path: Path) -> None:
+    name = module_name(path)
+    if not name or name.startswith("local."):
+        return
+    assert name in LAYER_OF, f"sidecar/{name}: give it a layer here and in docs/architecture.md"
+    for imported in imports(path):
+        target = imported.removeprefix("sidecar.")
+        while target and target not in LAYER_OF:
+            target = target.rpartition(".")[0]
+        if not imported.startswith("sidecar.") or not target or target == name:
+            continue
+        same_floor = LAYER_OF[target] == LAYER_OF[name] and LAYER_OF[name] in (2, 5) and (name, target) not in BUILDERS
+        assert LAYER_OF[target] <= LAYER_OF[name], f"{name} imports {target}, which is above it"
+        assert not same_floor, f"{name} imports {target}, which is beside it"
+
+
+@pytest.mark.parametrize("path", sidecar_modules(), ids=module_name)
+def test_torch_stays_on_its_floor(path: Path) -> None:
+    if module_name(path) not in MAY_IMPORT_TORCH:
+        assert not {name for name in imports(path) if name.split(".")[0] == "torch"}
+
+
+def test_the_command_line_and_the_template_do_without_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import sidecar.__main__, sidecar.http.admin, sidecar.local, sidecar.store, trunkline, trunkline.testing\n"
+    )
+    path = f"{ROOT}:{ROOT / 'template' / 'python3-trunkline'}"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path, "PATH": ""}, timeout=60)
+
+
+@pytest.mark.parametrize("path", sidecar_modules(), ids=module_name)
+def test_the_sidecar_never_unpickles(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "marshal", "dill", "shelve"}
+    source = path.read_text()
+    for call in ("torch.load(", "jit.load(", "yaml.load(", "shell=True", "exec("):
+        assert not re.search(rf"(?<![\w.]){re.escape(call)}", source), f"{call} in {path.name}"
+    if module_name(path) != "sources":
+        assert "export.load" not in source.replace("torch.export.load``", ""), "only the publisher's converter may"
