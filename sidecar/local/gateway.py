@@ -38,6 +38,8 @@ _TIMEOUT_S: Final = (2.0, 60.0)
 def create_app(upstreams: Mapping[str, str]) -> Flask:
     """Return the gateway for functions at the given base URLs."""
     app = Flask(__name__, static_folder=None)
+    # /function/classify and /function/classify/ are one function.
+    app.url_map.strict_slashes = False
     session = requests.Session()
     session.trust_env = False
     adapter = requests.adapters.HTTPAdapter(pool_maxsize=64)
@@ -52,7 +54,6 @@ def create_app(upstreams: Mapping[str, str]) -> Flask:
         return jsonify([{"name": name, "replicas": 1, "availableReplicas": 1} for name in upstreams])
 
     @app.route("/function/<name>", defaults={"path": ""}, methods=METHODS)
-    @app.route("/function/<name>/", defaults={"path": ""}, methods=METHODS)
     @app.route("/function/<name>/<path:path>", methods=METHODS)
     def invoke(name: str, path: str) -> Response:
         # faas-cli and clients may name the namespace: classify.openfaas-fn.
@@ -100,6 +101,7 @@ class _Server(BaseApplication):  # type: ignore[misc]
         self.cfg.set("bind", [os.environ["GATEWAY_BIND"]])
         self.cfg.set("worker_class", "gthread")
         self.cfg.set("threads", 16)
+        self.cfg.set("keepalive", 75)
         self.cfg.set("timeout", 0)
         self.cfg.set("loglevel", "warning")
         if "control_socket_disable" in self.cfg.settings:

@@ -92,6 +92,7 @@ class LocalStack:
             "TRUNKLINE_ADMIN_PORT": "0",
             **settings,
         }
+        self._refuse_a_second(run_dir)
         self._keep("sidecar", [sys.executable, "-m", "sidecar", "serve"], os.environ | chosen, stack.resolve().parent)
         self._await("the sidecar", lambda: bool(AdminClient(self.admin).get("status")))
         for function in functions:
@@ -112,6 +113,13 @@ class LocalStack:
         for name, upstream in upstreams.items():
             self._await(name, lambda upstream=upstream: _listens(f"{upstream}{READY_PATH}"))  # type: ignore[misc]
         self._await("the gateway", lambda: _listens(f"{self.url}/healthz"))
+
+    def _refuse_a_second(self, run_dir: Path) -> None:
+        try:
+            AdminClient(self.admin).get("status")
+        except TrunklineError:
+            return
+        raise ConfigError(f"this stack is running already, with its sidecar in {run_dir}; stop it first")
 
     def _keep(self, name: str, command: list[str], environment: Mapping[str, str], folder: Path) -> None:
         self._kept.append(Kept(name, command, environment=environment, folder=folder, write=self._write))

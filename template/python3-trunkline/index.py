@@ -36,6 +36,7 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 READY_PATH = "/_/trunkline/ready"
 DEFAULT_MAX_BODY_BYTES = 16 * 1024 * 1024
 _CHUNK_BYTES = 1024 * 1024
+_DRAIN_FACTOR = 4
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -109,19 +110,20 @@ def create_app(handle: Callable[[Event, Context], Any]) -> flask.Flask:
 
 def _read_body(limit_bytes: int) -> bytes:
     """Return the body; it usually comes in chunks of unknown total length, so it is counted while it is read."""
-    announced_bytes = flask.request.content_length or 0
     body = bytearray()
-    if announced_bytes <= limit_bytes:
-        while chunk := flask.request.stream.read(min(_CHUNK_BYTES, limit_bytes + 1 - len(body))):
-            body += chunk
-            if len(body) > limit_bytes:
-                break
-    if max(announced_bytes, len(body)) > limit_bytes:
-        raise BodyTooLarge(
-            f"the body is longer than the {limit_bytes} bytes this function takes; set max_body_bytes to change that",
-            limit_bytes=limit_bytes,
-        )
-    return bytes(body)
+    stream = flask.request.stream
+    while len(body) <= limit_bytes and (chunk := stream.read(min(_CHUNK_BYTES, limit_bytes + 1 - len(body)))):
+        body += chunk
+    if len(body) <= limit_bytes:
+        return bytes(body)
+    # Whoever is still sending would take an answer for a broken connection, so some more is read and forgotten.
+    left_bytes = _DRAIN_FACTOR * limit_bytes
+    while left_bytes > 0 and (chunk := stream.read(_CHUNK_BYTES)):
+        left_bytes -= len(chunk)
+    raise BodyTooLarge(
+        f"the body is longer than the {limit_bytes} bytes this function takes; set max_body_bytes to change that",
+        limit_bytes=limit_bytes,
+    )
 
 
 def _response_of(answer: Any) -> flask.Response:
