@@ -53,9 +53,7 @@ class InvertedResidual(nn.Module):
         hidden = inputs * expansion
         self.adds = stride == 1 and inputs == outputs
         expand = [_conv(inputs, hidden, 1)] if expansion != 1 else []
-        self.body = nn.Sequential(
-            *expand, _conv(hidden, hidden, 3, stride, hidden), _conv(hidden, outputs, 1, act=False)
-        )
+        self.body = nn.Sequential(*expand, _conv(hidden, hidden, 3, stride, hidden), _conv(hidden, outputs, 1, act=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x) if self.adds else self.body(x)
@@ -79,9 +77,7 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         outputs = 4 * width
-        self.body = nn.Sequential(
-            _conv(inputs, width, 1), _conv(width, width, 3, stride), _conv(width, outputs, 1, act=False)
-        )
+        self.body = nn.Sequential(_conv(inputs, width, 1), _conv(width, width, 3, stride), _conv(width, outputs, 1, act=False))
         self.skip = nn.Identity() if inputs == outputs and stride == 1 else _conv(inputs, outputs, 1, stride, act=False)
 
     def forward(self, x: Tensor) -> Tensor:

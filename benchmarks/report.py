@@ -27,9 +27,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions; ends within 60 s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
-    parser.add_argument(
-        "--json", metavar="PATH", help="write the figures there; '-': to standard output, and nothing else"
-    )
+    parser.add_argument("--json", metavar="PATH", help="write the figures there; '-': to standard output, and nothing else")
     return parser.parse_args()
 
 

@@ -72,9 +72,7 @@ class Bench:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self.shared, ignore_errors=True)
 
-    def start(
-        self, command: list[str], folder: Path = ROOT, clean: bool = False, **environment: str
-    ) -> subprocess.Popen[bytes]:
+    def start(self, command: list[str], folder: Path = ROOT, clean: bool = False, **environment: str) -> subprocess.Popen[bytes]:
         inherited = {"PATH": os.environ["PATH"]} if clean else dict(os.environ)
         if not clean:
             inherited["PYTHONPATH"] = f"{ROOT}:{TEMPLATE}"
@@ -263,9 +261,7 @@ def added_latency(bench: Bench, count: int) -> None:
     bench.answers(url)
     session = requests.Session()
     plain = image.tolist()
-    times |= interleaved(
-        {"http_json": lambda: session.post(url + "json", json=plain).raise_for_status()}, max(20, count // 50)
-    )  # type: ignore[dict-item,return-value]
+    times |= interleaved({"http_json": lambda: session.post(url + "json", json=plain).raise_for_status()}, max(20, count // 50))  # type: ignore[dict-item,return-value]
     bench.stop(process)
     summaries = {name: summary(samples) for name, samples in times.items()}
     report.raw["added_latency_us"] = summaries
@@ -312,9 +308,7 @@ def end_to_end(bench: Bench, count: int) -> None:
     figures["private_over_forward_ms"] = (summaries["private"]["median"] - summaries["forward"]["median"]) / 1000
 
 
-def memory_of(
-    bench: Bench, start: Callable[[], tuple[subprocess.Popen[bytes], str]], counts: list[int]
-) -> dict[int, int]:
+def memory_of(bench: Bench, start: Callable[[], tuple[subprocess.Popen[bytes], str]], counts: list[int]) -> dict[int, int]:
     """Start functions up to each count, let each answer once, return the PSS of all of them."""
     running: list[subprocess.Popen[bytes]] = []
     found = {}
@@ -329,9 +323,7 @@ def memory_of(
     return found
 
 
-def memory(
-    bench: Bench, sidecar: subprocess.Popen[bytes], names: list[str], counts: list[int], comparators: list[str]
-) -> None:
+def memory(bench: Bench, sidecar: subprocess.Popen[bytes], names: list[str], counts: list[int], comparators: list[str]) -> None:
     """PSS of N functions and the sidecar, against A, A mapped and B."""
     report = bench.report
     table: dict[str, dict[str, dict[int, float]]] = {}
@@ -348,9 +340,7 @@ def memory(
         for copies in comparators:
             needed = counts[-1] * (SIZES_MB[name] * 1e6 + 200e6)
             if copies == "private" and needed > 0.8 * available_bytes():
-                report.lack(
-                    f"{counts[-1]} private copies need {needed / 1e9:.0f} GB", f"pss_saved_n{counts[-1]}_{size}"
-                )
+                report.lack(f"{counts[-1]} private copies need {needed / 1e9:.0f} GB", f"pss_saved_n{counts[-1]}_{size}")
                 continue
             found = memory_of(bench, lambda name=name, copies=copies: bench.torch_function(name, copies), counts)  # type: ignore[misc]
             table[size][copies] = {n: pss / 1e6 for n, pss in found.items()}

@@ -99,9 +99,7 @@ class Layer(nn.Module):
         self.narrow_norm = _norm(weights, f"{at}.output.LayerNorm")
 
     def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
-        query, key, value = (
-            part(hidden).unflatten(2, (12, 32)).transpose(1, 2) for part in (self.query, self.key, self.value)
-        )
+        query, key, value = (part(hidden).unflatten(2, (12, 32)).transpose(1, 2) for part in (self.query, self.key, self.value))
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         hidden = self.mix_norm(hidden + self.mix(attended.transpose(1, 2).flatten(2)))
         return self.narrow_norm(hidden + self.narrow(functional.gelu(self.widen(hidden))))

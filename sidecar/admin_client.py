@@ -35,13 +35,17 @@ class AdminClient:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._session = requests_unixsocket.Session()
+        self._session: requests.Session = requests_unixsocket.Session()  # type: ignore[no-untyped-call]
         # No proxy between this machine and itself.
         self._session.trust_env = False
         if address.startswith("unix:"):
             self._base = "http+unix://" + urllib.parse.quote(address.removeprefix("unix:"), safe="")
         else:
             self._base = address.rstrip("/")
+
+    def close(self) -> None:
+        """Close the connections that are kept alive."""
+        self._session.close()
 
     def get(self, path: str) -> Any:
         """GET a route below /admin/v1. Raises the TrunklineError it answers with, SidecarUnavailable without an answer."""

@@ -51,12 +51,8 @@ class Call:
 
     def dynamic_shapes(self) -> dict[str, Any]:
         """Return the table of varying axes in the form that ``torch.export.export`` takes."""
-        dims = {
-            symbol.name: Dim(symbol.name, min=symbol.minimum, max=symbol.maximum) for symbol in self.symbols.values()
-        }
-        tables = [
-            {axis: dims[symbol] for axis, symbol in self.axes.get(name, {}).items()} or None for name in self.names
-        ]
+        dims = {symbol.name: Dim(symbol.name, min=symbol.minimum, max=symbol.maximum) for symbol in self.symbols.values()}
+        tables = [{axis: dims[symbol] for axis, symbol in self.axes.get(name, {}).items()} or None for name in self.names]
         args, kwargs = self.arguments(tables)  # type: ignore[arg-type]  # binds whatever stands in for the tensors
         return dict(inspect.signature(self.module.forward).bind(*args, **kwargs).arguments)
 
@@ -117,9 +113,7 @@ def example_call(
             if name not in names:
                 raise ExportError(f"{what} are given for {name!r}, the inputs are {', '.join(names)}", input=name)
     symbols, axes = _tables(names, tensors, batch, dynamic_axes, max_batch)
-    examples = tuple(
-        _enlarged(name, tensor.detach(), axes.get(name, {})) for name, tensor in zip(names, tensors, strict=True)
-    )
+    examples = tuple(_enlarged(name, tensor.detach(), axes.get(name, {})) for name, tensor in zip(names, tensors, strict=True))
     for name, (low, high) in bounds.items():
         example = examples[names.index(name)]
         if example.dtype.is_floating_point or example.dtype == torch.bool or low > high:

@@ -58,16 +58,12 @@ def _explain(error: Exception, call: Call) -> str:
     if fixed is None:
         return f"torch cannot capture the model: {describe(error, call)}"
     axes = [
-        f"axis {axis} of {tensor}"
-        for tensor, table in call.axes.items()
-        for axis, symbol in table.items()
-        if symbol == fixed
+        f"axis {axis} of {tensor}" for tensor, table in call.axes.items() for axis, symbol in table.items() if symbol == fixed
     ]
     reasons = (line.strip(" -") for line in text.splitlines() if line.lstrip().startswith("- "))
     advice = "convert with batch=False to fix the batch size" if fixed == BATCH else "leave it out of dynamic_axes"
     return (
-        f"{fixed} ({', '.join(axes)}) cannot vary because the model fixes it; {advice}. "
-        f"torch says: {next(reasons, text)[:200]}"
+        f"{fixed} ({', '.join(axes)}) cannot vary because the model fixes it; {advice}. torch says: {next(reasons, text)[:200]}"
     )
 
 

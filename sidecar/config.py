@@ -58,9 +58,7 @@ class Settings:
     def to_environment(self) -> dict[str, str]:
         """Return the settings as the environment variables that would give them, for a child process."""
         return {
-            PREFIX + field.name.upper(): str(value)
-            for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
+            PREFIX + field.name.upper(): str(value) for field in fields(self) if (value := getattr(self, field.name)) is not None
         }
 
 
@@ -93,7 +91,7 @@ def _size(minimum: int) -> Callable[[object], int]:
 
 def _integer(minimum: int, maximum: int) -> Callable[[object], int]:
     def check(value: object) -> int:
-        if isinstance(value, bool) or isinstance(value, float) or not re.fullmatch(r"\d{1,10}", str(value)):
+        if isinstance(value, (bool, float)) or not re.fullmatch(r"\d{1,10}", str(value)):
             raise ValueError(f"an integer from {minimum} to {maximum}")
         if not minimum <= int(str(value)) <= maximum:
             raise ValueError(f"an integer from {minimum} to {maximum}")
@@ -175,7 +173,5 @@ def _read_toml(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     for key in read:
         if key not in _CHECKS:
-            raise ConfigError(
-                f"{path}: {key[:80]!r} is no setting; the settings are {', '.join(_CHECKS)}", key=key[:80]
-            )
+            raise ConfigError(f"{path}: {key[:80]!r} is no setting; the settings are {', '.join(_CHECKS)}", key=key[:80])
     return read

@@ -117,9 +117,7 @@ class TorchDevice:
         """Return the weightless program of a graph. Raises BundleError when this torch cannot run a node."""
         return prepare(graph, self._device)
 
-    def run(
-        self, program: Program, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def run(self, program: Program, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run a program on weights and inputs in the order of its graph; return its outputs in that order.
 
         Outputs share no memory with weights or inputs. On CUDA the work may still be under way when this returns;

@@ -365,22 +365,16 @@ class Engine:
         except Exception as error:
             incident = secrets.token_hex(4)
             log.exception("incident %s: %s failed (call %s)", incident, work.model, work.call_id)
-            fault = SidecarFault(
-                f"{work.model} failed in the sidecar; its log has incident {incident}", incident=incident
-            )
+            fault = SidecarFault(f"{work.model} failed in the sidecar; its log has incident {incident}", incident=incident)
             fault.__cause__ = error
             self._fail(work, fault)
         finally:
             self._release(deployed)
 
-    def _compute(
-        self, work: Work, deployed: Deployed, inputs: tuple[tuple[str, tuple[int, ...], memoryview], ...]
-    ) -> None:
+    def _compute(self, work: Work, deployed: Deployed, inputs: tuple[tuple[str, tuple[int, ...], memoryview], ...]) -> None:
         device = self._device
         if deployed.bound is None:
-            deployed.bound = [
-                device.as_weight(self._handles[weight.digest], weight) for weight in deployed.bundle.graph.weights
-            ]
+            deployed.bound = [device.as_weight(self._handles[weight.digest], weight) for weight in deployed.bundle.graph.weights]
         tensors = [device.input_tensor(buffer, dtype, shape) for dtype, shape, buffer in inputs]
         results = device.run(deployed.program, deployed.bound, tensors)
         outputs = []
@@ -476,9 +470,7 @@ class Engine:
         self._withdraw(name)
         self._graph.add(bundle)
         deployed = self._retired.pop(plan, None) or Deployed(bundle, plan, _signature(bundle))
-        self._residency.add_plan(
-            plan, {digest: weight.size_bytes for digest, weight in self._weights(deployed).items()}
-        )
+        self._residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in self._weights(deployed).items()})
         if was_pinned:
             self._residency.pin(plan)
         self._deployed[name] = deployed
@@ -694,9 +686,7 @@ class _Mover:
 
     def _read(self, weight: Weight) -> object:
         try:
-            return self._device.new_weight(
-                weight, lambda target: self._source.read_blob(weight.digest, target, weight.crc32)
-            )
+            return self._device.new_weight(weight, lambda target: self._source.read_blob(weight.digest, target, weight.crc32))
         except (BlobMissing, BlobCorrupt) as error:
             return ModelCorrupt(
                 f"weight {weight.digest[:12]} is damaged or missing in the store; push the model again",

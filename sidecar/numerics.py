@@ -65,9 +65,7 @@ class Report:
 
 def default_tolerance(tensors: Mapping[str, torch.Tensor]) -> float:
     """Return the tolerance for a model with these weights: 1e-4, wider where 16-bit floats take part."""
-    return max(
-        (_TOLERANCE.get(tensor.dtype, _FLOAT_TOLERANCE) for tensor in tensors.values()), default=_FLOAT_TOLERANCE
-    )
+    return max((_TOLERANCE.get(tensor.dtype, _FLOAT_TOLERANCE) for tensor in tensors.values()), default=_FLOAT_TOLERANCE)
 
 
 def compare(
@@ -114,9 +112,7 @@ def compare(
                     tolerance=tolerance,
                 )
         equal = all(max_abs == 0 for max_abs, _ in figures)
-        cases.append(
-            Case(tuple(sizes.items()), max(one for one, _ in figures), max(other for _, other in figures), equal)
-        )
+        cases.append(Case(tuple(sizes.items()), max(one for one, _ in figures), max(other for _, other in figures), equal))
         tell((number + 1) / len(plan))
     return Report(
         tolerance=tolerance,
@@ -144,9 +140,7 @@ def _difference(
 ) -> tuple[float, float]:
     """Return the largest difference, absolute and relative to the largest finite magnitude that is wanted."""
     declared = [sizes.get(axis, None) if isinstance(axis, str) else axis for axis in shape]
-    agrees = len(declared) == got.dim() and all(
-        size in (None, actual) for size, actual in zip(declared, got.shape, strict=False)
-    )
+    agrees = len(declared) == got.dim() and all(size in (None, actual) for size, actual in zip(declared, got.shape, strict=False))
     if wanted.dtype != got.dtype or wanted.shape != got.shape or not agrees:
         raise NumericsMismatch(
             f"output {name!r} at {_show(sizes)} is {got.dtype} {list(got.shape)}, declared as {list(shape)}; the "

@@ -208,12 +208,10 @@ _MUST_BE: dict[str, tuple[int, str, tuple[object, ...], bool]] = {
     "aten.scaled_dot_product_attention.default": (4, "dropout_p", (0,), True),
     "aten.batch_norm.default": (5, "training", (False,), False),
     "aten.instance_norm.default": (3, "running_mean", (None,), False),  # it would be written to
-    "aten.lstm.input": (6, "train", (False,), False),
-    "aten.gru.input": (6, "train", (False,), False),
-    "aten.rnn_tanh.input": (6, "train", (False,), False),
-    "aten.rnn_relu.input": (6, "train", (False,), False),
     "aten.one_hot.default": (1, "num_classes", tuple(range(1, 4097)), False),  # -1 would look at the values
 }
+_RECURRENT = _expand({"lstm gru rnn_tanh rnn_relu": "input"})
+_MAX_LAYER_COUNT = 64
 _MISSING = object()
 
 
@@ -228,6 +226,8 @@ def check_node(node: Node, index: int) -> None:
         )
     if node.op in SYMBOLIC:
         _check_symbolic(node, index)
+    elif node.op in _RECURRENT:
+        _check_recurrent(node, index)
     elif node.op in _MUST_BE:
         position, keyword, allowed, optional = _MUST_BE[node.op]
         found: Argument | object = dict(node.kwargs).get(keyword, _MISSING)
@@ -235,11 +235,32 @@ def check_node(node: Node, index: int) -> None:
             found = node.args[position]
         if not (optional if found is _MISSING else found in allowed):
             raise BundleError(
-                f"node {index}: operator {node.op} is allowed only with a constant {keyword} that makes it a pure "
-                "function",
+                f"node {index}: operator {node.op} is allowed only with a constant {keyword} that makes it a pure function",
                 node=index,
                 operator=node.op,
             )
+
+
+def _check_recurrent(node: Node, index: int) -> None:
+    """Refuse a recurrent layer whose list of weights has the wrong length: torch reads past its end without a check."""
+    right = False
+    if len(node.args) == 9 and not node.kwargs:
+        _, state, weights, biases, layers, _, train, both_ways, batch_first = node.args
+        right = (
+            train is False
+            and all(isinstance(flag, bool) for flag in (biases, both_ways, batch_first))
+            and type(layers) is int
+            and 1 <= layers <= _MAX_LAYER_COUNT
+            and isinstance(weights, tuple)
+            and len(weights) == layers * (2 if both_ways else 1) * (4 if biases else 2)
+            and (isinstance(state, tuple) and len(state) == 2) == (node.op == "aten.lstm.input")
+        )
+    if not right:
+        raise BundleError(
+            f"node {index}: {node.op} needs constant settings, no training and all weights of its layers",
+            node=index,
+            operator=node.op,
+        )
 
 
 def _check_symbolic(node: Node, index: int) -> None:

@@ -38,7 +38,11 @@ def pack(
         match = _DYNAMIC.fullmatch(text)
         if not match:
             raise ExportError(f"--dynamic {text!r} is not INPUT:AXIS=SYMBOL:MIN..MAX, such as ids:1=sequence:1..512")
-        axes.setdefault(match["input"], {})[int(match["axis"])] = (match["symbol"], int(match["low"]), int(match["high"]))
+        axes.setdefault(match["input"], {})[int(match["axis"])] = (
+            match["symbol"],
+            int(match["low"]),
+            int(match["high"]),
+        )
     limits = dict(found.input_bounds or {})
     for text in bounds:
         match = _BOUNDS.fullmatch(text)

@@ -45,6 +45,4 @@ class Pins:
             temporary.write_text(json.dumps(self.names()))
             os.replace(temporary, self._path)
         except OSError as error:
-            log.warning(
-                "the pins cannot be saved (%s); they hold until the engine restarts", os.strerror(error.errno or 0)
-            )
+            log.warning("the pins cannot be saved (%s); they hold until the engine restarts", os.strerror(error.errno or 0))

@@ -193,8 +193,7 @@ class _Preparation:
             return self._slot(argument)
         if isinstance(argument, tuple) and any(isinstance(member, Value) for member in argument):
             return tuple(
-                self._slot(member) if isinstance(member, Value) else self._new_slot(_constant(member))
-                for member in argument
+                self._slot(member) if isinstance(member, Value) else self._new_slot(_constant(member)) for member in argument
             )
         return self._new_slot(_constant(argument))
 

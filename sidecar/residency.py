@@ -120,9 +120,7 @@ class Residency:
             del staying[plan]
             victims.append(plan)
             freed += sum(
-                size
-                for digest, size in self._plans[plan].items()
-                if not any(digest in self._plans[other] for other in staying)
+                size for digest, size in self._plans[plan].items() if not any(digest in self._plans[other] for other in staying)
             )
             if freed >= shortfall:
                 return victims

@@ -374,9 +374,7 @@ class Session:
         self._copy_inputs(layout)
         self._busy = True
         deadline = time.monotonic() + message.deadline_us / 1_000_000
-        self._server.engine.submit(
-            Work(self, message.request_id, message.model, deadline, message.call_id, layout.inputs)
-        )
+        self._server.engine.submit(Work(self, message.request_id, message.model, deadline, message.call_id, layout.inputs))
 
     def _check_layout(self, signature: Signature, placements: tuple[Placement, ...]) -> _Layout:
         assert self._request is not None
@@ -399,9 +397,7 @@ class Session:
             tuple(copies),
             tuple(by_name[spec.name] for spec in signature.inputs),
             tuple(
-                (spec, by_name[spec.name][2])
-                for spec in signature.inputs
-                if spec.minimum is not None or spec.maximum is not None
+                (spec, by_name[spec.name][2]) for spec in signature.inputs if spec.minimum is not None or spec.maximum is not None
             ),
         )
 

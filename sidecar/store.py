@@ -123,9 +123,7 @@ class Store:
             for chunk in chunks:
                 received_bytes += len(chunk)
                 if received_bytes > size_bytes:
-                    raise BlobCorrupt(
-                        f"blob {digest[:12]} is longer than the {size_bytes} bytes announced", digest=digest
-                    )
+                    raise BlobCorrupt(f"blob {digest[:12]} is longer than the {size_bytes} bytes announced", digest=digest)
                 found.update(chunk)
                 _write(descriptor, chunk)
             if received_bytes != size_bytes:
@@ -153,9 +151,7 @@ class Store:
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             stored_bytes = os.fstat(descriptor).st_size
             if stored_bytes != len(target):
-                raise BlobCorrupt(
-                    f"blob {digest[:12]} has {stored_bytes} bytes instead of {len(target)}", digest=digest
-                )
+                raise BlobCorrupt(f"blob {digest[:12]} has {stored_bytes} bytes instead of {len(target)}", digest=digest)
             done = 0
             checksum = 0
             while done < len(target):
@@ -188,8 +184,7 @@ class Store:
             stored_bytes = self.size(weight.digest)
             if stored_bytes != weight.size_bytes:
                 raise BundleError(
-                    f"weight {weight.digest[:12]} of {bundle.name} takes {weight.size_bytes} bytes, its blob has "
-                    f"{stored_bytes}",
+                    f"weight {weight.digest[:12]} of {bundle.name} takes {weight.size_bytes} bytes, its blob has {stored_bytes}",
                     digest=weight.digest,
                 )
         self._replace(self._path("graphs", bundle.graph_digest), canonical_graph(bundle.graph))
@@ -209,9 +204,7 @@ class Store:
         except FileNotFoundError as error:
             raise UnknownModel(f"the store holds no model {name!r}", model=name) from error
         except OSError as error:
-            raise ModelCorrupt(
-                f"the manifest of {name} cannot be read ({os.strerror(error.errno or 0)})", model=name
-            ) from error
+            raise ModelCorrupt(f"the manifest of {name} cannot be read ({os.strerror(error.errno or 0)})", model=name) from error
         try:
             digest = parse_manifest(manifest_data).graph_digest
             bundle = parse_bundle(manifest_data, self._path("graphs", digest).read_bytes())

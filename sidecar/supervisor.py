@@ -244,9 +244,7 @@ class Supervisor:
         if not pid:
             return
         lived_s = time.monotonic() - self._engine_started_s
-        log.error(
-            "engine %d ended with %d after %.1f s; starting another", pid, os.waitstatus_to_exitcode(status), lived_s
-        )
+        log.error("engine %d ended with %d after %.1f s; starting another", pid, os.waitstatus_to_exitcode(status), lived_s)
         self._engine_pid = 0
         if lived_s >= _HEALTHY_S:
             self._pause_s = 0.0

@@ -184,9 +184,7 @@ class _Translation:
         return TensorSpec(name, self._wire_dtype("input", name, fake.dtype), tuple(shape), low, high)
 
     def _output_spec(self, name: str, fake: torch.Tensor) -> TensorSpec:
-        shape = tuple(
-            int(size) if type(size) is int else self.names.get(_expression(size), UNKNOWN_AXIS) for size in fake.shape
-        )
+        shape = tuple(int(size) if type(size) is int else self.names.get(_expression(size), UNKNOWN_AXIS) for size in fake.shape)
         return TensorSpec(name, self._wire_dtype("output", name, fake.dtype), shape)
 
     @staticmethod
@@ -231,9 +229,7 @@ class _Translation:
                 op=name,
                 args=tuple(self._argument(argument) for argument in args),
                 kwargs=tuple(
-                    (key, self._argument(argument))
-                    for key, argument in sorted((kwargs or {}).items())
-                    if key not in _PLACEMENT
+                    (key, self._argument(argument)) for key, argument in sorted((kwargs or {}).items()) if key not in _PLACEMENT
                 ),
                 origin=place_of(node).short(),
             )

@@ -41,9 +41,7 @@ def _preload() -> None:
     import sidecar.store  # noqa: F401
 
 
-def _engine_process(
-    settings: Settings, run: RunDirectory, listener: socket.socket, token: bytes, generation: int
-) -> None:
+def _engine_process(settings: Settings, run: RunDirectory, listener: socket.socket, token: bytes, generation: int) -> None:
     from sidecar.devices import open_device
     from sidecar.engine import Engine
     from sidecar.server import Server

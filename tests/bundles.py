@@ -7,9 +7,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from trunkline.protocol import TensorSpec
 
 from sidecar.bundle import Bundle, Graph, Node, Symbol, Value, Weight, graph_digest, write_bundle
-from trunkline.protocol import TensorSpec
 
 
 def adding_bundle(name: str, values: list[float], version: str = "1") -> tuple[Bundle, dict[str, bytes]]:

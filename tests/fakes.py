@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from trunkline.errors import DeviceFault, UnknownModel
+from trunkline.protocol import TensorSpec
 
 from sidecar.bundle import Bundle, Graph, Node, Symbol, Value, Weight
 from sidecar.engine import Engine
 from sidecar.errors import BlobCorrupt, BlobMissing
 from sidecar.pins import Pins
 from sidecar.server import Server
-from trunkline.errors import DeviceFault, UnknownModel
-from trunkline.protocol import TensorSpec
 
 ADMIN_TOKEN = b"administrator"
 

@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sidecar.admin_client import AdminClient
 from trunkline.errors import TrunklineError
+
+from sidecar.admin_client import AdminClient
 
 ROOT = Path(__file__).parent.parent
 START_S = 60.0

@@ -162,9 +162,7 @@ def unet(width: int = 8, size: int = 24) -> Source:
 
 def mlp(inside: int = 6, width: int = 16, outside: int = 3, seed: int = 5) -> Source:
     """Three linear layers."""
-    layers = nn.Sequential(
-        nn.Linear(inside, width), nn.Tanh(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outside)
-    )
+    layers = nn.Sequential(nn.Linear(inside, width), nn.Tanh(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outside))
     return Source(_seeded(layers, seed), {"features": torch.randn(1, inside)})
 
 

@@ -29,9 +29,7 @@ def decode(body, side):
     except Image.DecompressionBombError as error:
         raise BodyTooLarge(f"at most {MAX_PIXELS} pixels are taken: {error}", maximum=MAX_PIXELS) from error
     except Image.UnidentifiedImageError as error:
-        raise InvalidInput(
-            f"the body of {len(body)} bytes is not a JPEG or PNG picture", body_bytes=len(body)
-        ) from error
+        raise InvalidInput(f"the body of {len(body)} bytes is not a JPEG or PNG picture", body_bytes=len(body)) from error
     except DAMAGED as error:
         raise InvalidInput(f"the picture of {len(body)} bytes is damaged: {error}", body_bytes=len(body)) from error
 

@@ -68,9 +68,7 @@ class Kept:
             code = self._process.wait()
             if self._stopping.is_set() or not self._restart:
                 return
-            pause_s = (
-                _FIRST_PAUSE_S if time.monotonic() - started_s > _HEALTHY_S else min(2 * pause_s, _LONGEST_PAUSE_S)
-            )
+            pause_s = _FIRST_PAUSE_S if time.monotonic() - started_s > _HEALTHY_S else min(2 * pause_s, _LONGEST_PAUSE_S)
             self._write(f"[{self.name}] ended with {code}; starting again in {pause_s:.1f} s")
             if self._stopping.wait(pause_s):
                 return

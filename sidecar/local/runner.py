@@ -107,9 +107,7 @@ class LocalStack:
         port = gateway_port or _free_port()
         self.url = f"http://127.0.0.1:{port}"
         gateway = {"GATEWAY_BIND": f"127.0.0.1:{port}", "GATEWAY_UPSTREAMS": json.dumps(upstreams)}
-        self._keep(
-            "gateway", [sys.executable, "-m", "sidecar.local.gateway"], os.environ | gateway, stack.resolve().parent
-        )
+        self._keep("gateway", [sys.executable, "-m", "sidecar.local.gateway"], os.environ | gateway, stack.resolve().parent)
         for name, upstream in upstreams.items():
             self._await(name, lambda upstream=upstream: _listens(f"{upstream}{READY_PATH}"))  # type: ignore[misc]
         self._await("the gateway", lambda: _listens(f"{self.url}/healthz"))
@@ -162,9 +160,7 @@ class LocalStack:
     def __enter__(self) -> LocalStack:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
 

@@ -71,9 +71,7 @@ def lay_out(function: Function, template: Path, build: Path) -> Path:
     shutil.rmtree(context, ignore_errors=True)
     shutil.copytree(template, context, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     shutil.rmtree(context / "function")
-    shutil.copytree(
-        function.handler, context / "function", ignore=shutil.ignore_patterns("__pycache__", "build", "template")
-    )
+    shutil.copytree(function.handler, context / "function", ignore=shutil.ignore_patterns("__pycache__", "build", "template"))
     return context
 
 

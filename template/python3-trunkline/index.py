@@ -21,14 +21,13 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import flask  # noqa: E402
-from gunicorn.app.base import Application  # noqa: E402
-from gunicorn.arbiter import Arbiter  # noqa: E402
-from werkzeug.exceptions import HTTPException  # noqa: E402
-
-import trunkline  # noqa: E402
-from trunkline import context  # noqa: E402
-from trunkline.errors import BodyTooLarge, TrunklineError  # noqa: E402
+import flask
+import trunkline
+from gunicorn.app.base import Application
+from gunicorn.arbiter import Arbiter
+from trunkline import context
+from trunkline.errors import BodyTooLarge, TrunklineError
+from werkzeug.exceptions import HTTPException
 
 log = logging.getLogger("function")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trunkline import client, errors
+from trunkline.pool import Pool
 
 from sidecar.bundle import write_bundle
 from sidecar.export import convert
 from tests.sidecar_process import SidecarProcess, sidecar_process
-from trunkline import client, errors
-from trunkline.pool import Pool
 
 ENGINE_KILLS = 20
 
@@ -191,7 +191,10 @@ def test_a_killed_client_leaves_nothing_in_the_sidecar(sidecar: SidecarProcess) 
     engine = sidecar.await_engine()
     descriptors = lambda: len(os.listdir(f"/proc/{engine}/fd"))  # noqa: E731
     before = descriptors()
-    code = "import numpy as np\nfrom trunkline import model\nm = model('scaled')\nprint('up', flush=True)\nwhile True: m(np.ones((1, 8), np.float32))"
+    code = (
+        "import numpy as np\nfrom trunkline import model\nm = model('scaled')\n"
+        "print('up', flush=True)\nwhile True: m(np.ones((1, 8), np.float32))"
+    )
     for _ in range(5):
         victim = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=child_environment())
         assert victim.stdout is not None

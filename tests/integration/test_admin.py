@@ -12,6 +12,12 @@ from typing import Any
 import flask.testing
 import pytest
 from click.testing import CliRunner
+from trunkline.errors import (
+    MalformedFrame,
+    SidecarUnavailable,
+    TrunklineError,
+    UnknownModel,
+)
 
 from sidecar.__main__ import main, size
 from sidecar.admin_client import AdminClient
@@ -20,12 +26,6 @@ from sidecar.http.admin import MAX_BODY_BYTES, admin_token, create_app
 from sidecar.store import Store
 from tests.bundles import adding_bundle, write_adding_bundle
 from tests.sidecar_process import SidecarProcess, sidecar_process
-from trunkline.errors import (
-    MalformedFrame,
-    SidecarUnavailable,
-    TrunklineError,
-    UnknownModel,
-)
 
 PAGE = Path(__file__).parents[2] / "docs" / "admin.md"
 CONTENT = b"x" * 3333
@@ -150,7 +150,13 @@ def test_upkeep_of_the_store(http: flask.testing.FlaskClient) -> None:
         ("POST", "/admin/v1/blobs/missing", {"json": {"digests": ["../x"]}}, 400, "invalid_input"),
         ("POST", "/admin/v1/blobs/missing", {"json": {"digests": "x" * MAX_BODY_BYTES}}, 413, "body_too_large"),
         ("PUT", "/admin/v1/blobs/xyz", {"content_type": "application/octet-stream"}, 400, "invalid_input"),
-        ("PUT", f"/admin/v1/blobs/{DIGEST}", {"content_type": "application/octet-stream", "data": b"no"}, 422, "blob_corrupt"),
+        (
+            "PUT",
+            f"/admin/v1/blobs/{DIGEST}",
+            {"content_type": "application/octet-stream", "data": b"no"},
+            422,
+            "blob_corrupt",
+        ),
     ],
 )
 def test_refusals_have_one_shape(

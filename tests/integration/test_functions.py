@@ -86,8 +86,7 @@ def test_training_the_heads_twice_gives_equal_bytes_and_useful_heads() -> None:
 
 def test_bundles_on_one_trunk_share_its_weights(bundles: Path) -> None:
     weights = {
-        name: {weight.digest: weight.size_bytes for weight in read_bundle(bundles / name).graph.weights}
-        for name in demo.NAMES
+        name: {weight.digest: weight.size_bytes for weight in read_bundle(bundles / name).graph.weights} for name in demo.NAMES
     }
     assert weights["embed"].keys() < weights["similar"].keys()
     assert weights["embed"].keys() < weights["route"].keys()
@@ -140,9 +139,7 @@ def test_status_shows_one_copy_of_the_trunk(functions: SidecarProcess) -> None:
     assert models["similar"]["unique_bytes"] == 384 * 384 * 4
     assert models["route"]["unique_bytes"] == (384 * 5 + 5) * 4
     assert status["memory"]["saved_bytes"] == 2 * trunk_bytes
-    assert status["memory"]["resident_bytes"] == sum(
-        (models["classify"]["bytes"], trunk_bytes, 384 * 384 * 4, (384 * 5 + 5) * 4)
-    )
+    assert status["memory"]["resident_bytes"] == sum((models["classify"]["bytes"], trunk_bytes, 384 * 384 * 4, (384 * 5 + 5) * 4))
 
 
 def test_the_sidecar_refuses_what_a_handler_would_not_send(functions: SidecarProcess) -> None:

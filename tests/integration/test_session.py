@@ -12,13 +12,13 @@ from pathlib import Path
 import msgpack
 import numpy as np
 import pytest
-
-from tests.fakes import ADMIN_TOKEN, FakeSource, Running, bundle_of, running_server
 from trunkline import client, errors, model, protocol, ready, transport_name
 from trunkline.admin import AdminConnection
 from trunkline.connection import Connection
 from trunkline.pool import Pool
 from trunkline.protocol import Describe, Fault, Hello, Infer, Placement, TensorSpec
+
+from tests.fakes import ADMIN_TOKEN, FakeSource, Running, bundle_of, running_server
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -120,7 +120,12 @@ def test_the_signature_tells_what_the_model_takes(running: Running) -> None:
         ("age", {"x": np.array([["a", "b", "c"]])}, errors.UnsupportedTensor, "cannot be converted"),
         ("age", {"x": np.zeros((1, 3), complex)}, errors.UnsupportedTensor, "complex128"),
         ("text", {"ids": np.array([[1.0, np.nan]])}, errors.SignatureMismatch, "1 of its values are NaN"),
-        ("text", {"ids": np.array([[1, 100]])}, errors.ValueOutOfBounds, "from 0 to 99, its values reach from 1 to 100"),
+        (
+            "text",
+            {"ids": np.array([[1, 100]])},
+            errors.ValueOutOfBounds,
+            "from 0 to 99, its values reach from 1 to 100",
+        ),
         ("text", {"ids": np.array([[-1]])}, errors.ValueOutOfBounds, "from -1"),
         ("text", {"ids": np.zeros((1, 65), np.int64)}, errors.SignatureMismatch, "sequence .* from 1 to 64, got 65"),
         ("nobody", {"x": 1}, errors.UnknownModel, "no model 'nobody'; it holds age, gender"),
@@ -168,7 +173,7 @@ def test_an_output_of_unknown_size_gets_the_room_it_needs(running: Running) -> N
     connection.close()
     wide = np.tile(ids, (1, 1))
     assert model("text")(wide).shape == (64, 64)
-    assert 64 * 64 * 8 < room, "the first arena would have done; make the test larger"
+    assert room > 64 * 64 * 8, "the first arena would have done; make the test larger"
 
 
 def test_calls_of_many_threads_do_not_mix(running: Running) -> None:
@@ -328,7 +333,8 @@ def test_a_model_can_be_replaced_and_removed_while_in_use(running: Running) -> N
     contents = [TRUNK, b"a newer head"]
     wider = (TensorSpec("x", "float32", ("batch", 5)),)
     running.source.put(
-        bundle_of("age", contents, inputs=wider, outputs=(TensorSpec("y", "float32", ("batch", 5)),), version="2"), contents
+        bundle_of("age", contents, inputs=wider, outputs=(TensorSpec("y", "float32", ("batch", 5)),), version="2"),
+        contents,
     )
     changed = threading.Thread(target=lambda: answers.append(admin(running).command("model_changed", {"name": "age"})))
     changed.start()
@@ -350,7 +356,8 @@ def test_a_client_learns_of_a_changed_signature_by_itself(running: Running) -> N
     wider = (TensorSpec("x", "float32", ("batch", 5)),)
     contents = [b"wide"]
     running.source.put(
-        bundle_of("age", contents, inputs=wider, outputs=(TensorSpec("y", "float32", ("batch", 5)),), version="2"), contents
+        bundle_of("age", contents, inputs=wider, outputs=(TensorSpec("y", "float32", ("batch", 5)),), version="2"),
+        contents,
     )
     admin(running).command("model_changed", {"name": "age"})
     assert known(np.zeros((1, 5), np.float32)).shape == (1, 5)

@@ -8,7 +8,6 @@ import os
 import resource
 
 import pytest
-
 from trunkline import arena
 from trunkline.arena import ClientArena, ServerArena, choose_transport, page_aligned
 from trunkline.errors import ArenaFull, MalformedFrame, SidecarFault

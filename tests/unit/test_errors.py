@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-
-import sidecar.errors  # noqa: F401 - registers its classes
 from trunkline import errors, protocol
 from trunkline.errors import TrunklineError, from_wire
+
+import sidecar.errors  # noqa: F401 - registers its classes
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 

@@ -103,9 +103,7 @@ def test_a_large_jpeg_is_decoded_small() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(
-    ("width", "height"), [(5000, 4000), (12000, 12000), (60000, 60000)], ids=["ours", "warned", "pillow's"]
-)
+@pytest.mark.parametrize(("width", "height"), [(5000, 4000), (12000, 12000), (60000, 60000)], ids=["ours", "warned", "pillow's"])
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(width: int, height: int) -> None:
     with pytest.raises(BodyTooLarge, match=str(width * height)):
         picture.square(png_of_size(width, height))

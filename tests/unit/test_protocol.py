@@ -8,7 +8,6 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from trunkline import protocol
 from trunkline.errors import FrameTooLarge, MalformedFrame
 from trunkline.protocol import (

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from trunkline.errors import BudgetExceeded
 
 from sidecar.residency import Grant, Residency
-from trunkline.errors import BudgetExceeded
 
 
 def residency(budget_bytes: int, **plans: dict[str, int]) -> Residency:

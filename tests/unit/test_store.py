@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trunkline.errors import ModelCorrupt, UnknownModel
 
 from sidecar import store as store_module
 from sidecar.bundle import Bundle, canonical_graph, manifest_bytes
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError, StoreFull
 from sidecar.store import Store
 from tests.bundles import adding_bundle
-from trunkline.errors import ModelCorrupt, UnknownModel
 
 CONTENT = b"weights" * 479  # 3353 bytes: no round number
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -69,9 +69,7 @@ def test_a_blob_is_stored_once(store: Store) -> None:
         (CONTENT, 10, "longer than the 10"),
     ],
 )
-def test_bytes_that_are_not_the_blob_are_refused_and_forgotten(
-    store: Store, sent: bytes, announced: int, message: str
-) -> None:
+def test_bytes_that_are_not_the_blob_are_refused_and_forgotten(store: Store, sent: bytes, announced: int, message: str) -> None:
     with pytest.raises(BlobCorrupt, match=message):
         store.put_blob(DIGEST, [sent], announced)
     assert files(store) == []
@@ -171,9 +169,7 @@ def test_whatever_call_fails_nothing_is_half_done(tmp_path: Path, code: int) -> 
 
 def test_a_real_full_disk(tmp_path: Path) -> None:
     """A tmpfs of 64 KiB, where this process may mount one; a limit on the size of files does the same elsewhere."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True, check=False
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True, check=False)
     big = os.urandom(200_000)
     digest = hashlib.sha256(big).hexdigest()
     try:

@@ -130,9 +130,7 @@ class Model:
                 named[spec.name] = array
         return self.call(named)
 
-    def call(
-        self, inputs: Mapping[str, ArrayLike], *, deadline_s: float | None = None, call_id: str | None = None
-    ) -> Outputs:
+    def call(self, inputs: Mapping[str, ArrayLike], *, deadline_s: float | None = None, call_id: str | None = None) -> Outputs:
         """Run the model on ``inputs`` within ``deadline_s`` (default TRUNKLINE_DEADLINE_S, 30 s).
 
         ``call_id`` stands in the sidecar's log; it defaults to the X-Call-Id of the HTTP request being served.
@@ -149,9 +147,7 @@ class Model:
                 raise
             return self._call(fresh, inputs, deadline, call_id)
 
-    def _call(
-        self, signature: Signature, inputs: Mapping[str, ArrayLike], deadline: float, call_id: str | None
-    ) -> Outputs:
+    def _call(self, signature: Signature, inputs: Mapping[str, ArrayLike], deadline: float, call_id: str | None) -> Outputs:
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
         for spec in signature.inputs:
             if spec.name in arrays:
@@ -192,9 +188,7 @@ class Request:
     used after the block.
     """
 
-    def __init__(
-        self, pool: Pool, signature: Signature, sizes: Mapping[str, int], deadline: float, call_id: str | None
-    ) -> None:
+    def __init__(self, pool: Pool, signature: Signature, sizes: Mapping[str, int], deadline: float, call_id: str | None) -> None:
         self._pool = pool
         self._signature = signature
         self._deadline = deadline
@@ -209,9 +203,7 @@ class Request:
         self._connection = self._pool.take(self._input_bytes, self._reply_bytes, self._deadline)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._connection is not None:
             self._pool.give(self._connection)
             self._connection = None

@@ -99,9 +99,7 @@ class Connection:
                     version=welcome.version,
                 )
             if len(fds) != 2:
-                raise FdMissing(
-                    "the sidecar welcomed without passing shared memory", expected_count=2, received_count=0
-                )
+                raise FdMissing("the sidecar welcomed without passing shared memory", expected_count=2, received_count=0)
             self._request = ClientArena(fds.pop(0), welcome.request_bytes, writable=True)
             self._reply = ClientArena(fds.pop(0), welcome.reply_bytes, writable=False)
         except OSError as error:
@@ -121,9 +119,7 @@ class Connection:
         """The reply arena; its contents are valid until the next exchange."""
         return self._reply.memory
 
-    def infer(
-        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = ""
-    ) -> tuple[Placement, ...]:
+    def infer(self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = "") -> tuple[Placement, ...]:
         """Run ``model`` on tensors already in the request arena; return where its outputs lie in the reply arena."""
         self._last_id = (self._last_id + 1) & protocol.MAX_ID
         remaining_us = int((deadline - time.monotonic()) * 1_000_000)
@@ -147,9 +143,7 @@ class Connection:
         self._last_id = (self._last_id + 1) & protocol.MAX_ID
         body = json.dumps(arguments).encode()
         if len(body) > self.request_bytes:
-            raise ArenaFull(
-                f"the arguments take {len(body)} bytes, the arena has {self.request_bytes}", needed_bytes=len(body)
-            )
+            raise ArenaFull(f"the arguments take {len(body)} bytes, the arena has {self.request_bytes}", needed_bytes=len(body))
         self.request[: len(body)] = body
         return self._document(Command(self._last_id, name, len(body)), deadline)
 

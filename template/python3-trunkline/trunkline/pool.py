@@ -50,9 +50,7 @@ def read_token() -> bytes:
     try:
         return Path(path).read_bytes().strip()[:64]
     except OSError as error:
-        raise SidecarUnavailable(
-            f"TRUNKLINE_TOKEN_FILE cannot be read ({os.strerror(error.errno or 0)})", path=path
-        ) from error
+        raise SidecarUnavailable(f"TRUNKLINE_TOKEN_FILE cannot be read ({os.strerror(error.errno or 0)})", path=path) from error
 
 
 class Pool:

@@ -243,9 +243,7 @@ def decode(frame: bytes) -> Message:
         raise MalformedFrame(f"{fields[0]} is no kind of message", kind=fields[0])
     arity, build = decoder
     if len(fields) != arity:
-        raise MalformedFrame(
-            f"a message of kind {fields[0]} has {arity} fields, this one has {len(fields)}", kind=fields[0]
-        )
+        raise MalformedFrame(f"a message of kind {fields[0]} has {arity} fields, this one has {len(fields)}", kind=fields[0])
     return build(fields)
 
 

@@ -81,9 +81,7 @@ class Signature:
 
     def resolve(self, spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape of ``spec`` for given symbol sizes; symbols that are not given take their smallest size."""
-        return tuple(
-            axis if isinstance(axis, int) else sizes.get(axis, self.symbols.get(axis, (1, 1))[0]) for axis in spec.shape
-        )
+        return tuple(axis if isinstance(axis, int) else sizes.get(axis, self.symbols.get(axis, (1, 1))[0]) for axis in spec.shape)
 
     def reply_bytes(self, sizes: Mapping[str, int], alignment: int) -> int:
         """Return an estimate of the bytes the outputs take; exact unless an output has an unknown axis."""

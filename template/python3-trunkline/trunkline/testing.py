@@ -88,9 +88,7 @@ class FakeConnection:
     def describe(self, model: str, deadline: float) -> Any:
         return self._find(model)[0].to_plain()
 
-    def infer(
-        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = ""
-    ) -> tuple[Placement, ...]:
+    def infer(self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = "") -> tuple[Placement, ...]:
         known, answer = self._find(model)
         known.bind([(p.name, p.dtype, p.shape) for p in inputs])
         arrays = {p.name: client._view(self.request, p).copy() for p in inputs}

@@ -1,0 +1,382 @@
+"""The template as faas-cli builds it: laid out, started the way its image starts it, asked over HTTP, told to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+TEMPLATE = Path(__file__).parents[2] / "template" / "python3-trunkline"
+HANDLER = '''
+import os, threading
+from trunkline import errors, model
+from trunkline.context import call_id
+
+m = model("nobody")
+held = threading.Event()
+
+def handle(event, context):
+    what = event.query.get("what", "")
+    if what == "echo":
+        return {"statusCode": 201, "body": event.body, "headers": {"X-Length": len(event.body), "Content-Type": "application/x"}}
+    if what == "facts":
+        return {"body": {"method": event.method, "path": event.path, "query": event.query["what"], "call": call_id.get(),
+                         "host": context.hostname, "header": event.headers["X-Mine"], "uid": os.getuid()}}
+    if what == "wait":
+        open(os.environ["ENTERED"], "w").close()
+        while not os.path.exists(os.environ["LEAVE"]):
+            threading.Event().wait(0.01)
+        return "waited"
+    if what == "boom":
+        raise ZeroDivisionError("internal detail")
+    if what == "model":
+        return m([1.0])
+    if what == "text":
+        return "text"
+    if what == "none":
+        return None
+    if what == "list":
+        return [1, 2]
+    if what == "plain":
+        return {"a": 1}
+    if what == "tuple":
+        return "made", 202
+    if what == "bytearray":
+        return {"body": bytearray(b"abc")}
+    raise getattr(errors, what)("asked 3 of 2", asked=3)
+'''
+BLOCK_TORCH = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path('index.py', run_name='__main__')"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Running:
+    """One started function."""
+
+    def __init__(self, context: Path, environment: dict[str, str], code: str = BLOCK_TORCH) -> None:
+        self.port = free_port()
+        self.context = context
+        self.url = f"http://127.0.0.1:{self.port}"
+        base = {"PATH": os.environ["PATH"], "PORT": str(self.port), "bind_address": "127.0.0.1", "healthcheck_interval": "0s"}
+        base |= {"TRUNKLINE_SOCKET": "/nowhere/trunkline.sock", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=context, env=base | environment, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                requests.get(f"{self.url}/?what=text", timeout=5)
+                break
+            except requests.ConnectionError:
+                assert self.process.poll() is None, self.process.communicate()[1]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+    def stop(self) -> tuple[int, str]:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        _, log = self.process.communicate(timeout=60)
+        return self.process.returncode, log
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a build context: the template, with a handler's folder laid over ``function``."""
+    folder = tmp_path_factory.mktemp("build") / "echo"
+    shutil.copytree(TEMPLATE, folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    (folder / "function" / "handler.py").write_text(HANDLER)
+    # pytest's folders are private to this user, and a test below runs as another one.
+    for parent in (folder, *folder.parents):
+        if parent.is_relative_to("/tmp") and parent != Path("/tmp") and parent.owner() == Path(folder).owner():
+            parent.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(context: Path) -> Iterator[Running]:
+    made = Running(context, {"max_body_bytes": "100000"})
+    yield made
+    made.stop()
+
+
+def test_bytes_pass_untouched_in_both_directions(running: Running) -> None:
+    body = bytes(range(256)) * 100
+    answer = requests.post(f"{running.url}/?what=echo", data=body, timeout=10)
+    assert (answer.status_code, answer.content) == (201, body)
+    assert answer.headers["X-Length"] == "25600"
+    assert answer.headers["Content-Type"] == "application/x"
+
+
+def test_chunked_bodies_are_read_to_their_end(running: Running) -> None:
+    answer = requests.post(f"{running.url}/?what=echo", data=(bytes([n]) * 999 for n in range(50)), timeout=10)
+    assert answer.content == b"".join(bytes([n]) * 999 for n in range(50))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_past_the_limit_is_refused_and_the_next_one_is_not(running: Running, chunked: bool) -> None:
+    session = requests.Session()
+    exact, over = b"x" * 100_000, b"x" * 100_001
+    for body, status in ((exact, 201), (over, 413), (exact, 201), (b"x" * 450_000, 413)):
+        answer = session.post(f"{running.url}/?what=echo", data=iter([body]) if chunked else body, timeout=10)
+        assert answer.status_code == status
+    assert answer.json()["error"]["details"] == {"limit_bytes": 100_000}
+
+
+def test_the_event_tells_what_was_asked(running: Running) -> None:
+    answer = requests.put(f"{running.url}/a/b?what=facts", headers={"X-Mine": "yes", "X-Call-Id": "call-7"}, timeout=10)
+    assert answer.json()["method"] == "PUT"
+    assert answer.json()["path"] == "/a/b"
+    assert answer.json()["header"] == "yes"
+    assert answer.json()["call"] == "call-7"
+    assert answer.headers["X-Call-Id"] == "call-7"
+    assert answer.headers["Content-Type"] == "application/json"
+
+
+def test_a_call_without_an_id_gets_one(running: Running) -> None:
+    ids = {requests.get(f"{running.url}/?what=text", timeout=10).headers["X-Call-Id"] for _ in range(3)}
+    assert len(ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "body"),
+    [("text", 200, "text"), ("none", 200, ""), ("list", 200, "[1,2]\n"), ("plain", 200, '{"a":1}\n'), ("tuple", 202, "made")],
+)
+def test_a_handler_may_return_what_flask_takes(running: Running, what: str, status: int, body: str) -> None:
+    answer = requests.get(f"{running.url}/?what={what}", timeout=10)
+    assert (answer.status_code, answer.text) == (status, body)
+
+
+def test_a_bytearray_is_bytes(running: Running) -> None:
+    assert requests.get(f"{running.url}/?what=bytearray", timeout=10).content == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "code"),
+    [
+        ("InvalidInput", 400, "invalid_input"),
+        ("UnknownModel", 404, "unknown_model"),
+        ("BodyTooLarge", 413, "body_too_large"),
+        ("QueueFull", 503, "queue_full"),
+        ("DeadlineExceeded", 504, "deadline_exceeded"),
+        ("SidecarFault", 500, "sidecar_fault"),
+        ("model", 503, "sidecar_unavailable"),
+    ],
+)
+def test_errors_keep_their_shape_and_status(running: Running, what: str, status: int, code: str) -> None:
+    answer = requests.get(f"{running.url}/?what={what}", timeout=10)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["code"] == code
+    assert sorted(error) == ["code", "details", "message", "retryable"]
+    assert ("Retry-After" in answer.headers) == (status == 503)
+
+
+def test_an_exception_of_the_handler_shows_an_incident_and_no_trace(context: Path) -> None:
+    running = Running(context, {})
+    answer = requests.get(f"{running.url}/?what=boom", timeout=10)
+    incident = answer.json()["error"]["details"]["incident"]
+    assert answer.status_code == 500
+    assert "internal detail" not in answer.text
+    code, log = running.stop()
+    assert code == 0
+    assert incident in log
+    assert "ZeroDivisionError: internal detail" in log
+
+
+def test_ready_is_503_while_there_is_no_sidecar(running: Running) -> None:
+    answer = requests.get(f"{running.url}/_/trunkline/ready", timeout=10)
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == "1"
+    assert answer.json()["error"]["code"] == "sidecar_unavailable"
+
+
+def test_a_wrong_method_of_the_ready_route_reaches_the_handler_or_is_refused(running: Running) -> None:
+    assert requests.post(f"{running.url}/_/trunkline/ready?what=text", timeout=10).status_code in (200, 405)
+
+
+def test_after_sigterm_requests_are_served_until_the_window_closes(context: Path, tmp_path: Path) -> None:
+    """The request that was running, and those that come within the window, are all answered; then the exit code is 0."""
+    marks = {"ENTERED": str(tmp_path / "entered"), "LEAVE": str(tmp_path / "leave")}
+    running = Running(context, {"healthcheck_interval": "2s", **marks})
+    waiting = subprocess.Popen(["curl", "-s", f"{running.url}/?what=wait"], stdout=subprocess.PIPE)
+    while not Path(marks["ENTERED"]).exists():
+        time.sleep(0.01)
+    running.process.send_signal(signal.SIGTERM)
+    for _ in range(8):
+        assert requests.get(f"{running.url}/?what=text", timeout=10).status_code == 200
+    Path(marks["LEAVE"]).touch()
+    assert waiting.communicate(timeout=30)[0] == b"waited"
+    assert running.process.wait(30) == 0
+    running.stop()
+
+
+def test_a_second_sigterm_stops_at_once(context: Path) -> None:
+    running = Running(context, {"healthcheck_interval": "10m"})
+    running.process.send_signal(signal.SIGTERM)
+    time.sleep(1.2)
+    assert running.process.poll() is None
+    assert running.stop()[0] == 0
+
+
+# Libraries first: the interpreter of the tests may lie where another user cannot look. The function's own files follow after.
+AS_SOMEBODY = """
+import os, sys
+sys.modules['torch'] = None
+sys.path.insert(0, '')
+import flask, gunicorn.app.base, gunicorn.arbiter, gunicorn.glogging, gunicorn.sock, gunicorn.workers.gthread, runpy
+import flask.json.provider, werkzeug.debug, trunkline, concurrent.futures.thread, encodings.idna, stringprep
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(12000); os.setuid(12000)
+# gunicorn looks at who it is when it is imported.
+gunicorn.config.User.default, gunicorn.config.Group.default = os.getuid(), os.getgid()
+runpy.run_path('index.py', run_name='__main__')
+"""
+
+
+def test_any_uid_and_a_read_only_folder_will_do(context: Path) -> None:
+    """As root, as uid 12000, which OpenFaaS on Kubernetes uses; otherwise as whoever runs the tests."""
+    folders = [context, *(path for path in context.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        running = Running(context, {"HOME": "/nonexistent"}, AS_SOMEBODY)
+        answer = requests.get(f"{running.url}/?what=facts", headers={"X-Mine": "1"}, timeout=10)
+        assert answer.json()["uid"] == (os.getuid() or 12000)
+        assert running.stop()[0] == 0
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+def test_behind_a_watchdog_the_upstream_url_is_served(context: Path, tmp_path: Path) -> None:
+    """The watchdog has PORT for itself. A copy of the interpreter's launcher stands in for it, by name."""
+    watchdog = tmp_path / "fwatchdog"
+    shutil.copy(shutil.which("sh") or "/bin/sh", watchdog)
+    port = free_port()
+    process = subprocess.Popen(
+        [str(watchdog), "-c", f"{sys.executable} index.py; true"],
+        cwd=context,
+        env={"PATH": os.environ["PATH"], "PORT": "8080", "upstream_url": f"http://127.0.0.1:{port}", "healthcheck_interval": "0"},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                assert requests.get(f"http://127.0.0.1:{port}/?what=text", timeout=5).text == "text"
+                break
+            except requests.ConnectionError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("10s", 10), ("1m30s", 90), ("500ms", 0.5), ("2", 2), ("1.5h", 5400), ("0s", 0)])
+def test_go_durations(text: str, seconds: float) -> None:
+    code = f"import index; print(index.duration_s({text!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=TEMPLATE, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == seconds
+
+
+def test_a_bad_duration_is_refused() -> None:
+    code = "import index\ntry: index.duration_s('soon')\nexcept ValueError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=TEMPLATE, capture_output=True, text=True, check=True)
+    assert "no duration" in done.stdout
+
+
+# --- what only an image build would run -------------------------------------------------------------------------------
+
+
+def dockerfile() -> str:
+    return (TEMPLATE / "Dockerfile").read_text()
+
+
+def test_template_and_image_start_the_same_process() -> None:
+    template = yaml.safe_load((TEMPLATE / "template.yml").read_text())
+    match = re.search(r'fprocess="([^"]+)"', dockerfile())
+    assert match
+    assert match[1] == template["fprocess"] == "python index.py"
+    assert template["language"] == TEMPLATE.name
+    # The watchdog splits at single spaces and knows no quotes.
+    assert not set(template["fprocess"]) & set("'\"$|&;")
+
+
+def test_a_failing_handler_test_stops_the_image() -> None:
+    """With BuildKit a stage that nothing depends on is never built: ship has to copy something out of test."""
+    stages = re.split(r"^FROM ", dockerfile(), flags=re.MULTILINE)
+    ship = next(stage for stage in stages if " AS ship" in stage.splitlines()[0])
+    copied = re.search(r"^COPY --from=test (\S+)", ship, re.MULTILINE)
+    assert copied
+    test = next(stage for stage in stages if " AS test" in stage.splitlines()[0])
+    assert f"&& touch {copied[1]}" in test
+
+
+def test_the_image_takes_the_usual_build_arguments_and_runs_as_app() -> None:
+    for argument in ("ADDITIONAL_PACKAGE", "UPGRADE_PACKAGES", "TEST_ENABLED", "TEST_COMMAND", "PYTHON_VERSION"):
+        assert f"ARG {argument}" in dockerfile()
+    assert 'mode="http"' in dockerfile()
+    assert 'ready_path="/_/trunkline/ready"' in dockerfile()
+    assert re.findall(r"^USER (\w+)", dockerfile(), re.MULTILINE)[-1] == "app"
+
+
+def test_the_samples_own_test_passes_in_the_context_and_a_broken_handler_fails_it(tmp_path: Path) -> None:
+    folder = tmp_path / "sample"
+    shutil.copytree(TEMPLATE, folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={folder}", "-c", os.devnull]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder)}
+
+    def outcome() -> int:
+        test = [*command, "handler_test.py"]
+        return subprocess.run(test, cwd=folder / "function", env=environment, capture_output=True, check=False).returncode
+
+    assert outcome() == 0
+    handler = folder / "function" / "handler.py"
+    handler.write_text(handler.read_text().replace('"statusCode": 200', '"statusCode": 500'))
+    assert outcome() == 1
+
+
+def test_the_clients_wheel_metadata_names_what_the_template_installs() -> None:
+    needed = {re.split(r"[<>=]", line)[0] for line in (TEMPLATE / "requirements.txt").read_text().split()}
+    assert {"flask", "gunicorn", "msgpack", "numpy", "posix-ipc"} == needed
+    assert "torch" not in needed
+
+
+def test_a_broken_handler_ends_the_process_with_its_trace(context: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(context, folder)
+    (folder / "function" / "handler.py").write_text("import nothing_of_this_name\n")
+    done = subprocess.run(
+        [sys.executable, "index.py"],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "PORT": str(free_port()), "bind_address": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "nothing_of_this_name" in done.stderr
+
+
+def test_the_answer_is_json_text_for_nested_bodies(running: Running) -> None:
+    answer = requests.get(f"{running.url}/?what=facts", headers={"X-Mine": "1"}, timeout=10)
+    assert json.loads(answer.content)["query"] == "facts"
