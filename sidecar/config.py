@@ -37,6 +37,11 @@ def _default_budget_bytes() -> int:
     return int(0.7 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
+def _default_threads() -> int:
+    # One core is left to the functions: an operator's threads wait for each other, and so for whoever shares a core.
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything an operator can set. Sizes in bytes, times in seconds."""
@@ -44,7 +49,7 @@ class Settings:
     run_dir: Path = Path("/run/trunkline")
     store_dir: Path = Path("/var/lib/trunkline")
     device: str = "auto"
-    threads: int | None = None
+    threads: int = 1
     memory_budget_bytes: int = 0
     admin_host: str = "127.0.0.1"
     admin_port: int = 9470
@@ -153,6 +158,7 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
         if value is not None:
             values[key] = _checked(f"--{key.removesuffix('_bytes').replace('_', '-')}", key, value)
     values.setdefault("memory_budget_bytes", _default_budget_bytes())
+    values.setdefault("threads", _default_threads())
     return Settings(**values)
 
 

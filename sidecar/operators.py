@@ -210,7 +210,7 @@ _MUST_BE: dict[str, tuple[int, str, tuple[object, ...], bool]] = {
     "aten.instance_norm.default": (3, "running_mean", (None,), False),  # it would be written to
     "aten.one_hot.default": (1, "num_classes", tuple(range(1, 4097)), False),  # -1 would look at the values
 }
-_RECURRENT = _expand({"lstm gru rnn_tanh rnn_relu": "input"})
+RECURRENT = _expand({"lstm gru rnn_tanh rnn_relu": "input"})
 _MAX_LAYER_COUNT = 64
 _MISSING = object()
 
@@ -226,7 +226,7 @@ def check_node(node: Node, index: int) -> None:
         )
     if node.op in SYMBOLIC:
         _check_symbolic(node, index)
-    elif node.op in _RECURRENT:
+    elif node.op in RECURRENT:
         _check_recurrent(node, index)
     elif node.op in _MUST_BE:
         position, keyword, allowed, optional = _MUST_BE[node.op]
@@ -242,7 +242,7 @@ def check_node(node: Node, index: int) -> None:
 
 
 def _check_recurrent(node: Node, index: int) -> None:
-    """Refuse a recurrent layer whose list of weights has the wrong length: torch reads past its end without a check."""
+    """Refuse a recurrent layer whose list of weights has the wrong length, past whose end torch would read."""
     right = False
     if len(node.args) == 9 and not node.kwargs:
         _, state, weights, biases, layers, _, train, both_ways, batch_first = node.args

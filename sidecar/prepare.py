@@ -19,6 +19,7 @@ from sidecar import operators
 from sidecar.errors import BundleError
 from sidecar.ir import Argument, Dtype, Enum, Graph, Node, Value, node_values, values_in
 from sidecar.programs import Program, Step
+from sidecar.recurrent import checked
 
 # The boxed call of an overload costs 1 to 3 µs more than torch's own binding of the same operator (measured with
 # one-element tensors), so the operators that networks consist of are called through their binding.
@@ -232,6 +233,8 @@ class _Preparation:
             raise BundleError(f"{where}: the operator changes its arguments", node=index, operator=node.op)
         self._match(schema, node, where)
         function = _BINDINGS.get(node.op, overload._op)
+        if node.op in operators.RECURRENT:
+            function = checked(node.op, function)
         fixed = {key: _constant(argument) for key, argument in node.kwargs if not any(values_in(argument))}
         if node.op in operators.FACTORIES:
             fixed["device"] = self.device

@@ -98,6 +98,8 @@ class Kept:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._thread.join(timeout_s)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
 
 def descendants(pid: int) -> list[int]:

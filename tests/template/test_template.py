@@ -20,7 +20,7 @@ import requests
 import yaml
 
 TEMPLATE = Path(__file__).parents[2] / "template" / "python3-trunkline"
-HANDLER = '''
+HANDLER = """
 import os, threading
 from trunkline import errors, model
 from trunkline.context import call_id
@@ -57,7 +57,7 @@ def handle(event, context):
     if what == "bytearray":
         return {"body": bytearray(b"abc")}
     raise getattr(errors, what)("asked 3 of 2", asked=3)
-'''
+"""
 BLOCK_TORCH = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path('index.py', run_name='__main__')"
 
 

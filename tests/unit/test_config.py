@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sidecar import config
 from sidecar.config import PREFIX, Settings, load_settings, parse_size
 from sidecar.errors import ConfigError
 
@@ -30,7 +31,12 @@ def test_the_default_budget_is_most_of_what_is_free() -> None:
 def test_settings_survive_the_way_to_a_child() -> None:
     settings = load_settings({"threads": "2", "run_dir": "/tmp/x"}, {})
     assert load_settings({}, settings.to_environment()) == settings
-    assert load_settings({}, load_settings({}, {"TRUNKLINE_MEMORY_BUDGET_BYTES": "5"}).to_environment()).threads is None
+
+
+def test_one_core_is_left_to_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, threads in ((1, 1), (2, 1), (8, 7)):
+        monkeypatch.setattr(config.os, "sched_getaffinity", lambda pid, cores=cores: range(cores))
+        assert load_settings({}, {}).threads == threads
 
 
 @pytest.mark.parametrize(("text", "size"), [("17", 17), ("500MB", 500_000_000), ("2GiB", 2**31), ("1.5 kb", 1500), (9, 9)])
