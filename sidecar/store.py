@@ -3,10 +3,15 @@
 Layout below ``root``: ``blobs/ab/abcd…`` (one weight each), ``graphs/ab/abcd…`` (one ``graph.json`` each, by its digest),
 ``models/<name>.json`` (one ``manifest.json`` each). A model is published by the rename of its manifest, which names its graph by
 digest: a reader sees the old model or the new one, whole. Everything is written to a temporary file in the same folder,
-synced, and renamed, so a crash at any line leaves leftovers but never half a file under a final name. Leftovers are
-swept when a store is opened that nobody else has open.
+synced, and renamed, so a crash at any line leaves leftovers but never half a file under a final name. A writer holds a lock
+on its temporary file, which the kernel frees however the writer ends: a leftover is a temporary file that nobody has locked.
 
-Stateless but for the lock, so any thread may call anything. Must not import torch.
+A blob whose bytes turn out not to be its digest's moves to ``quarantine/ab/abcd…``: it is never served again, and as the store
+then lacks it, pushing the model again heals the store.
+
+A push counts on blobs it was told it need not send, and a collection removes blobs that no model uses: the first holds the
+file ``lock`` shared, the second alone. Readers hold nothing. The object has no state, so any thread may call anything, and it
+may be opened before a fork. Must not import torch.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -37,17 +43,20 @@ from sidecar.bundle import (
 )
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError, StoreFull
 
+log = logging.getLogger("trunkline.store")
+
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 # A blob that was pushed ahead of its model must outlast the push.
 GC_GRACE_S: Final = 3600.0
 _CHUNK_BYTES: Final = 1 << 20
 _TEMPORARY: Final = ".part-"
+_KINDS: Final = ("blobs", "graphs", "models", "quarantine")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
 class Report:
-    """What ``verify`` found. ``broken`` maps each affected model to what is wrong with it."""
+    """What ``verify`` found: blobs that are altered or unreadable, and each affected model with what is wrong with it."""
 
     blob_count: int = 0
     size_bytes: int = 0
@@ -62,24 +71,34 @@ class Store:
         """Open the store, making it when it is not there. Raises StoreError when the folder cannot be used."""
         self.root = root
         try:
-            for folder in (root, root / "blobs", root / "graphs", root / "models"):
+            for folder in (root, *(root / kind for kind in _KINDS)):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.close(os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            _sync_folder(root)
+            self._sweep()
         except OSError as error:
             raise StoreError(f"the store {root} cannot be opened ({os.strerror(error.errno or 0)})") from error
-        # Whoever gets the lock exclusively is alone, so temporary files are nobody's work in progress.
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._sweep()
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
-
-    def close(self) -> None:
-        """Give up the lock. The store must not be used afterwards."""
-        os.close(self._lock)
 
     def _sweep(self) -> None:
-        for path in self.root.rglob(f"*{_TEMPORARY}*"):
-            path.unlink(missing_ok=True)
+        """Remove the temporary files of writers that are no more."""
+        for kind in _KINDS:
+            for path in (self.root / kind).rglob(f"*{_TEMPORARY}*"):
+                with contextlib.suppress(FileNotFoundError, BlockingIOError), _opened(path, os.O_RDONLY) as descriptor:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        # Opened anew each time: threads that shared one description would share its lock, too.
+        try:
+            descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._refusal(error, 0) from error
+        try:
+            fcntl.flock(descriptor, how)
+            yield
+        finally:
+            os.close(descriptor)
 
     # --- blobs -------------------------------------------------------------------------------------------------------
 
@@ -103,8 +122,20 @@ class Store:
             raise BlobMissing(f"the store has no blob {digest[:12]}", digest=digest) from error
 
     def missing(self, digests: Iterable[str]) -> list[str]:
-        """Return those of ``digests`` that the store lacks, each once, in order."""
-        return [digest for digest in dict.fromkeys(digests) if not self.has(digest)]
+        """Return those of ``digests`` that the store lacks, each once, in order. The others are safe from ``gc`` for a while."""
+        with self._locked(fcntl.LOCK_SH):
+            return [digest for digest in dict.fromkeys(digests) if not self._renewed(digest)]
+
+    def _renewed(self, digest: str) -> bool:
+        """Return whether a blob is there, made young again so that it outlasts the push that counts on it."""
+        path = self.blob_path(digest)
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise self._refusal(error, 0) from error
+        return True
 
     def put_blob(self, digest: str, chunks: Iterable[bytes], size_bytes: int) -> bool:
         """Store ``size_bytes`` bytes under their digest; False when they were there already and nothing was read.
@@ -113,10 +144,9 @@ class Store:
         left behind.
         """
         path = self.blob_path(digest)
-        if path.is_file():
-            # A fresh time keeps it from a collection that runs before its model arrives.
-            os.utime(path)
-            return False
+        with self._locked(fcntl.LOCK_SH):
+            if self._renewed(digest):
+                return False
         found = hashlib.sha256()
         with self._written(path, size_bytes) as descriptor:
             received_bytes = 0
@@ -141,7 +171,8 @@ class Store:
     def read_blob(self, digest: str, target: memoryview, crc32: int | None = None) -> None:
         """Read a blob into ``target``, which has exactly its size. Raises BlobMissing, BlobCorrupt, OSError.
 
-        ``crc32`` is compared when given: it runs at memory speed, which sha256 does not.
+        ``crc32`` is compared when given: it runs at memory speed, which sha256 does not. A blob that disagrees is read once more
+        against its digest, which tells whether the blob is altered, and set aside, or the caller mistaken.
         """
         path = self.blob_path(digest)
         try:
@@ -151,6 +182,7 @@ class Store:
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             stored_bytes = os.fstat(descriptor).st_size
             if stored_bytes != len(target):
+                self._set_aside_if_altered(digest)
                 raise BlobCorrupt(f"blob {digest[:12]} has {stored_bytes} bytes instead of {len(target)}", digest=digest)
             done = 0
             checksum = 0
@@ -163,32 +195,63 @@ class Store:
                     checksum = zlib.crc32(target[done : done + count], checksum)
                 done += count
         if crc32 is not None and checksum != crc32:
+            is_altered = self._set_aside_if_altered(digest)
             raise BlobCorrupt(
-                f"blob {digest[:12]} has checksum {checksum:08x} instead of {crc32:08x}; the disk has altered it",
+                f"blob {digest[:12]} has checksum {checksum:08x} instead of {crc32:08x}; "
+                + ("the disk has altered it" if is_altered else "its bytes are right, the model that says so is not"),
                 digest=digest,
             )
+
+    def _set_aside_if_altered(self, digest: str) -> bool:
+        """Move a blob out of the way if its bytes are not its digest's; return whether they were not, or cannot be read."""
+        path = self.blob_path(digest)
+        try:
+            if _digest_of(path)[0] == digest:
+                return False
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            log.error("blob %s cannot be read: %s", digest, error)
+            # Anything else, such as too many open files, says nothing about the blob.
+            if error.errno != errno.EIO:
+                return True
+        aside = self._path("quarantine", digest)
+        try:
+            aside.parent.mkdir(mode=0o700, exist_ok=True)
+            path.rename(aside)
+            # Counted from now, so that a collection leaves it to be looked at for a while.
+            os.utime(aside)
+        except OSError as error:
+            log.error("the altered blob %s cannot be set aside: %s", digest, error)
+        else:
+            log.error("blob %s was altered on the disk and is set aside", digest)
+        return True
 
     # --- models ------------------------------------------------------------------------------------------------------
 
     def put_model(self, manifest_data: bytes, graph_data: bytes) -> Bundle:
         """Publish a model whose blobs were put before, replacing the one of its name. Raises BundleError, BlobMissing."""
         bundle = parse_bundle(manifest_data, graph_data)
-        absent = self.missing(weight.digest for weight in bundle.graph.weights)
-        if absent:
-            count = len({weight.digest for weight in bundle.graph.weights})
-            raise BlobMissing(
-                f"{len(absent)} of the {count} weights of {bundle.name} are not in the store; push them first",
-                missing_count=len(absent),
-            )
-        for weight in bundle.graph.weights:
-            stored_bytes = self.size(weight.digest)
-            if stored_bytes != weight.size_bytes:
+        digests = {weight.digest for weight in bundle.graph.weights}
+        with self._locked(fcntl.LOCK_SH):
+            absent = {digest for digest in digests if not self._renewed(digest)}
+            for weight in bundle.graph.weights:
+                if weight.digest in absent or (stored_bytes := self.size(weight.digest)) == weight.size_bytes:
+                    continue
+                if self._set_aside_if_altered(weight.digest):
+                    absent.add(weight.digest)
+                    continue
                 raise BundleError(
                     f"weight {weight.digest[:12]} of {bundle.name} takes {weight.size_bytes} bytes, its blob has {stored_bytes}",
                     digest=weight.digest,
                 )
-        self._replace(self._path("graphs", bundle.graph_digest), canonical_graph(bundle.graph))
-        self._replace(self._manifest(bundle.name), manifest_bytes(bundle))
+            if absent:
+                raise BlobMissing(
+                    f"{len(absent)} of the {len(digests)} weights of {bundle.name} are not in the store; push them first",
+                    missing_count=len(absent),
+                )
+            self._replace(self._path("graphs", bundle.graph_digest), canonical_graph(bundle.graph))
+            self._replace(self._manifest(bundle.name), manifest_bytes(bundle))
         return bundle
 
     def _manifest(self, name: str) -> Path:
@@ -222,66 +285,83 @@ class Store:
         return sorted(stem for stem in stems if MODEL_NAME.fullmatch(stem))
 
     def remove_model(self, name: str) -> None:
-        """Forget a model; its blobs stay until ``gc``. Raises UnknownModel."""
+        """Forget a model; its blobs stay until ``gc``. Raises UnknownModel, StoreError."""
         path = self._manifest(name)
         try:
             path.unlink()
+            _sync_folder(path.parent)
         except FileNotFoundError as error:
             raise UnknownModel(f"the store holds no model {name!r}", model=name) from error
-        _sync_folder(path.parent)
+        except OSError as error:
+            raise self._refusal(error, 0) from error
 
     # --- upkeep ------------------------------------------------------------------------------------------------------
 
     def verify(self) -> Report:
-        """Read every blob against its digest and every model against its blobs. Slow: sha256 of everything."""
+        """Read every blob against its digest and every model against its blobs. Slow: sha256 of everything.
+
+        Blobs that are altered or cannot be read are set aside. Safe while models are pushed, removed and collected.
+        """
         report = Report()
-        present: dict[str, int] = {}
         for path in self._stored("blobs"):
-            found = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    found.update(chunk)
-                    report.size_bytes += len(chunk)
+            try:
+                digest, size_bytes = _digest_of(path)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                digest, size_bytes = "", 0
             report.blob_count += 1
-            present[path.name] = path.stat().st_size
-            if found.hexdigest() != path.name:
+            report.size_bytes += size_bytes
+            if digest != path.name and self._set_aside_if_altered(path.name):
                 report.corrupt.append(path.name)
+        corrupt = set(report.corrupt)
         for name in self.models():
             try:
-                weights = self.model(name).graph.weights
+                digests = {weight.digest for weight in self.model(name).graph.weights}
+            except UnknownModel:
+                continue
             except ModelCorrupt as error:
                 report.broken[name] = error.message
                 continue
-            missing = {weight.digest for weight in weights} - present.keys()
-            altered = {weight.digest for weight in weights} & set(report.corrupt)
+            altered = digests & corrupt
+            missing = {digest for digest in digests - corrupt if not self.has(digest)}
             if missing or altered:
                 report.broken[name] = f"{len(missing)} weights are missing, {len(altered)} are altered; push it again"
-        report.corrupt.sort()
         return report
 
     def gc(self, *, dry_run: bool = False, grace_s: float = GC_GRACE_S) -> tuple[int, int]:
         """Remove blobs and graphs that no model uses and that are older than ``grace_s``; return count and bytes.
 
-        While a model cannot be read, nothing is removed: its blobs cannot be told from garbage.
+        What was set aside that long ago goes, too. While a model cannot be read, nothing is removed: its blobs cannot be told
+        from garbage. Raises StoreError.
         """
-        used: set[str] = set()
-        for name in self.models():
+        with self._locked(fcntl.LOCK_EX):
+            used: set[str] = set()
+            for name in self.models():
+                try:
+                    bundle = self.model(name)
+                except UnknownModel:
+                    continue
+                except ModelCorrupt as error:
+                    raise StoreError(f"nothing was removed: {error.message}, or remove it", model=name) from error
+                used.add(bundle.graph_digest)
+                used.update(weight.digest for weight in bundle.graph.weights)
+            count = size_bytes = 0
+            newest_s = time.time() - grace_s
             try:
-                bundle = self.model(name)
-            except ModelCorrupt as error:
-                raise StoreError(f"nothing was removed: {error.message}, or remove it", model=name) from error
-            used.add(bundle.graph_digest)
-            used.update(weight.digest for weight in bundle.graph.weights)
-        count = size_bytes = 0
-        newest_s = time.time() - grace_s
-        for path in (*self._stored("blobs"), *self._stored("graphs")):
-            with contextlib.suppress(FileNotFoundError):
-                state = path.stat()
-                if path.name not in used and state.st_mtime <= newest_s:
-                    count += 1
-                    size_bytes += state.st_size
-                    if not dry_run:
-                        path.unlink()
+                unused = [path for kind in ("blobs", "graphs") for path in self._stored(kind) if path.name not in used]
+                for path in (*unused, *self._stored("quarantine")):
+                    with contextlib.suppress(FileNotFoundError):
+                        state = path.stat()
+                        if state.st_mtime <= newest_s:
+                            if not dry_run:
+                                path.unlink()
+                            count += 1
+                            size_bytes += state.st_size
+                if not dry_run:
+                    self._sweep()
+            except OSError as error:
+                raise self._refusal(error, 0) from error
         return count, size_bytes
 
     def _stored(self, kind: str) -> Iterator[Path]:
@@ -298,29 +378,73 @@ class Store:
     @contextlib.contextmanager
     def _written(self, path: Path, size_bytes: int) -> Iterator[int]:
         """Yield a descriptor of a temporary file that becomes ``path`` when the block ends well, and vanishes otherwise."""
-        temporary = path.with_name(f"{path.name}{_TEMPORARY}{secrets.token_hex(8)}")
-        descriptor = -1
+        temporary, descriptor = path, -1
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            temporary, descriptor = _temporary_beside(path)
             yield descriptor
             os.fsync(descriptor)
             os.rename(temporary, path)
             _sync_folder(path.parent)
         except OSError as error:
-            if error.errno not in _FULL:
-                raise StoreError(f"the store cannot be written ({os.strerror(error.errno or 0)})") from error
-            free_bytes = _free_bytes(self.root)
-            raise StoreFull(
-                f"{size_bytes} bytes could not be stored ({os.strerror(error.errno or 0)}): {free_bytes} bytes are free; "
-                "remove models and run `trunkline store gc`, or use a larger disk",
-                needed_bytes=size_bytes,
-                free_bytes=free_bytes,
-            ) from error
+            raise self._refusal(error, size_bytes) from error
         finally:
             if descriptor >= 0:
+                temporary.unlink(missing_ok=True)
                 os.close(descriptor)
+
+    def _refusal(self, error: OSError, size_bytes: int) -> StoreError:
+        reason = os.strerror(error.errno or 0)
+        if error.errno not in _FULL:
+            return StoreError(f"the store cannot be written ({reason})")
+        free_bytes = _free_bytes(self.root)
+        return StoreFull(
+            f"{size_bytes} bytes could not be stored ({reason}): {free_bytes} bytes are free; "
+            "remove models and run `trunkline store gc`, or use a larger disk",
+            needed_bytes=size_bytes,
+            free_bytes=free_bytes,
+        )
+
+
+def _temporary_beside(path: Path) -> tuple[Path, int]:
+    """Make a temporary file in the folder of ``path``, locked by this writer; return it and its descriptor."""
+    while True:
+        temporary = path.with_name(f"{path.name}{_TEMPORARY}{secrets.token_hex(8)}")
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            # Once per folder, so the way that goes well does not ask first. The name of the folder must last like its files'.
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            _sync_folder(path.parent.parent)
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                return temporary, descriptor
+        except BaseException:
             temporary.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        # Swept in the moment between its making and its lock.
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _digest_of(path: Path) -> tuple[str, int]:
+    """Return the sha256 of a file's bytes, and their number."""
+    found, size_bytes = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            found.update(chunk)
+            size_bytes += len(chunk)
+    return found.hexdigest(), size_bytes
 
 
 def _write(descriptor: int, content: bytes) -> None:
@@ -330,11 +454,8 @@ def _write(descriptor: int, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_bytes(folder: Path) -> int:

@@ -15,7 +15,7 @@ from sidecar.errors import BundleError
 
 # A container costs about 60 bytes of memory and two characters of text. Counting the characters that can open or
 # extend one, which takes milliseconds, bounds what the decoder may allocate for a text within the size limit.
-MAX_ELEMENT_COUNT = 12_000_000
+MAX_ELEMENT_COUNT = 6_000_000
 
 
 def refuse(place: str, problem: str) -> NoReturn:

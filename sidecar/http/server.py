@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from typing import Any
@@ -16,6 +17,12 @@ from sidecar.store import Store
 _THREADS = 4
 # A push of a large blob, or the verification of a large store, may take this long.
 _TIMEOUT_S = 600
+
+
+def _freeze(server: object, worker: object) -> None:
+    # What the master imported stays shared with its worker as long as the collector does not touch it.
+    gc.collect()
+    gc.freeze()
 
 
 class AdminServer(BaseApplication):  # type: ignore[misc]
@@ -40,6 +47,8 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
             "timeout": _TIMEOUT_S,
             "graceful_timeout": 2,
             "keepalive": 5,
+            "preload_app": True,
+            "pre_fork": _freeze,
             "loglevel": "warning",
             "proc_name": "trunkline-admin",
             "control_socket_disable": True,

@@ -1,5 +1,6 @@
 """How gunicorn serves a function. Every value can be set by an environment variable of stack.yml."""
 
+import gc
 import os
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -33,3 +34,9 @@ accesslog = None
 control_socket_disable = True
 if os.access("/dev/shm", os.W_OK):
     worker_tmp_dir = "/dev/shm"
+
+
+def pre_fork(server, worker):
+    """Keep the collector off what the workers share: each object it looked at would be copied into every worker."""
+    gc.collect()
+    gc.freeze()
