@@ -29,6 +29,7 @@ LAYERS = {
         "numerics",
         "fxgraph",
         "rewrites",
+        "recurrent",
     },
     4: {"engine"},
     5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.server"},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +18,19 @@ import pytest
 from trunkline.errors import ModelCorrupt, UnknownModel
 
 from sidecar import store as store_module
-from sidecar.bundle import Bundle, canonical_graph, manifest_bytes
+from sidecar.bundle import Bundle, Weight, canonical_graph, graph_digest, manifest_bytes
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError, StoreFull
-from sidecar.store import Store
+from sidecar.store import Report, Store
 from tests.bundles import adding_bundle
 
 CONTENT = b"weights" * 479  # 3353 bytes: no round number
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
+CRASHED = 77
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    made = Store(tmp_path / "store")
-    yield made
-    made.close()
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
 
 
 def put(store: Store, bundle: Bundle, blobs: dict[str, bytes]) -> Bundle:
@@ -39,6 +41,31 @@ def put(store: Store, bundle: Bundle, blobs: dict[str, bytes]) -> Bundle:
 
 def files(store: Store) -> list[str]:
     return sorted(path.name for path in store.root.rglob("*") if path.is_file() and path.name != "lock")
+
+
+def files_of(store: Store, kind: str) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in (store.root / kind).rglob("*") if path.is_file()}
+
+
+def age(path: Path) -> None:
+    """Make a file two hours old."""
+    then = path.stat().st_mtime - 7200
+    os.utime(path, (then, then))
+
+
+def alter(path: Path) -> None:
+    """Flip one bit of a file."""
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+
+
+def lock_is_free(store: Store, how: int) -> bool:
+    with (store.root / "lock").open("rb") as file:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def test_a_blob_comes_back(store: Store) -> None:
@@ -117,9 +144,9 @@ def test_a_file_that_ends_while_it_is_read_is_an_error(store: Store, monkeypatch
 
 
 class NthFailure:
-    """Lets the n-th call of any of several functions of ``os`` fail, once."""
+    """Lets the n-th call of any of several functions of ``os`` fail, once. Without a ``code`` the process ends there."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, code: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, code: int | None) -> None:
         self.left = number
         self.code = code
         self.failed = False
@@ -130,6 +157,8 @@ class NthFailure:
         def call(*arguments: Any, **named: Any) -> Any:
             self.left -= 1
             if self.left == 0:
+                if self.code is None:
+                    os._exit(CRASHED)
                 self.failed = True
                 raise OSError(self.code, os.strerror(self.code))
             return real(*arguments, **named)
@@ -162,7 +191,47 @@ def test_whatever_call_fails_nothing_is_half_done(tmp_path: Path, code: int) -> 
         assert not store.verify().corrupt
         put(store, new, new_blobs)
         assert store.model("m") == new
-        store.close()
+    else:
+        pytest.fail("there is no end of calls")
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """Run ``work`` in a process of its own; return its exit code."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_wherever_a_writer_dies_the_store_is_whole(tmp_path: Path) -> None:
+    """As above, but the writer is gone at once, with no clean-up; another process has the store open all the time."""
+    old, old_blobs = adding_bundle("m", [1.0, 2.0])
+    new, new_blobs = adding_bundle("m", [3.0, 4.0, 5.0], version="2")
+    for number in range(1, 100):
+        store = Store(tmp_path / f"{number}")
+        put(store, old, old_blobs)
+
+        def crash(store: Store = store, number: int = number) -> None:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                NthFailure(monkeypatch, number, None)
+                put(store, new, new_blobs)
+
+        outcome = in_a_child(crash)
+        assert outcome in (0, CRASHED)
+        reopened = Store(store.root)
+        assert not [name for name in files(store) if ".part-" in name]
+        assert reopened.model("m").version in ("1", "2")
+        assert reopened.verify() == Report(len(files_of(store, "blobs")), sum(files_of(store, "blobs").values()))
+        put(reopened, new, new_blobs)
+        assert store.model("m") == new
+        if not outcome:
+            assert number > 10
+            break
     else:
         pytest.fail("there is no end of calls")
 
@@ -188,7 +257,6 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
         assert files(store) == []
         store.put_blob(DIGEST, [CONTENT], len(CONTENT))
         assert store.has(DIGEST)
-        store.close()
     finally:
         if not mounted.returncode:
             subprocess.run(["umount", str(tmp_path)], check=True)
@@ -212,14 +280,29 @@ def test_a_model_without_its_weights_is_refused(store: Store) -> None:
         store.put_model(manifest_bytes(bundle), canonical_graph(bundle.graph))
 
 
-def test_a_weight_whose_blob_has_another_size_is_refused(store: Store) -> None:
-    bundle, blobs = adding_bundle("m", [1.0])
+@pytest.mark.parametrize("sizes", [(4,), (3353, 4), (4, 3353)])
+def test_a_weight_whose_blob_has_another_size_is_refused(store: Store, sizes: tuple[int, ...]) -> None:
+    """Each weight counts, also where a digest comes twice."""
+    store.put_blob(DIGEST, [CONTENT], len(CONTENT))
+    bundle, _ = adding_bundle("m", [1.0])
+    weights = tuple(Weight(DIGEST, "uint8", (size,), size, 0) for size in sizes)
+    graph = replace(bundle.graph, weights=weights)
+    wrong = replace(bundle, graph=graph, graph_digest=graph_digest(graph))
+    with pytest.raises(BundleError, match="takes 4 bytes, its blob has 3353"):
+        store.put_model(manifest_bytes(wrong), canonical_graph(graph))
+    assert store.has(DIGEST)
+
+
+def test_a_truncated_blob_is_asked_for_again(store: Store) -> None:
+    bundle, blobs = adding_bundle("m", [1.0, 2.0])
     (digest,) = blobs
-    path = store.blob_path(digest)
-    path.parent.mkdir()
-    path.write_bytes(b"x")
-    with pytest.raises(BundleError, match="takes 4 bytes, its blob has 1"):
+    put(store, bundle, blobs)
+    store.blob_path(digest).write_bytes(b"x")
+    with pytest.raises(BlobMissing, match="1 of the 1 weights"):
         store.put_model(manifest_bytes(bundle), canonical_graph(bundle.graph))
+    assert store.missing([digest]) == [digest]
+    put(store, bundle, blobs)
+    assert store.verify().broken == {}
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "gone", "renamed", "unreadable"])
@@ -249,15 +332,72 @@ def test_a_damaged_model_is_named_and_the_others_stay(store: Store, damage: str)
         store.gc(grace_s=0)
 
 
-def test_verify_finds_a_flipped_bit(store: Store) -> None:
+def test_a_manifest_that_cannot_be_removed_is_told(store: Store) -> None:
+    (store.root / "models" / "m.json").mkdir()
+    with pytest.raises(StoreError):
+        store.remove_model("m")
+
+
+def test_verify_finds_a_flipped_bit_and_a_push_heals_it(store: Store) -> None:
     bundle, blobs = adding_bundle("m", [1.0])
     put(store, bundle, blobs)
     (digest,) = blobs
-    path = store.blob_path(digest)
-    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    alter(store.blob_path(digest))
     report = store.verify()
     assert report.corrupt == [digest]
-    assert "1 are altered" in report.broken["m"]
+    assert "0 weights are missing, 1 are altered" in report.broken["m"]
+    assert "1 weights are missing, 0 are altered" in store.verify().broken["m"]
+    assert store.missing([digest]) == [digest]
+    put(store, bundle, blobs)
+    assert store.verify().broken == {}
+
+
+def test_a_read_that_finds_an_altered_blob_sets_it_aside(store: Store) -> None:
+    bundle, blobs = adding_bundle("m", [1.0])
+    put(store, bundle, blobs)
+    (weight,) = bundle.graph.weights
+    alter(store.blob_path(weight.digest))
+    target = memoryview(bytearray(weight.size_bytes))
+    with pytest.raises(BlobCorrupt, match="the disk has altered it"):
+        store.read_blob(weight.digest, target, weight.crc32)
+    with pytest.raises(BlobMissing):
+        store.read_blob(weight.digest, target, weight.crc32)
+    put(store, bundle, blobs)
+    store.read_blob(weight.digest, target, weight.crc32)
+    assert bytes(target) == blobs[weight.digest]
+
+
+def test_a_model_that_is_wrong_about_a_blob_cannot_have_it_set_aside(store: Store) -> None:
+    """Otherwise one bad bundle could take the weights of others away."""
+    store.put_blob(DIGEST, [CONTENT], len(CONTENT))
+    with pytest.raises(BlobCorrupt, match="its bytes are right"):
+        store.read_blob(DIGEST, memoryview(bytearray(len(CONTENT))), crc32=12345)
+    with pytest.raises(BlobCorrupt, match="instead of 7"):
+        store.read_blob(DIGEST, memoryview(bytearray(7)))
+    assert store.has(DIGEST)
+
+
+@pytest.mark.parametrize(("code", "stays"), [(errno.EIO, False), (errno.EMFILE, True)])
+def test_only_a_failing_disk_sets_a_blob_aside(store: Store, monkeypatch: pytest.MonkeyPatch, code: int, stays: bool) -> None:
+    store.put_blob(DIGEST, [CONTENT], len(CONTENT))
+
+    def fail(path: Path) -> tuple[str, int]:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(store_module, "_digest_of", fail)
+    assert store.verify().corrupt == [DIGEST]
+    assert store.has(DIGEST) is stays
+
+
+def test_what_was_set_aside_is_collected_when_it_is_old(store: Store) -> None:
+    store.put_blob(DIGEST, [CONTENT], len(CONTENT))
+    alter(store.blob_path(DIGEST))
+    age(store.blob_path(DIGEST))
+    store.verify()
+    assert store.gc() == (0, 0)
+    age(store.root / "quarantine" / DIGEST[:2] / DIGEST)
+    assert store.gc() == (1, len(CONTENT))
+    assert files(store) == []
 
 
 def test_collection_spares_what_is_used_and_what_is_young(store: Store) -> None:
@@ -274,17 +414,82 @@ def test_collection_spares_what_is_used_and_what_is_young(store: Store) -> None:
     assert store.gc(grace_s=0)[0] == 2
 
 
-def test_leftovers_are_swept_only_when_nobody_else_is_here(tmp_path: Path) -> None:
-    first = Store(tmp_path)
-    leftover = first.root / "blobs" / "ab" / f"{DIGEST}.part-1"
-    leftover.parent.mkdir()
-    leftover.write_bytes(b"half")
-    second = Store(tmp_path)
-    assert leftover.exists()
-    first.close()
-    second.close()
-    Store(tmp_path).close()
-    assert not leftover.exists()
+def test_collection_spares_what_a_push_was_told_not_to_send(store: Store) -> None:
+    bundle, blobs = adding_bundle("m", [1.0])
+    put(store, bundle, blobs)
+    (digest,) = blobs
+    store.remove_model("m")
+    for renew in (
+        lambda: store.missing([digest]),
+        lambda: store.put_blob(digest, [], 4),
+        lambda: contextlib.suppress(BlobMissing),
+    ):
+        age(store.blob_path(digest))
+        renew()
+        collected = store.gc()[0]
+        assert collected == (0 if store.has(digest) else 1)
+    assert not store.has(digest)
+
+
+def test_publishing_and_collecting_exclude_each_other(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, blobs = adding_bundle("m", [1.0])
+    put(store, bundle, blobs)
+    free: list[bool] = []
+    rename, clock = os.rename, store_module.time.time
+
+    def renaming(source: Path, target: Path) -> None:
+        free.append(lock_is_free(store, fcntl.LOCK_EX))
+        rename(source, target)
+
+    def asking() -> float:
+        free.append(lock_is_free(store, fcntl.LOCK_SH))
+        return clock()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module.os, "rename", renaming)
+        store.put_model(manifest_bytes(bundle), canonical_graph(bundle.graph))
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module.time, "time", asking)
+        store.gc()
+    assert free == [False, False, False]
+    assert lock_is_free(store, fcntl.LOCK_EX)
+
+
+def test_leftovers_of_the_dead_are_swept_and_files_of_the_living_stay(store: Store) -> None:
+    def die() -> None:
+        def chunks() -> Iterator[bytes]:
+            yield CONTENT[:1000]
+            os._exit(CRASHED)
+
+        store.put_blob(DIGEST, chunks(), len(CONTENT))
+
+    def chunks() -> Iterator[bytes]:
+        yield CONTENT[:1000]
+        (own,) = files(store)
+        for sweep in (lambda: Store(store.root), store.gc):
+            assert in_a_child(die) == CRASHED
+            assert len(files(store)) == 2
+            sweep()
+            assert files(store) == [own]
+        yield CONTENT[1000:]
+
+    assert store.put_blob(DIGEST, chunks(), len(CONTENT))
+    assert files(store) == [DIGEST]
+
+
+def test_a_file_swept_before_its_writer_has_locked_it_is_made_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, swept = fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        if how == fcntl.LOCK_EX and not swept:
+            swept.extend((store.root / "blobs").rglob("*.part-*"))
+            swept[0].unlink()
+        real(descriptor, how)
+
+    monkeypatch.setattr(store_module.fcntl, "flock", flock)
+    assert store.put_blob(DIGEST, [CONTENT], len(CONTENT))
+    assert len(swept) == 1
+    assert files(store) == [DIGEST]
 
 
 def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Which weights models have in common: found by content, forgotten exactly when nobody uses them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from sidecar.graph import FusedGraph
+from tests.fakes import bundle_of, weight_of
+from trunkline.errors import UnknownModel
+
+TRUNK = b"t" * 100
+MODELS = {"age": [TRUNK, b"age"], "gender": [TRUNK, b"gender"], "other": [b"own"]}
+
+
+def graph(*names: str) -> FusedGraph:
+    made = FusedGraph()
+    for name in names:
+        made.add(bundle_of(name, MODELS[name]))
+    made.check_invariants()
+    return made
+
+
+def test_equal_weights_are_one() -> None:
+    made = graph("age", "gender", "other")
+    assert len(made.all_weights()) == 4
+    assert made.users(weight_of(TRUNK).digest) == ["age", "gender"]
+    assert made.sharers("age") == ["gender"]
+    assert made.sharers("other") == []
+    assert made.bytes_of("age") == (103, 100)
+    assert made.bytes_of("other") == (3, 0)
+
+
+def test_adding_twice_adds_nothing() -> None:
+    made = graph("age", "gender")
+    before = made.all_weights()
+    made.add(bundle_of("age", MODELS["age"]))
+    made.check_invariants()
+    assert made.all_weights() == before
+
+
+def test_the_order_of_adding_does_not_matter() -> None:
+    graphs = [graph(*order) for order in itertools.permutations(MODELS)]
+    assert all(made.all_weights() == graphs[0].all_weights() for made in graphs)
+    assert all(list(made) == sorted(MODELS) for made in graphs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_removing_forgets_what_nobody_else_uses(name: str) -> None:
+    made = graph(*MODELS)
+    made.remove(name)
+    made.check_invariants()
+    others = [other for other in MODELS if other != name]
+    assert made.all_weights() == graph(*others).all_weights()
+    assert name not in made
+
+
+def test_replacing_a_model_forgets_its_old_weights() -> None:
+    made = graph("age", "gender")
+    made.add(bundle_of("age", [b"new"]))
+    made.check_invariants()
+    assert made.users(weight_of(TRUNK).digest) == ["gender"]
+    assert made.users(weight_of(b"age").digest) == []
+
+
+def test_an_unknown_model_is_told_with_those_there_are() -> None:
+    for ask in (graph("age").bundle, graph("age").weights, graph("age").remove):
+        with pytest.raises(UnknownModel, match="it holds age"):
+            ask("nobody")
