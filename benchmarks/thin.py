@@ -191,9 +191,10 @@ def interleaved(variants: dict[str, Callable[[], None]], count: int) -> dict[str
     for variant in variants.values():
         for _ in range(3):
             variant()
-    for _ in range(-(-count // BLOCK)):
+    block = min(BLOCK, count)
+    for _ in range(-(-count // block)):
         for name, variant in variants.items():
-            for _ in range(BLOCK):
+            for _ in range(block):
                 started = time.perf_counter_ns()
                 variant()
                 times[name].append((time.perf_counter_ns() - started) / 1000)
@@ -261,7 +262,7 @@ def added_latency(bench: Bench, count: int) -> None:
     bench.answers(url)
     session = requests.Session()
     plain = image.tolist()
-    times |= interleaved({"http_json": lambda: session.post(url + "json", json=plain).raise_for_status()}, max(20, count // 50))  # type: ignore[dict-item,return-value]
+    times |= interleaved({"http_json": lambda: session.post(url + "json", json=plain).raise_for_status()}, max(5, count // 50))  # type: ignore[dict-item,return-value]
     bench.stop(process)
     summaries = {name: summary(samples) for name, samples in times.items()}
     report.raw["added_latency_us"] = summaries
@@ -329,7 +330,7 @@ def memory(bench: Bench, sidecar: subprocess.Popen[bytes], names: list[str], cou
     table: dict[str, dict[str, dict[int, float]]] = {}
     for name in names:
         size = f"{SIZES_MB[name]}mb"
-        if name not in bench.admin.get("models")["models"]:
+        if name not in [model["name"] for model in bench.admin.get("models")["models"]]:
             bench.push(name)
         for other in bench.admin.get("models")["models"]:
             bench.admin.post(f"models/{other['name']}/evict")
@@ -401,8 +402,8 @@ def main() -> None:
     report = Report("thin", chosen.quick, chosen.device)
     with prepared(report, chosen.seed) as bench:
         sidecar = bench.sidecar()
-        added_latency(bench, 200 if chosen.quick else 2000)
-        end_to_end(bench, 40 if chosen.quick else 300)
+        added_latency(bench, 100 if chosen.quick else 2000)
+        end_to_end(bench, 20 if chosen.quick else 300)
         if chosen.quick:
             memory(bench, sidecar, ["mobilenet"], [1, 2], ["private"])
             report.lack(
@@ -412,7 +413,7 @@ def main() -> None:
         else:
             memory(bench, sidecar, ["mobilenet", "resnet50"], [1, 5, 10, 20], ["private", "mapped", "shared"])
             memory(bench, sidecar, ["vgg16"], [1, 5, 10, 20], ["private", "shared"])
-        cold_start(bench, 2 if chosen.quick else 7)
+        cold_start(bench, 1 if chosen.quick else 7)
     report.finish(chosen.json)
 
 

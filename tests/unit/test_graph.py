@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from trunkline.errors import UnknownModel
 
 from sidecar.graph import FusedGraph
 from tests.fakes import bundle_of, weight_of
-from trunkline.errors import UnknownModel
 
 TRUNK = b"t" * 100
 MODELS = {"age": [TRUNK, b"age"], "gender": [TRUNK, b"gender"], "other": [b"own"]}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+from trunkline.errors import QueueFull
 
 from sidecar.scheduler import Queue
-from trunkline.errors import QueueFull
 
 
 @dataclass

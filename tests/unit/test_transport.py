@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from trunkline import protocol, transport
 from trunkline.connection import Connection
 from trunkline.errors import (
