@@ -32,6 +32,7 @@ from sidecar.strictjson import choice, encode_json, load_json, members, printabl
 
 __all__ = [
     "MODEL_NAME",
+    "VERSION",
     "Bundle",
     "Graph",
     "Manifest",
@@ -56,7 +57,7 @@ FORMAT = "trunkline-bundle-1"
 MAX_MANIFEST_BYTES = 1 << 20
 
 MODEL_NAME = re.compile(r"(?!.*\.\.)[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
-_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def parse_manifest(data: bytes) -> Manifest:
         refuse("manifest.json: created", f"must be an object of at most {MAX_ARGUMENT_COUNT} strings")
     return Manifest(
         name=text(fields["name"], "manifest.json: name", MODEL_NAME),
-        version=text(fields["version"], "manifest.json: version", _VERSION),
+        version=text(fields["version"], "manifest.json: version", VERSION),
         graph_digest=text(fields["graph"], "manifest.json: graph", DIGEST),
         batch=None if fields["batch"] is None else text(fields["batch"], "manifest.json: batch", SYMBOL),
         tolerance=float(tolerance),

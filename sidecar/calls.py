@@ -57,12 +57,12 @@ class Call:
         return dict(inspect.signature(self.module.forward).bind(*args, **kwargs).arguments)
 
     def sizes(self) -> dict[str, int]:
-        """Return the size each symbol has in the example inputs."""
-        return {
-            symbol: example.shape[axis]
-            for name, example in zip(self.names, self.examples, strict=True)
-            for axis, symbol in self.axes.get(name, {}).items()
-        }
+        """Return the size each symbol has in the example inputs, in the order of ``symbols``."""
+        found: dict[str, int] = {}
+        for name, example in zip(self.names, self.examples, strict=True):
+            for axis, symbol in self.axes.get(name, {}).items():
+                found.setdefault(symbol, example.shape[axis])
+        return {symbol: found[symbol] for symbol in self.symbols}
 
     def inputs(self, sizes: Mapping[str, int], generator: torch.Generator) -> list[torch.Tensor]:
         """Return random inputs: normal floats, integers within their bounds or the range of the example."""

@@ -46,8 +46,9 @@ def describe(error: Exception, call: Call) -> str:
     """Return an error's class, its first line, and the place in the model's own code where it came up."""
     line = next((line.strip(" -") for line in str(error).splitlines() if line.strip()), "")
     place = _place(error, call.module)
-    where = f" at {place['line']} in self{place['module'] and '.' + place['module']}" if place else ""
-    return f"{type(error).__name__}{where}: {line[:300]}"
+    where = f" at {place['line']}" if "line" in place else ""
+    module = f" in self.{place['module']}" if place.get("module") else ""
+    return f"{type(error).__name__}{where}{module}: {line[:300]}"
 
 
 def _explain(error: Exception, call: Call) -> str:
@@ -71,14 +72,15 @@ def _place(error: Exception, module: torch.nn.Module) -> dict[str, str]:
     """Return the innermost line of the model's own code on an error's way, and the module that was running there."""
     names = {id(member): name for name, member in module.named_modules()}
     found: dict[str, str] = {}
-    running = ""
     trace = error.__traceback__
     while trace is not None:
         frame = trace.tb_frame
-        running = names.get(id(frame.f_locals.get("self")), running)
+        module_name = names.get(id(frame.f_locals.get("self")))
+        if module_name is not None:
+            found["module"] = module_name
         file = frame.f_code.co_filename
         if not file.startswith((*_OWN_FOLDERS, "<")):
-            found = {"line": f"{file}:{trace.tb_lineno}", "module": running}
+            found["line"] = f"{file}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found
 

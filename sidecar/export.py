@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from sidecar.bundle import Bundle, canonical_graph, graph_digest, manifest_bytes, parse_bundle
+from sidecar.bundle import MODEL_NAME, VERSION, Bundle, canonical_graph, graph_digest, manifest_bytes, parse_bundle
 from sidecar.calls import example_call, output_names_of
 from sidecar.capture import FAILURES, capture, describe
 from sidecar.errors import BundleError, ExportError, UnsupportedModel
+from sidecar.ir import INTEGER_DTYPES, Graph
 from sidecar.numerics import Report, compare, default_tolerance
 from sidecar.sources import DynamicAxes, Source, load_source
 from sidecar.translate import translate, weight_bytes
@@ -69,6 +70,9 @@ def convert(
     NumericsMismatch when the converted graph computes something else, ExportError for arguments that make no sense.
     """
     tell = progress or (lambda stage, fraction: None)
+    for text, pattern, what in ((name, MODEL_NAME, "name"), (version, VERSION, "version")):
+        if not pattern.fullmatch(text):
+            raise ExportError(f"{text[:80]!r} is no {what} of a model; it must match {pattern.pattern}")
     tell("trying the model on its example inputs", 0.0)
     with contextlib.suppress(NotImplementedError):  # an exported program has the mode it was exported in
         module.eval()
@@ -81,7 +85,7 @@ def convert(
         bounds=input_bounds or {},
     )
     try:
-        names = output_names_of(call.original(call.examples), output_names)
+        names = output_names_of(call.original(tensor.clone() for tensor in call.examples), output_names)
     except FAILURES as error:
         raise UnsupportedModel(f"the model itself fails on its example inputs: {describe(error, call)}") from error
     tell("capturing the graph", 0.1)
@@ -109,7 +113,17 @@ def convert(
     )
     difference = f"{report.max_abs:.3g} absolute, {report.max_rel:.3g} of the output's scale"
     created = bundle.created | {"difference": difference}
+    report = replace(report, notes=tuple(_unbounded(bundle.graph)))
     return PackedModel(replace(bundle, created=created), report, translated.tensors)
+
+
+def _unbounded(graph: Graph) -> Iterator[str]:
+    for spec in graph.inputs:
+        if spec.dtype in INTEGER_DTYPES and spec.minimum is None and spec.maximum is None:
+            yield (
+                f"integer input {spec.name!r} has no bounds; if it is used as an index, a value out of range fails late, "
+                "and on CUDA it ends the engine"
+            )
 
 
 def _check_readable(bundle: Bundle) -> None:

@@ -43,6 +43,9 @@ MAX_SYMBOL_VALUE = (1 << 31) - 1
 MAX_ARGUMENT_COUNT = 32
 MAX_LIST_COUNT = 4096
 MAX_LIST_DEPTH = 2
+# Lists hold sizes, strides and paddings. torch walks along some of them without looking whether there is anything to
+# compute: a padding of 2**40 around an empty tensor never ends.
+MAX_LISTED_INTEGER = (1 << 31) - 1
 MAX_ITEM = 4095
 MAX_ORIGIN_COUNT = 200
 
@@ -223,7 +226,8 @@ def _argument(value: object, place: str, counts: dict[str, int], depth: int = 0)
     if value is None or isinstance(value, (bool, float)):
         return value
     if isinstance(value, int):
-        return integer(value, place, -(1 << 63), (1 << 63) - 1)
+        limit = MAX_LISTED_INTEGER if depth else (1 << 63) - 1
+        return integer(value, place, -limit - 1, limit)
     if isinstance(value, list):
         if depth == MAX_LIST_DEPTH:
             refuse(place, f"lists are nested deeper than {MAX_LIST_DEPTH}")

@@ -94,9 +94,12 @@ def compare(
         except FAILURES as error:
             raise UnsupportedModel(f"the model itself fails at {_show(sizes)}: {describe(error, call)}") from error
         try:
-            found = program.run(weights, inputs)
+            named = dict(zip(call.names, inputs, strict=True))
+            found = program.run(weights, [named[spec.name] for spec in graph.inputs])
         except TrunklineError as error:
             raise NumericsMismatch(f"the converted graph fails at {_show(sizes)}: {error.message}") from error
+        if len(expected) != len(found):
+            raise NumericsMismatch(f"the model returns {len(expected)} tensors at {_show(sizes)}, not {len(found)}")
         figures = [
             _difference(spec.name, spec.shape, sizes, wanted, got)
             for spec, wanted, got in zip(graph.outputs, expected, found, strict=True)

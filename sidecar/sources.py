@@ -12,8 +12,9 @@ import inspect
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _pt2(path: Path) -> Source:
         raise ExportError(f"{path}: there is no such file", source=str(path))
     try:
         program = torch.export.load(str(path))
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise ExportError(f"{path}: torch cannot load it: {str(error)[:200]}", source=str(path)) from error
     if program.example_inputs is None:
         raise UnsupportedModel(f"{path}: holds no example inputs; save it with them", source=str(path))
@@ -165,8 +166,10 @@ class _OneOutput(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         answer = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
-        name = next(name for name in _PREFERRED_OUTPUTS if name in answer)
-        return {name: answer[name]}
+        for name in _PREFERRED_OUTPUTS:
+            if name in answer:
+                return {name: answer[name]}
+        raise UnsupportedModel(f"{type(self.model).__name__} returns neither {' nor '.join(_PREFERRED_OUTPUTS)}")
 
 
 def _transformers(folder: Path) -> Source:
@@ -180,15 +183,26 @@ def _transformers(folder: Path) -> Source:
         ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        # A class of transformers itself, named by the folder; anything else falls back to the plain encoder.
-        name = (getattr(config, "architectures", None) or [""])[0]
-        kind = getattr(transformers, name, None) if name.isidentifier() else None
-        model = (kind or transformers.AutoModel).from_pretrained(
-            str(folder), config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        # A model of transformers itself, named by the folder; without one, the plain encoder of the folder's kind.
+        kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+            kind = transformers.AutoModel
+        model, loaded = kind.from_pretrained(
+            str(folder),
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise ExportError(f"{folder}: transformers cannot load it: {str(error)[:300]}", source=str(folder)) from error
-    return transformers_source(model)
+    source = transformers_source(model)
+    missing = sorted(loaded["missing_keys"])
+    if not missing:
+        return source
+    note = f"{len(missing)} weights are not in the folder and were drawn at random, such as {missing[0]}"
+    return replace(source, notes=(*source.notes, note))
 
 
 def transformers_source(model: Any) -> Source:

@@ -266,7 +266,7 @@ A = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 PICTURE = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(0))
 KERNEL = torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(0))
 ROW = torch.rand(4, generator=torch.Generator().manual_seed(0)) + 0.5
-PAIR_ = torch.rand(2, generator=torch.Generator().manual_seed(0)) + 0.5
+CHANNELS = torch.rand(2, generator=torch.Generator().manual_seed(0)) + 0.5
 SAMPLES: dict[str, tuple[tuple[torch.Tensor, ...], tuple[Argument, ...], dict[str, Argument]]] = {
     "aten.add.Tensor": ((A, A), (X, Y), {"alpha": 2}),
     "aten.sub.Tensor": ((A,), (X, 1.5), {}),
@@ -282,7 +282,7 @@ SAMPLES: dict[str, tuple[tuple[torch.Tensor, ...], tuple[Argument, ...], dict[st
     "aten.bmm.default": ((A, torch.ones(2, 4, 5)), (X, Y), {}),
     "aten.conv2d.default": ((PICTURE, KERNEL), (X, Y, None, (2, 2), (1, 1)), {}),
     "aten.batch_norm.default": (
-        (PICTURE, PAIR_),
+        (PICTURE, CHANNELS),
         (X, Y, Y, Y, Y, False, 0.1, 1e-5, True),
         {},
     ),
@@ -303,7 +303,7 @@ SAMPLES: dict[str, tuple[tuple[torch.Tensor, ...], tuple[Argument, ...], dict[st
     "aten.select.int": ((A,), (X, 1, 2), {}),
     "aten.expand.default": ((A[:1],), (X, (5, -1, -1)), {"implicit": False}),
     "aten.contiguous.default": ((A.transpose(0, 1),), (X,), {}),
-    "aten.where.self": ((A > 0, A), (X, Y, 0.5), {}),
+    "aten.where.self": ((A > 0, A), (X, Y, Y), {}),
 }
 
 

@@ -617,7 +617,7 @@ def test_descriptors_of_clients_are_thrown_away(running: Running) -> None:
     for _ in range(50):
         socket.send_fds(sock, [protocol.encode(Describe(1, "nobody"))], [0] * 100)
         assert fault(sock).code == "unknown_model"
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     sock.close()
 
 

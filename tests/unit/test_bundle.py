@@ -290,6 +290,8 @@ REFUSED = [
     ("nodes.2.args.0", {"float": "1.0"}, "allowed names"),
     ("nodes.2.args.0", 1 << 63, "outside"),
     ("nodes.2.args.0", [[[1]]], "nested deeper"),
+    ("nodes.2.args.0", [1 << 31], "outside"),
+    ("nodes.2.args.0", [-(1 << 40)], "outside"),
     ("nodes.2.args.0", [0] * 5000, "the limit is 4096"),
     ("nodes.2.kwargs", [], "must be an object"),
     ("nodes.2.kwargs", {"__class__": 1, "Bad": 1}, "does not match"),
