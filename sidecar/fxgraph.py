@@ -57,15 +57,18 @@ def place_of(node: FxNode) -> Place:
 
 
 def operand(argument: object) -> FxNode:
+    """Return the node an argument is; that it is one is torch's promise for the operand of an operator."""
     assert isinstance(argument, FxNode), "the operand of an operator is a node"
     return argument
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return numpy's name of a dtype, or torch's own where numpy has none."""
     return str(dtype).removeprefix("torch.")
 
 
 def operator_name(node: FxNode) -> str:
+    """Return ``aten.<operator>.<overload>``, ``sym.<operator>``, ``getitem``, or for anything else its Python name."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return f"{target.namespace}.{target.__name__}"
@@ -75,6 +78,7 @@ def operator_name(node: FxNode) -> str:
 
 
 def live_nodes(nodes: list[FxNode], results: list[FxNode]) -> set[FxNode]:
+    """Return the nodes that ``results`` need, themselves included. ``nodes`` stand in order of execution."""
     live = set(results)
     for node in reversed(nodes):
         if node in live:

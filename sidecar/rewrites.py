@@ -23,8 +23,11 @@ class Emitter(Protocol):
 
     found: dict[FxNode, Argument]
 
-    def value(self, node: FxNode) -> Argument: ...
-    def emit(self, node: FxNode, name: str, args: Any, kwargs: Mapping[str, Any] | None = None) -> bool: ...
+    def value(self, node: FxNode) -> Argument:
+        """Return what stands for a node that was translated before."""
+
+    def emit(self, node: FxNode, name: str, args: Any, kwargs: Mapping[str, Any] | None = None) -> bool:
+        """Add an operation that stands for ``node``; return whether it has a form in a bundle."""
 
 
 Rewrite = Callable[[Emitter, FxNode, set[FxNode]], None]

@@ -184,7 +184,7 @@ def _transformers(folder: Path) -> Source:
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         # A model of transformers itself, named by the folder; without one, the plain encoder of the folder's kind.
-        kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
         if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
             kind = transformers.AutoModel
         model, loaded = kind.from_pretrained(
@@ -198,7 +198,8 @@ def _transformers(folder: Path) -> Source:
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise ExportError(f"{folder}: transformers cannot load it: {str(error)[:300]}", source=str(folder)) from error
     source = transformers_source(model)
-    missing = sorted(loaded["missing_keys"])
+    # The pooler of a plain encoder has no part in its last hidden state.
+    missing = sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler."))
     if not missing:
         return source
     note = f"{len(missing)} weights are not in the folder and were drawn at random, such as {missing[0]}"
