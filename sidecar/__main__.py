@@ -1,7 +1,11 @@
-"""The command line. Commands parse and print; the work is done by the modules they import, when they are called."""
+"""The command line. Commands parse and print; the work is done by the modules they import, when they are called.
+
+Must not import torch, nor what imports it, before `serve` or `pack` is called: looking and pushing have to be quick.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -12,11 +16,13 @@ from typing import Any
 import click
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from trunkline.errors import TransportError, TrunklineError
 
 from sidecar.admin_client import AdminClient
+from sidecar.bundle import MODEL_NAME
 from sidecar.config import Settings, load_settings
 
 # Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no sidecar reached.
@@ -24,7 +30,8 @@ FAILED, UNREACHABLE = 1, 3
 DEFAULT_ADMIN_SOCKET = "/run/trunkline/admin.sock"
 DEFAULT_ADMIN_URL = "http://127.0.0.1:9470"
 
-console = Console()
+# Lines are never folded: what reads them may be a program. Nor are tables, where no terminal limits them.
+console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 class Commands(click.Group):
@@ -38,6 +45,12 @@ class Commands(click.Group):
             sys.exit(UNREACHABLE)
         except TrunklineError as error:
             click.echo(f"error: {error.code}: {error.message}", err=True)
+            sys.exit(FAILED)
+        except OSError as error:
+            # click ends quietly when the reader of the output is gone.
+            if error.errno == errno.EPIPE:
+                raise
+            click.echo(f"error: store_error: {error.filename or 'a file'}: {os.strerror(error.errno or 0)}", err=True)
             sys.exit(FAILED)
 
 
@@ -56,7 +69,16 @@ def _client(ctx: click.Context) -> AdminClient:
         address = f"unix:{os.environ['TRUNKLINE_RUN_DIR']}/admin.sock"
     if not address:
         address = f"unix:{DEFAULT_ADMIN_SOCKET}" if os.path.exists(DEFAULT_ADMIN_SOCKET) else DEFAULT_ADMIN_URL
-    return AdminClient(address)
+    client = AdminClient(address)
+    ctx.call_on_close(client.close)
+    return client
+
+
+def _model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    # Checked here, too: the name becomes part of a path that is asked for.
+    if not MODEL_NAME.fullmatch(value):
+        raise click.BadParameter(f"{value[:80]!r} is no name of a model: at most 128 of a-z, 0-9, '.', '_' and '-'")
+    return value
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
@@ -87,6 +109,7 @@ def size(size_bytes: float) -> str:
 @click.option("--memory-budget", "memory_budget_bytes", help="Memory for weights, e.g. 2GiB.")
 @click.option("--admin-host", help="Loopback address of the admin endpoint.")
 @click.option("--admin-port", help="Its port; 0: only the Unix socket.")
+@click.option("--blob-limit", "blob_limit_bytes", help="The largest weight that may be pushed.")
 @click.option("--queue-limit", help="Requests that may wait.")
 @click.option("--arena-limit", "arena_limit_bytes", help="Shared memory of one connection and direction.")
 @click.option("--arena-total", "arena_total_bytes", help="Shared memory of all connections.")
@@ -112,7 +135,7 @@ def _log_to_stderr(settings: Settings) -> None:
 @main.command()
 @click.argument("stack", type=click.Path(path_type=Path), default=Path("stack.yml"))
 @click.option("--function", "functions", multiple=True, help="Only this function; may be repeated.")
-@click.option("--gateway-port", type=int, default=8080, show_default=True, help="Port of the local gateway.")
+@click.option("--gateway-port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port of the local gateway.")
 def up(stack: Path, functions: tuple[str, ...], gateway_port: int) -> None:
     """Run a stack.yml without containers: sidecar, functions and a small gateway on this machine."""
     from sidecar.local import up as run
@@ -163,7 +186,7 @@ def _print_models(models: list[dict[str, Any]]) -> None:
     table.add_column("shared with")
     for entry in models:
         if entry["state"] == "corrupt":
-            table.add_row(entry["name"], "[red]corrupt[/]", "", "", "", "", entry["error"]["message"])
+            table.add_row(entry["name"], "[red]corrupt[/]", "", "", "", "", escape(entry["error"]["message"]))
             continue
         table.add_row(
             entry["name"],
@@ -195,7 +218,7 @@ def model_ls(ctx: click.Context, as_json: bool) -> None:
 
 
 @model.command("show")
-@click.argument("name")
+@click.argument("name", callback=_model_name)
 @as_json
 @click.pass_context
 def model_show(ctx: click.Context, name: str, as_json: bool) -> None:
@@ -221,7 +244,7 @@ def model_show(ctx: click.Context, name: str, as_json: bool) -> None:
 
 def _add_action(name: str, help_text: str) -> None:
     @model.command(name, help=help_text)
-    @click.argument("model_name", metavar="NAME")
+    @click.argument("model_name", metavar="NAME", callback=_model_name)
     @click.pass_context
     def act(ctx: click.Context, model_name: str) -> None:
         found = _client(ctx).post(f"models/{model_name}/{name}")
@@ -236,7 +259,7 @@ _add_action("unpin", "Let a model be evicted again.")
 
 
 @model.command("rm")
-@click.argument("name")
+@click.argument("name", callback=_model_name)
 @click.pass_context
 def model_rm(ctx: click.Context, name: str) -> None:
     """Remove a model; `trunkline store gc` frees its disk space."""
@@ -253,7 +276,7 @@ def model_rm(ctx: click.Context, name: str) -> None:
 @click.option("--name", help="Name of the model; default: that of the output folder.")
 @click.option("--version", default="1", show_default=True, help="Its version.")
 @click.option("--batch/--no-batch", default=None, help="Whether axis 0 of every input may vary.")
-@click.option("--max-batch", type=int, help="The largest batch; default 64.")
+@click.option("--max-batch", type=click.IntRange(min=1), help="The largest batch; default 64.")
 @click.option("--dynamic", multiple=True, metavar="INPUT:AXIS=SYMBOL:MIN..MAX", help="A further axis that may vary.")
 @click.option("--bounds", multiple=True, metavar="INPUT=LOW..HIGH", help="Bounds of an integer input.")
 def pack(
@@ -321,13 +344,17 @@ def store() -> None:
 
 
 @store.command("verify")
+@as_json
 @click.pass_context
-def store_verify(ctx: click.Context) -> None:
-    """Read every stored byte against its digest."""
+def store_verify(ctx: click.Context, as_json: bool) -> None:
+    """Read every stored byte against its digest; what is altered is set aside, so that a push can replace it."""
     report = _client(ctx).post("store/verify")
-    console.print(f"{report['blob_count']} blobs, {size(report['size_bytes'])}, {len(report['corrupt'])} corrupt")
-    for name, problem in report["broken"].items():
-        console.print(f"{name}: {problem}", markup=False)
+    if as_json:
+        _print_json(report)
+    else:
+        console.print(f"{report['blob_count']} blobs, {size(report['size_bytes'])}, {len(report['corrupt'])} corrupt")
+        for name, problem in report["broken"].items():
+            console.print(f"{name}: {problem}", markup=False)
     if report["corrupt"] or report["broken"]:
         sys.exit(FAILED)
 

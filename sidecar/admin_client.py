@@ -1,22 +1,31 @@
-"""The other side of the admin endpoint: what the command line uses to reach a sidecar, over a Unix socket or loopback."""
+"""The other side of the admin endpoint: what the command line uses to reach a sidecar, over a Unix socket or loopback.
+
+A client belongs to the thread that made it. Must not import torch: looking and pushing have to be quick.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import requests
 import requests_unixsocket
 from trunkline.errors import MalformedFrame, SidecarUnavailable, TrunklineError, from_wire
 
 from sidecar.bundle import blob_path, canonical_graph, manifest_bytes, read_bundle
+from sidecar.errors import BundleError, ConfigError
 from sidecar.strictjson import load_json
 
 _TIMEOUT_S: Final = (5.0, 600.0)
 _CHUNK_BYTES: Final = 1 << 20
+_ADDRESS: Final = re.compile(r"unix:.+|https?://[^/]+/?")
+# What fits into one body of the endpoint; a model may have a hundred thousand weights.
+_DIGESTS_AT_ONCE: Final = 500
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,10 @@ class AdminClient:
     """Requests to one admin endpoint. ``address`` is ``unix:/path/of/admin.sock`` or ``http://127.0.0.1:9470``."""
 
     def __init__(self, address: str) -> None:
+        """Raises ConfigError for an address that is neither."""
         self.address = address
+        if not _ADDRESS.fullmatch(address):
+            raise ConfigError(f"the admin address is {address[:80]!r}; it must be unix:PATH/admin.sock or http://127.0.0.1:PORT")
         self._session: requests.Session = requests_unixsocket.Session()  # type: ignore[no-untyped-call]
         # No proxy between this machine and itself.
         self._session.trust_env = False
@@ -74,6 +86,8 @@ class AdminClient:
         except ValueError as error:
             raise MalformedFrame(f"{self.address} answered {response.status_code} without JSON") from error
         if response.status_code >= 400:
+            # What was refused may not have been read to its end; the server then closes, and a next request would meet that.
+            self._session.close()
             raise _error_of(body, response.status_code)
         return body
 
@@ -84,42 +98,50 @@ class AdminClient:
         """
         bundle = read_bundle(directory)
         sizes = {weight.digest: weight.size_bytes for weight in bundle.graph.weights}
-        missing = self.post("blobs/missing", {"digests": list(sizes)})["missing"]
+        digests = list(sizes)
+        missing: list[str] = []
+        for start in range(0, len(digests), _DIGESTS_AT_ONCE):
+            missing += self.post("blobs/missing", {"digests": digests[start : start + _DIGESTS_AT_ONCE]})["missing"]
         total_bytes = sum(sizes[digest] for digest in missing)
         done_bytes = 0
-        progress(0, total_bytes)
-        for digest in missing:
-            path = blob_path(directory, digest)
-            self._ask(
-                "PUT",
-                f"blobs/{digest}",
-                data=_Body(path, sizes[digest]),
-                headers={"Content-Type": "application/octet-stream"},
-            )
-            done_bytes += sizes[digest]
+
+        def advance(count_bytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += count_bytes
             progress(done_bytes, total_bytes)
-        body = {
+
+        advance(0)
+        for digest in missing:
+            try:
+                file = blob_path(directory, digest).open("rb")
+            except OSError as error:
+                raise BundleError(f"blobs/{digest}: cannot be read: {os.strerror(error.errno or 0)}") from error
+            with file:
+                body = _Body(file, sizes[digest], advance)
+                self._ask("PUT", f"blobs/{digest}", data=body, headers={"Content-Type": "application/octet-stream"})
+        model = {
             "manifest": load_json(manifest_bytes(bundle), "manifest.json", 1 << 30),
             "graph": load_json(canonical_graph(bundle.graph), "graph.json", 1 << 30),
         }
-        self._ask("PUT", f"models/{bundle.name}", json=body)
+        self._ask("PUT", f"models/{bundle.name}", json=model)
         return Pushed(bundle.name, len(missing), len(sizes), total_bytes, sum(sizes.values()))
 
 
 class _Body:
     """A file as the body of a request, its length announced; requests sends an empty file wrongly otherwise."""
 
-    def __init__(self, path: Path, size_bytes: int) -> None:
-        self._path = path
+    def __init__(self, file: BinaryIO, size_bytes: int, advance: Callable[[int], None]) -> None:
+        self._file = file
         self._size_bytes = size_bytes
+        self._advance = advance
 
     def __len__(self) -> int:
         return self._size_bytes
 
     def __iter__(self) -> Iterator[bytes]:
-        with self._path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                yield chunk
+        while chunk := self._file.read(_CHUNK_BYTES):
+            yield chunk
+            self._advance(len(chunk))
 
 
 def _error_of(body: Any, status: int) -> TrunklineError:

@@ -6,6 +6,7 @@ key in the file is refused too: a misspelt budget must not silently be the defau
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -29,7 +30,7 @@ _UNITS: Final = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
 
 
 def _default_budget_bytes() -> int:
@@ -53,6 +54,7 @@ class Settings:
     memory_budget_bytes: int = 0
     admin_host: str = "127.0.0.1"
     admin_port: int = 9470
+    blob_limit_bytes: int = 64 * 2**30
     queue_limit: int = 256
     arena_limit_bytes: int = 64 * 2**20
     arena_total_bytes: int = 2 * 2**30
@@ -67,6 +69,11 @@ class Settings:
         }
 
 
+def flag_of(key: str) -> str:
+    """Return the flag of ``trunkline serve`` that gives a setting: units are left out, since a value may name its own."""
+    return "--" + key.removesuffix("_bytes").removesuffix("_s").replace("_", "-")
+
+
 def parse_size(value: object) -> int:
     """Return bytes from an integer or a text such as ``500MB`` or ``2GiB``. Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -78,10 +85,10 @@ def parse_size(value: object) -> int:
 
 
 def _path(value: object) -> Path:
-    text = str(value)
-    if not text or "\0" in text:
+    # A list or a number has a text, too, but nobody means it as a path.
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
         raise ValueError("a path")
-    return Path(text).absolute()
+    return Path(value).absolute()
 
 
 def _size(minimum: int) -> Callable[[object], int]:
@@ -124,8 +131,15 @@ def _match(pattern: str, accepted: str) -> Callable[[object], str]:
     return check
 
 
-# Only these may be named: a wider address would hand an unauthenticated endpoint to the network.
-_LOOPBACK: Final = r"127(\.\d{1,3}){3}|localhost|::1"
+def _loopback(value: object) -> str:
+    # Nothing wider: that would hand an endpoint that asks for no credential to the network.
+    try:
+        if value == "localhost" or ipaddress.ip_address(str(value)).is_loopback:
+            return str(value)
+    except ValueError:
+        pass
+    raise ValueError("a loopback address: localhost, 127.0.0.1 or ::1")
+
 
 _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "run_dir": _path,
@@ -133,8 +147,9 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "device": _match(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"),
     "threads": _integer(1, 1024),
     "memory_budget_bytes": _size(1),
-    "admin_host": _match(_LOOPBACK, "a loopback address such as 127.0.0.1"),
+    "admin_host": _loopback,
     "admin_port": _integer(0, 65535),
+    "blob_limit_bytes": _size(65536),
     "queue_limit": _integer(1, 1_000_000),
     "arena_limit_bytes": _size(65536),
     "arena_total_bytes": _size(131072),
@@ -156,7 +171,7 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
             values[key] = _checked(name, key, environ[name])
     for key, value in flags.items():
         if value is not None:
-            values[key] = _checked(f"--{key.removesuffix('_bytes').replace('_', '-')}", key, value)
+            values[key] = _checked(flag_of(key), key, value)
     values.setdefault("memory_budget_bytes", _default_budget_bytes())
     values.setdefault("threads", _default_threads())
     return Settings(**values)

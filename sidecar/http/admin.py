@@ -2,7 +2,8 @@
 
 A client of the engine like any other: it runs in processes of its own and may die without a function noticing. Weights are
 pushed straight into the store, which is safe for several processes; the engine is told when a model is whole. Every
-request passes ``_guard`` first, and every failure leaves through ``_failed``: one JSON shape, no path, no trace.
+request passes ``_guard`` first, and every failure leaves through ``_failed``: one JSON shape, no path, no trace. Keeps no
+state between requests, so any thread may serve one. Must not import torch.
 """
 
 from __future__ import annotations
@@ -12,21 +13,29 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from flask import Flask, Response, jsonify, request
-from trunkline.errors import BodyTooLarge, InvalidInput, TrunklineError, UnknownModel
-from werkzeug.exceptions import HTTPException
+from trunkline.errors import (
+    BodyTooLarge,
+    ConnectionLost,
+    Draining,
+    InvalidInput,
+    SidecarUnavailable,
+    TrunklineError,
+    UnknownModel,
+)
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from sidecar.bundle import MODEL_NAME
 from sidecar.errors import BundleError
 from sidecar.store import DIGEST, Store
-from sidecar.strictjson import encode_json, load_json
+from sidecar.strictjson import encode_json, load_json, members
 
 log = logging.getLogger("trunkline.admin")
 
-MAX_BODY_BYTES = 1 << 20
+MAX_BODY_BYTES = 64 << 10
 MAX_MODEL_BYTES = 80 << 20
 MAX_BLOB_BYTES = 64 << 30
 _CHUNK_BYTES = 1 << 20
@@ -39,11 +48,13 @@ class EngineClient(Protocol):
     def command(self, name: str, arguments: dict[str, object] | None = None) -> Any: ...
 
 
-def create_app(engine: EngineClient, store: Store) -> Flask:
-    """Return the endpoint's WSGI application."""
-    app = Flask("trunkline")
+def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MAX_BLOB_BYTES) -> Flask:
+    """Return the endpoint's WSGI application. Blobs longer than ``blob_limit_bytes`` are refused before they are read."""
+    app = Flask("trunkline", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.before_request(_guard)
+    # A path with an empty part is no other path's, and nothing here redirects.
+    app.url_map.merge_slashes = False
+    app.before_request(lambda: _guard(blob_limit_bytes))
     app.register_error_handler(Exception, _failed)
 
     @app.get("/healthz")
@@ -54,10 +65,15 @@ def create_app(engine: EngineClient, store: Store) -> Flask:
     @app.get("/readyz")
     def readyz() -> Response:
         """Say whether the engine answers and takes work."""
-        draining = engine.command("status")["engine"]["draining"]
-        response = jsonify(status="draining" if draining else "ok")
-        response.status_code = 503 if draining else 200
-        return response
+        try:
+            draining = engine.command("status")["engine"]["draining"]
+        except TrunklineError as error:
+            # Whatever the reason, a probe hears 503 and nothing about the machine.
+            log.info("not ready: %s", error.message)
+            raise SidecarUnavailable("the engine does not answer") from error
+        if draining:
+            raise Draining("the sidecar is shutting down")
+        return jsonify(status="ok")
 
     @app.get("/admin/v1/status")
     def status() -> Response:
@@ -91,7 +107,7 @@ def create_app(engine: EngineClient, store: Store) -> Flask:
     @app.put("/admin/v1/models/<name>")
     def put_model(name: str) -> tuple[Response, int]:
         """Publish a model from its manifest and graph; its weights must be in the store."""
-        body = _json_object("manifest", "graph")
+        body = _json_object(required=("manifest", "graph"))
         manifest, graph = (encode_json(body[key]) for key in ("manifest", "graph"))
         if not isinstance(body["manifest"], dict) or body["manifest"].get("name") != _name(name):
             raise BundleError(f"the manifest does not name {name}", model=name)
@@ -101,18 +117,20 @@ def create_app(engine: EngineClient, store: Store) -> Flask:
     @app.delete("/admin/v1/models/<name>")
     def delete_model(name: str) -> Response:
         """Remove a model; its weights stay in the store until they are collected."""
+        _json_object()
         store.remove_model(_name(name))
         return jsonify(engine.command("model_removed", {"name": name}))
 
     @app.post("/admin/v1/models/<name>/<any(load,unload,evict,pin,unpin):action>")
     def act(name: str, action: str) -> Response:
         """Load, unload, evict, pin or unpin a model; answered when it is done."""
+        _json_object()
         return jsonify(engine.command(action, {"name": _name(name)}))
 
     @app.post("/admin/v1/blobs/missing")
     def missing() -> Response:
         """Return which of ``digests`` the store lacks."""
-        digests = _json_object("digests")["digests"]
+        digests = _json_object(required=("digests",))["digests"]
         if not isinstance(digests, list) or not all(isinstance(d, str) and DIGEST.fullmatch(d) for d in digests):
             raise InvalidInput("digests must be a list of sha256 digests in lower-case hexadecimal")
         return jsonify(missing=store.missing(digests))
@@ -130,13 +148,14 @@ def create_app(engine: EngineClient, store: Store) -> Flask:
 
     @app.post("/admin/v1/store/verify")
     def verify() -> Response:
-        """Read every stored byte against its digest; slow."""
+        """Read every stored byte against its digest, and set aside what is altered; slow."""
+        _json_object()
         return jsonify(dataclasses.asdict(store.verify()))
 
     @app.post("/admin/v1/store/gc")
     def gc() -> Response:
         """Remove what no model uses and is older than an hour; ``dry_run`` only counts."""
-        dry_run = _json_object().get("dry_run", False)
+        dry_run = _json_object(optional=("dry_run",)).get("dry_run", False)
         if not isinstance(dry_run, bool):
             raise InvalidInput("dry_run must be true or false")
         count, size_bytes = store.gc(dry_run=dry_run)
@@ -145,7 +164,7 @@ def create_app(engine: EngineClient, store: Store) -> Flask:
     return app
 
 
-def _guard() -> None:
+def _guard(blob_limit_bytes: int) -> None:
     """Refuse what a browser on this machine could be tricked into sending, and bodies beyond their limit."""
     over_tcp = bool(request.environ.get("REMOTE_ADDR"))
     if over_tcp and not _LOCAL_HOST.fullmatch(request.host):
@@ -157,7 +176,7 @@ def _guard() -> None:
         raise InvalidInput("requests from web pages are not taken")
     is_blob = request.endpoint == "put_blob"
     if is_blob:
-        request.max_content_length = MAX_BLOB_BYTES
+        request.max_content_length = blob_limit_bytes
     elif request.endpoint == "put_model":
         request.max_content_length = MAX_MODEL_BYTES
     expected = "application/octet-stream" if is_blob else "application/json"
@@ -171,6 +190,10 @@ def _guard() -> None:
 
 
 def _failed(error: Exception) -> tuple[Response, int]:
+    if isinstance(error, (SidecarUnavailable, ConnectionLost)):
+        # The engine's client says where it looked, which is the log's business.
+        log.warning("%s: %s", error.code, error.message)
+        error = SidecarUnavailable("the engine does not answer; it may be starting, and its log tells when it cannot")
     if isinstance(error, TrunklineError):
         response = jsonify(error=error.to_dict())
         if error.http_status == 503:
@@ -185,7 +208,10 @@ def _failed(error: Exception) -> tuple[Response, int]:
             "retryable": False,
             "details": {"status": status},
         }
-        return jsonify(error=plain), status
+        response = jsonify(error=plain)
+        if isinstance(error, MethodNotAllowed):
+            response.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
+        return response, status
     incident = secrets.token_hex(4)
     log.exception("incident %s", incident)
     plain = {
@@ -213,17 +239,13 @@ def _number(key: str, default: int, maximum: int) -> int:
     return int(text)
 
 
-def _json_object(*keys: str) -> dict[str, Any]:
+def _json_object(required: Iterable[str] = (), optional: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the body; an empty one is an empty object. A misspelt field must not be taken for one that was left out."""
+    data = request.get_data(cache=False) or b"{}"
     try:
-        body = load_json(request.get_data(cache=False), "the body", MAX_MODEL_BYTES)
+        return members(load_json(data, "the body", MAX_MODEL_BYTES), "the body", required, optional)
     except BundleError as error:
         raise InvalidInput(error.message) from error
-    if not isinstance(body, dict):
-        raise InvalidInput("the body must be a JSON object")
-    for key in keys:
-        if key not in body:
-            raise InvalidInput(f"the body lacks {key!r}")
-    return body
 
 
 def _chunks() -> Iterator[bytes]:

@@ -8,10 +8,15 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 from sidecar.errors import ConfigError
+from sidecar.processes import die_with_parent
+
+_ABANDONED_S = 3600.0
 
 
 def ensure_environment(requirements: list[Path], root: Path, tell: Callable[[str], None] = lambda line: None) -> Path:
@@ -28,13 +33,15 @@ def ensure_environment(requirements: list[Path], root: Path, tell: Callable[[str
     if interpreter.exists():
         return interpreter
     root.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(root)
     temporary = root / f"{digest}.part-{secrets.token_hex(4)}"
-    tell(f"installing what the functions need into {final}")
+    tell(f"[setup] installing what the functions need into {final}")
     try:
-        _run([sys.executable, "-m", "venv", str(temporary)])
+        _run([sys.executable, "-m", "venv", str(temporary)], tell)
         arguments = [argument for path in requirements if path.is_file() for argument in ("--requirement", str(path))]
-        _run([str(temporary / "bin" / "python"), "-m", "pip", "install", "--quiet", *arguments])
-        _run([str(temporary / "bin" / "python"), "-m", "compileall", "-q", str(temporary / "lib")], may_fail=True)
+        pip = [str(temporary / "bin" / "python"), "-m", "pip", "install", "--progress-bar=off", "--disable-pip-version-check"]
+        _run([*pip, *arguments], tell)
+        _run([str(temporary / "bin" / "python"), "-m", "compileall", "-q", str(temporary / "lib")], tell, may_fail=True)
         try:
             temporary.rename(final)
         except OSError:
@@ -46,11 +53,36 @@ def ensure_environment(requirements: list[Path], root: Path, tell: Callable[[str
     return interpreter
 
 
-def _run(command: list[str], *, may_fail: bool = False) -> None:
-    done = subprocess.run(command, env=_clean_environment(), capture_output=True, text=True, check=False)
-    if done.returncode and not may_fail:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-5:]
-        raise ConfigError(f"`{' '.join(command[:5])} …` ended with {done.returncode}: {' | '.join(last)}")
+def _remove_abandoned(root: Path) -> None:
+    # What a killed installation left behind. One that is under way is younger.
+    for path in root.glob("*.part-*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _run(command: list[str], tell: Callable[[str], None], *, may_fail: bool = False) -> None:
+    parent = os.getpid()
+    last: deque[str] = deque(maxlen=5)
+    process = subprocess.Popen(
+        command,
+        env=_clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=lambda: die_with_parent(parent),
+    )
+    with process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                last.append(line.strip())
+                tell(f"[setup] {line.rstrip()}")
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode and not may_fail:
+        raise ConfigError(f"`{' '.join(command[:5])} …` ended with {process.returncode}: {' | '.join(last)}")
 
 
 def _clean_environment() -> dict[str, str]:

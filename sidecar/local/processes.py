@@ -19,7 +19,11 @@ _HEALTHY_S = 5.0
 
 
 class Kept:
-    """One command, kept running until ``stop``. A thread of its own reads its output and starts it again."""
+    """One command, kept running until ``stop``. A thread of its own reads its output and starts it again.
+
+    Make it in a thread that lives as long: the kernel ties a process to the thread that started it. ``ended_count``
+    tells how often the command has ended by itself.
+    """
 
     def __init__(
         self,
@@ -38,7 +42,10 @@ class Kept:
         self._folder = folder
         self._write = write
         self._restart = restart
+        self.ended_count = 0
         self._stopping = threading.Event()
+        # Held while a process is started or told to stop, so that none is started after `stop` has looked.
+        self._changing = threading.Lock()
         self._process = self._start()
         self._thread = threading.Thread(target=self._keep, name=f"keep {name}", daemon=True)
         self._thread.start()
@@ -66,13 +73,18 @@ class Kept:
             for line in self._process.stdout:
                 self._write(f"[{self.name}] {line.rstrip()}")
             code = self._process.wait()
+            self.ended_count += 1
             if self._stopping.is_set() or not self._restart:
                 return
             pause_s = _FIRST_PAUSE_S if time.monotonic() - started_s > _HEALTHY_S else min(2 * pause_s, _LONGEST_PAUSE_S)
             self._write(f"[{self.name}] ended with {code}; starting again in {pause_s:.1f} s")
-            if self._stopping.wait(pause_s):
-                return
-            self._process = self._start()
+            self._stopping.wait(pause_s)
+            with self._changing:
+                if self._stopping.is_set():
+                    return
+                old, self._process = self._process, self._start()
+            if old.stdout is not None:
+                old.stdout.close()
 
     @property
     def pid(self) -> int:
@@ -84,9 +96,12 @@ class Kept:
 
     def ask_to_stop(self) -> None:
         """Send SIGTERM, once."""
-        self._stopping.set()
-        if self.alive:
-            self._process.send_signal(signal.SIGTERM)
+        with self._changing:
+            if self._stopping.is_set():
+                return
+            self._stopping.set()
+            if self.alive:
+                self._process.send_signal(signal.SIGTERM)
 
     def stop(self, timeout_s: float = 15.0) -> None:
         """Wait for the end, and force it after ``timeout_s``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,12 +22,15 @@ from sidecar.admin_client import AdminClient
 from sidecar.errors import ConfigError
 from sidecar.local.environment import ensure_environment
 from sidecar.local.processes import Kept, descendants, to_stderr
-from sidecar.local.stack import find_template, lay_out, read_stack
+from sidecar.local.stack import READY_PATH, find_template, lay_out, read_stack
 
-READY_PATH = "/_/trunkline/ready"
 _STATE = Path(".trunkline")
 _START_S = 60.0
 _PROBE_S = 0.05
+# What has ended so often without an answer will not answer.
+_ENOUGH_ENDS = 3
+# The names of what runs beside the functions, in logs and in `pids`.
+_SIDECAR, _GATEWAY = "sidecar", "gateway"
 # Where a socket's path may have at most 107 characters, the project's own folder can be too deep.
 _LONGEST_RUN_DIR = 70
 
@@ -78,7 +82,12 @@ class LocalStack:
         settings: Mapping[str, str],
     ) -> None:
         functions = read_stack(stack, only)
+        for function in functions:
+            if function.name in (_SIDECAR, _GATEWAY):
+                raise ConfigError(f"{stack}: a function cannot be called {function.name!r} here: the runner uses that name")
         template = find_template(stack)
+        self._refuse_a_second(run_dir)
+        ports = _free_ports(len(functions) + 1, gateway_port)
         contexts = {function.name: lay_out(function, template, state / "build") for function in functions}
         interpreters = {
             name: ensure_environment(
@@ -92,25 +101,26 @@ class LocalStack:
             "TRUNKLINE_ADMIN_PORT": "0",
             **settings,
         }
-        self._refuse_a_second(run_dir)
-        self._keep("sidecar", [sys.executable, "-m", "sidecar", "serve"], os.environ | chosen, stack.resolve().parent)
-        self._await("the sidecar", lambda: bool(AdminClient(self.admin).get("status")))
-        for function in functions:
-            self.ports[function.name] = _free_port()
-            self._keep(
+        sidecar = self._keep(_SIDECAR, [sys.executable, "-m", "sidecar", "serve"], os.environ | chosen, stack.resolve().parent)
+        self._await(sidecar, lambda: bool(AdminClient(self.admin).get("status")))
+        started = []
+        for function, port in zip(functions, ports[1:], strict=True):
+            self.ports[function.name] = port
+            kept = self._keep(
                 function.name,
                 [str(interpreters[function.name]), "index.py"],
-                _function_environment(function.environment, self.ports[function.name], self.socket),
+                _function_environment(function.environment, port, self.socket),
                 contexts[function.name],
             )
+            started.append(kept)
         upstreams = {name: f"http://127.0.0.1:{port}" for name, port in self.ports.items()}
-        port = gateway_port or _free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        gateway = {"GATEWAY_BIND": f"127.0.0.1:{port}", "GATEWAY_UPSTREAMS": json.dumps(upstreams)}
-        self._keep("gateway", [sys.executable, "-m", "sidecar.local.gateway"], os.environ | gateway, stack.resolve().parent)
-        for name, upstream in upstreams.items():
-            self._await(name, lambda upstream=upstream: _listens(f"{upstream}{READY_PATH}"))  # type: ignore[misc]
-        self._await("the gateway", lambda: _listens(f"{self.url}/healthz"))
+        self.url = f"http://127.0.0.1:{ports[0]}"
+        bound = {"GATEWAY_BIND": f"127.0.0.1:{ports[0]}", "GATEWAY_UPSTREAMS": json.dumps(upstreams)}
+        command = [sys.executable, "-m", "sidecar.local.gateway"]
+        gateway = self._keep(_GATEWAY, command, os.environ | bound, stack.resolve().parent)
+        for kept in started:
+            self._await(kept, lambda kept=kept: _listens(f"{upstreams[kept.name]}{READY_PATH}"))  # type: ignore[misc]
+        self._await(gateway, lambda: _listens(f"{self.url}/healthz"))
 
     def _refuse_a_second(self, run_dir: Path) -> None:
         try:
@@ -119,19 +129,24 @@ class LocalStack:
             return
         raise ConfigError(f"this stack is running already, with its sidecar in {run_dir}; stop it first")
 
-    def _keep(self, name: str, command: list[str], environment: Mapping[str, str], folder: Path) -> None:
-        self._kept.append(Kept(name, command, environment=environment, folder=folder, write=self._write))
+    def _keep(self, name: str, command: list[str], environment: Mapping[str, str], folder: Path) -> Kept:
+        kept = Kept(name, command, environment=environment, folder=folder, write=self._write)
+        self._kept.append(kept)
+        return kept
 
-    def _await(self, what: str, answers: Callable[[], bool]) -> None:
+    def _await(self, kept: Kept, answers: Callable[[], bool]) -> None:
         deadline = time.monotonic() + _START_S
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and kept.ended_count < _ENOUGH_ENDS:
             try:
                 if answers():
                     return
             except TrunklineError:
                 pass
             time.sleep(_PROBE_S)
-        raise SidecarUnavailable(f"{what} did not start within {_START_S:.0f} s; its output tells why")
+        raise SidecarUnavailable(
+            f"{kept.name} does not start: it ended {kept.ended_count} times within {_START_S:.0f} s; its output tells why",
+            ended_count=kept.ended_count,
+        )
 
     def wait_ready(self, timeout_s: float = _START_S) -> None:
         """Wait until every function has its models. Raises SidecarUnavailable with what the last one lacks."""
@@ -151,8 +166,12 @@ class LocalStack:
 
     def stop(self) -> None:
         """Stop everything: the gateway first, the sidecar last, so that accepted requests are answered."""
-        for kept in reversed(self._kept):
-            kept.stop()
+        for names in ({_GATEWAY}, self.ports.keys(), {_SIDECAR}):
+            going = [kept for kept in self._kept if kept.name in names]
+            for kept in going:
+                kept.ask_to_stop()
+            for kept in going:
+                kept.stop()
         self._kept.clear()
         if self._scratch is not None:
             self._scratch.cleanup()
@@ -165,24 +184,35 @@ class LocalStack:
 
 
 def _function_environment(given: Mapping[str, str], port: int, sidecar_socket: Path) -> dict[str, str]:
-    """Return the environment of a function: little of this machine's, as in a container."""
+    """Return the environment of a function: little of this machine's, as in a container; what is local goes before ``given``."""
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
     return {
         **kept,
+        "PYTHONUNBUFFERED": "1",
+        **given,
         "bind_address": "127.0.0.1",
         "PORT": str(port),
         "TRUNKLINE_SOCKET": str(sidecar_socket),
-        "PYTHONUNBUFFERED": "1",
         # No gateway needs time to notice: stop at once.
         "healthcheck_interval": "0s",
-        **given,
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports(count: int, first: int) -> list[int]:
+    """Return ``count`` ports of 127.0.0.1 that are free, ``first`` among them unless it is 0. Raises ConfigError."""
+    with contextlib.ExitStack() as held:
+        ports = []
+        for wanted in (first, *[0] * (count - 1)):
+            # All are held until the last is found: a port that was let go could be found twice.
+            probe = held.enter_context(socket.socket())
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", wanted))
+            except OSError as error:
+                reason = os.strerror(error.errno or 0)
+                raise ConfigError(f"port {wanted} of 127.0.0.1 cannot be used ({reason}); choose another gateway port") from error
+            ports.append(int(probe.getsockname()[1]))
+        return ports
 
 
 def _listens(url: str) -> bool:
@@ -193,22 +223,34 @@ def _listens(url: str) -> bool:
     return True
 
 
+class _StoppedEarly(BaseException):
+    """SIGINT or SIGTERM came while the stack was being started."""
+
+
 def up(stack: Path, *, functions: list[str] | None = None, gateway_port: int = 8080) -> int:
-    """Run a stack until SIGINT or SIGTERM; return the exit code. Raises ConfigError."""
+    """Run a stack until SIGINT or SIGTERM; return the exit code. Raises ConfigError and SidecarUnavailable."""
     if not stack.is_file():
         raise ConfigError(f"{stack} is not there; run this beside a stack.yml or name one")
-    told = threading.Event()
+    told, started = threading.Event(), threading.Event()
 
     def tell(number: int, frame: FrameType | None) -> None:
-        told.set()
+        # A second signal changes nothing: everything is being stopped already.
+        if not told.is_set():
+            told.set()
+            if not started.is_set():
+                raise _StoppedEarly
 
     signal.signal(signal.SIGTERM, tell)
     signal.signal(signal.SIGINT, tell)
-    with LocalStack(stack, functions=functions, gateway_port=gateway_port) as running:
-        to_stderr(f"[up] functions at {running.url}/function/NAME, sidecar at {running.admin}")
-        for name in running.ports:
-            to_stderr(f"[up] {running.url}/function/{name}")
-        to_stderr(f"[up] push models with: trunkline --admin {running.admin} push DIR; Ctrl-C stops everything")
-        told.wait()
-        to_stderr("[up] stopping")
+    try:
+        with LocalStack(stack, functions=functions, gateway_port=gateway_port) as running:
+            started.set()
+            to_stderr(f"[up] functions at {running.url}/function/NAME, sidecar at {running.admin}")
+            for name in running.ports:
+                to_stderr(f"[up] {running.url}/function/{name}")
+            to_stderr(f"[up] push models with: trunkline --admin {running.admin} push DIR; Ctrl-C stops everything")
+            told.wait()
+            to_stderr("[up] stopping")
+    except _StoppedEarly:
+        to_stderr("[up] stopped before everything had started")
     return 0

@@ -15,6 +15,9 @@ import yaml
 from sidecar.errors import ConfigError
 
 LANGUAGE: Final = "python3-trunkline"
+PROVIDER: Final = "openfaas"
+# The template's route that tells whether a function has its models.
+READY_PATH: Final = "/_/trunkline/ready"
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -39,6 +42,9 @@ def read_stack(path: Path, only: list[str] | None = None) -> list[Function]:
     functions = read.get("functions") if isinstance(read, dict) else None
     if not isinstance(functions, dict) or not functions:
         raise ConfigError(f"{path}: there are no functions")
+    provider = read.get("provider")
+    if not isinstance(provider, dict) or provider.get("name") != PROVIDER:
+        raise ConfigError(f"{path}: provider.name must be {PROVIDER}")
     if unknown := set(only or ()) - functions.keys():
         raise ConfigError(f"{path}: there is no function {min(unknown)!r}; it has {', '.join(functions)}")
     return [_function(path, name, entry) for name, entry in functions.items() if not only or name in only]
@@ -62,16 +68,29 @@ def _function(path: Path, name: object, entry: Any) -> Function:
     environment = entry.get("environment") or {}
     if not isinstance(environment, dict):
         raise ConfigError(f"{path}: functions.{name}.environment must be a map")
-    return Function(name, handler, {str(key): str(value) for key, value in environment.items()})
+    return Function(name, handler, {str(key): _text(value) for key, value in environment.items()})
+
+
+def _text(value: object) -> str:
+    # As faas-cli reads it: what YAML takes for a truth value or for nothing is the text that stands there.
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "" if value is None else str(value)
 
 
 def lay_out(function: Function, template: Path, build: Path) -> Path:
-    """Copy the template with the handler laid over ``function/`` into ``build/<name>``; return that folder."""
+    """Copy the template with the handler laid over ``function/`` into ``build/<name>``; return that folder.
+
+    The sample's files that the handler's folder does not replace stay, as they do in an image.
+    """
     context = build / function.name
     shutil.rmtree(context, ignore_errors=True)
     shutil.copytree(template, context, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.rmtree(context / "function")
-    shutil.copytree(function.handler, context / "function", ignore=shutil.ignore_patterns("__pycache__", "build", "template"))
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return {"__pycache__"} | ({"build", "template"} if Path(folder) == function.handler else set())
+
+    shutil.copytree(function.handler, context / "function", ignore=left_out, dirs_exist_ok=True)
     return context
 
 

@@ -7,7 +7,6 @@ workers are forked, so that they share its memory; connections to the sidecar ar
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import re
@@ -22,11 +21,14 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import flask
+import numpy as np
 import trunkline
+from flask.json.provider import DefaultJSONProvider
 from gunicorn.app.base import Application
 from gunicorn.arbiter import Arbiter
+from gunicorn.http.errors import ParseException
 from trunkline import context
-from trunkline.errors import BodyTooLarge, TrunklineError
+from trunkline.errors import BodyTooLarge, InvalidInput, TrunklineError
 from werkzeug.exceptions import HTTPException
 
 log = logging.getLogger("function")
@@ -36,6 +38,8 @@ READY_PATH = "/_/trunkline/ready"
 DEFAULT_MAX_BODY_BYTES = 16 * 1024 * 1024
 _CHUNK_BYTES = 1024 * 1024
 _DRAIN_FACTOR = 4
+# A request that the watchdog let in at the very end of its window needs a moment to arrive here.
+_WINDOW_MARGIN_S = 0.5
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -58,9 +62,31 @@ class Context:
         self.hostname = os.environ.get("HOSTNAME", "localhost")
 
 
+class ArrayProvider(DefaultJSONProvider):
+    """JSON as Flask writes it, with numpy's arrays and numbers as lists and numbers, and keys in the handler's order."""
+
+    sort_keys = False
+
+    @staticmethod
+    def default(value: Any) -> Any:
+        return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else DefaultJSONProvider.default(value)
+
+
+class Frame(flask.Flask):
+    json_provider_class = ArrayProvider
+
+
+class CallIdFilter(logging.Filter):
+    """Gives each log line the ``call_id`` of the request it belongs to."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.call_id = context.call_id.get() or "-"
+        return True
+
+
 def create_app(handle: Callable[[Event, Context], Any]) -> flask.Flask:
     """Return the WSGI application that serves ``handle``."""
-    app = flask.Flask(__name__, static_folder=None)
+    app = Frame(__name__, static_folder=None)
     max_body_bytes = int(os.environ.get("max_body_bytes", DEFAULT_MAX_BODY_BYTES))
 
     @app.before_request
@@ -76,7 +102,7 @@ def create_app(handle: Callable[[Event, Context], Any]) -> flask.Flask:
 
     @app.errorhandler(TrunklineError)
     def refuse(error: TrunklineError) -> flask.Response:
-        log.warning("%s: %s (call %s)", error.code, error.message, context.call_id.get())
+        log.warning("%s: %s", error.code, error.message)
         return _error_response(error.to_dict(), error.http_status)
 
     @app.errorhandler(Exception)
@@ -84,7 +110,7 @@ def create_app(handle: Callable[[Event, Context], Any]) -> flask.Flask:
         if isinstance(error, HTTPException):
             return error
         incident = secrets.token_hex(4)
-        log.exception("incident %s (call %s)", incident, context.call_id.get())
+        log.exception("incident %s", incident)
         plain = {
             "code": "handler_failed",
             "message": f"the handler raised; the function's log has incident {incident}",
@@ -96,7 +122,12 @@ def create_app(handle: Callable[[Event, Context], Any]) -> flask.Flask:
     @app.get(READY_PATH)
     def ready() -> flask.Response:
         """Answer 200 only when the sidecar is there and holds every model the handler has named."""
-        trunkline.ready()
+        try:
+            trunkline.ready()
+        except TrunklineError as error:
+            # Always 503: what is missing is never the fault of whoever asks, and may be there the next time.
+            log.debug("not ready: %s", error.message)
+            return _error_response(error.to_dict(), 503)
         return flask.Response("ready\n", mimetype="text/plain")
 
     @app.route("/", defaults={"path": ""}, methods=METHODS)
@@ -109,16 +140,22 @@ def create_app(handle: Callable[[Event, Context], Any]) -> flask.Flask:
 
 def _read_body(limit_bytes: int) -> bytes:
     """Return the body; it usually comes in chunks of unknown total length, so it is counted while it is read."""
-    body = bytearray()
     stream = flask.request.stream
-    while len(body) <= limit_bytes and (chunk := stream.read(min(_CHUNK_BYTES, limit_bytes + 1 - len(body)))):
-        body += chunk
-    if len(body) <= limit_bytes:
-        return bytes(body)
-    # Whoever is still sending would take an answer for a broken connection, so some more is read and forgotten.
-    left_bytes = _DRAIN_FACTOR * limit_bytes
-    while left_bytes > 0 and (chunk := stream.read(_CHUNK_BYTES)):
-        left_bytes -= len(chunk)
+    chunks, left_bytes = [], limit_bytes
+    try:
+        while left_bytes >= 0 and (chunk := stream.read(min(_CHUNK_BYTES, left_bytes + 1))):
+            chunks.append(chunk)
+            left_bytes -= len(chunk)
+        if left_bytes >= 0:
+            # One chunk alone is returned as it is, without a copy.
+            return b"".join(chunks)
+        chunks.clear()
+        # Whoever is still sending would take an answer for a broken connection, so some more is read and forgotten.
+        drain_bytes = _DRAIN_FACTOR * limit_bytes
+        while drain_bytes > 0 and (chunk := stream.read(_CHUNK_BYTES)):
+            drain_bytes -= len(chunk)
+    except (OSError, ParseException) as error:
+        raise InvalidInput("the body broke off, or its chunks are not what HTTP calls chunks") from error
     raise BodyTooLarge(
         f"the body is longer than the {limit_bytes} bytes this function takes; set max_body_bytes to change that",
         limit_bytes=limit_bytes,
@@ -134,7 +171,7 @@ def _response_of(answer: Any) -> flask.Response:
     if body is None:
         body, is_plain = b"", True
     response = flask.Response(
-        bytes(body) if isinstance(body, bytearray) else body if is_plain else json.dumps(body),
+        bytes(body) if isinstance(body, bytearray) else body if is_plain else flask.json.dumps(body),
         status=answer.get("statusCode", 200),
         mimetype="text/plain" if isinstance(body, str) else None if is_plain else "application/json",
     )
@@ -168,14 +205,16 @@ class LingeringArbiter(Arbiter):
     has noticed. A server that stopped at the signal would lose those.
     """
 
-    _stop_at_s: float | None = None
+    def __init__(self, app: Any) -> None:
+        self._window_s = duration_s(os.environ.get("healthcheck_interval", os.environ.get("write_timeout", "30s")))
+        self._stop_at_s: float | None = None
+        super().__init__(app)
 
     def handle_term(self) -> None:
-        if self._stop_at_s is not None:
-            raise StopIteration  # told a second time: now
-        default = os.environ.get("write_timeout", "30s")
-        window_s = duration_s(os.environ.get("healthcheck_interval", default))
-        self._stop_at_s = time.monotonic() + window_s
+        # The signal may come twice, from the watchdog and to the whole container; SIGINT and SIGQUIT stop at once.
+        if self._stop_at_s is None:
+            margin_s = _WINDOW_MARGIN_S if self._window_s else 0.0
+            self._stop_at_s = time.monotonic() + self._window_s + margin_s
 
     def wait_for_signals(self, timeout: float = 1.0) -> Any:
         if self._stop_at_s is None:
@@ -203,6 +242,14 @@ class FunctionServer(Application):
         LingeringArbiter(self).run()
 
 
+def log_to_stderr() -> None:
+    """Write log lines, the handler's own included, with the id of the call they belong to."""
+    handler = logging.StreamHandler()
+    handler.addFilter(CallIdFilter())
+    line = "%(levelname)s %(name)s %(message)s call=%(call_id)s"
+    logging.basicConfig(level=os.environ.get("log_level", "info").upper(), format=line, handlers=[handler])
+
+
 if __name__ == "__main__":
-    logging.basicConfig(level=os.environ.get("log_level", "info").upper(), format="%(levelname)s %(name)s %(message)s")
+    log_to_stderr()
     FunctionServer().run()

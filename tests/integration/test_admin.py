@@ -13,9 +13,12 @@ import flask.testing
 import pytest
 from click.testing import CliRunner
 from trunkline.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
     MalformedFrame,
     SidecarUnavailable,
     TrunklineError,
+    Unauthorized,
     UnknownModel,
 )
 
@@ -74,13 +77,31 @@ def body_of(name: str = "m") -> tuple[dict[str, Any], dict[str, bytes]]:
 def test_health_and_readiness(http: flask.testing.FlaskClient, engine: FakeEngine) -> None:
     assert http.get("/healthz").json == {"status": "ok"}
     assert http.get("/readyz").status_code == 200
-    engine.answers["status"] = {"engine": {"draining": True}}
-    assert http.get("/readyz").status_code == 503
-    engine.answers["status"] = SidecarUnavailable("gone")
-    answer = http.get("/readyz")
+    for state in (
+        {"engine": {"draining": True}},
+        SidecarUnavailable("no sidecar listens at /tmp/secret"),
+        DeadlineExceeded("too late"),
+        Unauthorized("another sidecar's token"),
+    ):
+        engine.answers["status"] = state
+        answer = http.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"] == "1"
+        assert answer.json is not None
+        assert answer.json["error"]["retryable"]
+        assert "secret" not in answer.text
+    assert http.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("kind", [SidecarUnavailable, ConnectionLost])
+def test_an_engine_that_is_away_is_told_without_its_address(
+    http: flask.testing.FlaskClient, engine: FakeEngine, kind: type[TrunklineError]
+) -> None:
+    engine.answers["memory"] = kind("no sidecar listens at /tmp/secret")
+    answer = http.get("/admin/v1/memory")
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "1"
-    assert http.get("/healthz").status_code == 200
+    assert "/tmp" not in answer.text
 
 
 @pytest.mark.parametrize("route", ["status", "memory", "models"])
@@ -131,7 +152,16 @@ def test_upkeep_of_the_store(http: flask.testing.FlaskClient) -> None:
     [
         ("GET", "/nowhere", {}, 404, "not_found"),
         ("GET", "/admin/v1/store/gc", {}, 405, "method_not_allowed"),
+        ("GET", "/admin/v1//status", {}, 404, "not_found"),
+        ("GET", "/admin/v1/status/", {}, 404, "not_found"),
+        ("GET", "/static/x", {}, 404, "not_found"),
         ("POST", "/admin/v1/models/m/reboot", {"json": {}}, 404, "not_found"),
+        ("POST", "/admin/v1/models/m/load", {"json": {"force": True}}, 400, "invalid_input"),
+        ("POST", "/admin/v1/models/m/load", {"data": "{", "content_type": "application/json"}, 400, "invalid_input"),
+        ("DELETE", "/admin/v1/models/m", {"json": {"gc": True}}, 400, "invalid_input"),
+        ("POST", "/admin/v1/store/gc", {"json": {"dryrun": True}}, 400, "invalid_input"),
+        ("POST", "/admin/v1/store/verify", {"json": {"x": 1}}, 400, "invalid_input"),
+        ("POST", "/admin/v1/blobs/missing", {"json": {"digests": [], "x": 1}}, 400, "invalid_input"),
         ("GET", "/admin/v1/models/..%2f..%2fetc", {}, 404, "not_found"),
         ("GET", "/admin/v1/models/A..b", {}, 404, "unknown_model"),
         ("POST", "/admin/v1/models/m/load", {}, 400, "invalid_input"),
@@ -167,6 +197,26 @@ def test_refusals_have_one_shape(
     assert error["code"] == code
     assert sorted(error) == ["code", "details", "message", "retryable"]
     assert "/tmp" not in answer.text
+
+
+def test_a_wrong_method_is_told_the_right_ones(http: flask.testing.FlaskClient) -> None:
+    assert http.get("/admin/v1/store/gc").headers["Allow"] == "OPTIONS, POST"
+
+
+def test_a_blob_beyond_the_limit_is_refused_before_it_is_read(engine: FakeEngine, store: Store) -> None:
+    class Unread:
+        def read(self, size: int = -1) -> bytes:
+            raise AssertionError("nothing should be read")
+
+    http = create_app(engine, store, blob_limit_bytes=len(CONTENT) - 1).test_client()
+    answer = http.put(
+        f"/admin/v1/blobs/{DIGEST}",
+        content_type="application/octet-stream",
+        environ_overrides={"wsgi.input": Unread(), "CONTENT_LENGTH": str(len(CONTENT))},
+    )
+    assert answer.status_code == 413
+    assert answer.json is not None
+    assert answer.json["error"]["details"] == {"limit_bytes": len(CONTENT) - 1}
 
 
 def test_a_blob_of_unknown_length_is_refused(http: flask.testing.FlaskClient) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from sidecar.admin_client import AdminClient
 from sidecar.errors import ConfigError
 from sidecar.local import LocalStack
 from sidecar.local import environment as environment_module
+from sidecar.local import runner as runner_module
 from sidecar.local.environment import ensure_environment
 from sidecar.local.gateway import create_app
 from sidecar.local.processes import Kept, descendants
@@ -32,7 +37,7 @@ functions:
     lang: python3-trunkline
     handler: ./add
     image: add
-    environment: {GREETING: "${WHO:-nobody}"}
+    environment: {GREETING: "${WHO:-nobody}", TRUNKLINE_SOCKET: /of/the/cluster.sock, PORT: 80, FLAG: true, EMPTY: }
   echo:
     lang: python3-trunkline
     handler: ./echo
@@ -46,9 +51,10 @@ def handle(event, context):
     return {"body": {"sum": m(json.loads(event.body)).tolist(), "greeting": os.environ["GREETING"]}}
 """
 ECHO = """
-import sys
+import importlib.util
 def handle(event, context):
-    return {"body": event.body, "headers": {"X-Torch": "torch" in sys.modules, "X-Seen": event.headers.get("Transfer-Encoding"),
+    has_torch = importlib.util.find_spec("torch") is not None
+    return {"body": event.body, "headers": {"X-Torch": has_torch, "X-Seen": event.headers.get("Transfer-Encoding"),
             "X-Path": event.path, "X-Query": event.query.get("q", ""), "X-Forwarded": event.headers.get("X-Forwarded-Host", "")}}
 """
 
@@ -90,8 +96,11 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 def test_a_function_is_ready_when_its_model_is_there(stack: LocalStack, tmp_path: Path) -> None:
     ready = f"http://127.0.0.1:{stack.ports['add']}/_/trunkline/ready"
-    assert requests.get(ready, timeout=10).json()["error"]["code"] == "unknown_model"
-    assert requests.post(f"{stack.url}/function/add", json=[[1.0]], timeout=10).status_code == 404
+    # Directly, and through the gateway, which lets nobody through before.
+    for answer in (requests.get(ready, timeout=10), requests.post(f"{stack.url}/function/add", json=[[1.0]], timeout=10)):
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"] == "1"
+        assert answer.json()["error"]["code"] == "unknown_model"
     write_adding_bundle(tmp_path / "adder", "adder", [1.0, 2.0])
     AdminClient(stack.admin).push(tmp_path / "adder")
     stack.wait_ready()
@@ -143,6 +152,45 @@ def test_an_unreachable_function_is_502() -> None:
     assert http.get("/healthz").data == b"OK"
 
 
+class Upstream(BaseHTTPRequestHandler):
+    """Answers with what it was asked."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"path": self.path, "headers": dict(self.headers.items())}).encode()
+        self.send_response(200)
+        self.send_header("Set-Cookie", "a=1")
+        self.send_header("Set-Cookie", "b=2")
+        self.send_header("X-Of-This-Hop", "1")
+        self.send_header("Connection", "X-Of-This-Hop")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+def test_the_gateway_passes_on_what_was_meant_for_the_function_and_nothing_else() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Upstream) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        http = create_app({"f": f"http://127.0.0.1:{server.server_port}"}).test_client(use_cookies=False)
+
+        def path_seen(asked: str) -> str:
+            return str(json.loads(http.get(asked, headers={"Connection": "close"}).data)["path"])
+
+        assert path_seen("/function/f") == "/"
+        assert path_seen("/function/f/a%3Fb=1") == "/a%3Fb=1"
+        assert path_seen("/function/f/a%23b//c?q=%2F+a") == "/a%23b//c?q=%2F+a"
+        answer = http.get("/function/f", headers={"Connection": "X-Mine", "X-Mine": "1", "X-Yours": "2"})
+        seen = json.loads(answer.data)["headers"]
+        assert "X-Mine" not in seen
+        assert (seen["X-Yours"], seen["X-Forwarded-For"]) == ("2", "127.0.0.1")
+        assert answer.headers.getlist("Set-Cookie") == ["a=1", "b=2"]
+        assert "X-Of-This-Hop" not in answer.headers
+        assert answer.headers["Content-Length"] == str(len(answer.data))
+        server.shutdown()
+
+
 def test_a_slow_function_is_504(monkeypatch: pytest.MonkeyPatch) -> None:
     def time_out(*arguments: object, **named: object) -> None:
         raise requests.ReadTimeout
@@ -167,6 +215,72 @@ def test_up_stops_everything_on_sigint(tmp_path: Path) -> None:
     eventually(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in started))
 
 
+def up(path: Path, *flags: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "sidecar", "up", str(path), *flags], stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_nothing_outlives_an_up_that_is_killed(tmp_path: Path) -> None:
+    process = up(make_stack(tmp_path), "--gateway-port", "0")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "Ctrl-C stops everything" in line:
+            break
+    started = descendants(process.pid)
+    process.kill()
+    process.wait()
+    eventually(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in started))
+    process.stderr.close()
+
+
+def test_a_signal_stops_what_is_still_starting(tmp_path: Path) -> None:
+    """The function here never listens."""
+    path = make_stack(tmp_path)
+    (tmp_path / "echo" / "handler.py").write_text("import time\nprint('asleep', flush=True)\ntime.sleep(600)\n")
+    process = up(path, "--gateway-port", "0")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "[echo] asleep" in line:
+            break
+    started = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in started)
+    process.stderr.close()
+
+
+def test_a_function_that_cannot_start_is_given_up_with_its_trace(tmp_path: Path) -> None:
+    path = make_stack(tmp_path)
+    (tmp_path / "echo" / "handler.py").write_text("import nothing_of_this_name\n")
+    process = up(path, "--function", "echo", "--gateway-port", "0")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "[echo] ModuleNotFoundError: No module named 'nothing_of_this_name'" in said
+    assert "echo does not start: it ended 3 times" in said
+
+
+def test_a_gateway_port_that_is_taken_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} "):
+            LocalStack(make_stack(tmp_path), gateway_port=port)
+    assert not (tmp_path / ".trunkline" / "build").exists()
+
+
+def test_ports_are_all_different() -> None:
+    ports = runner_module._free_ports(200, 0)
+    assert len(set(ports)) == 200
+
+
+def test_a_function_may_not_have_the_runners_names(tmp_path: Path) -> None:
+    path = make_stack(tmp_path)
+    path.write_text(STACK.replace("  echo:", "  gateway:"))
+    with pytest.raises(ConfigError, match="'gateway'"):
+        LocalStack(path)
+
+
 def test_nothing_outlives_a_killed_keeper(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom sidecar.local.processes import Kept\n"
@@ -181,6 +295,17 @@ def test_nothing_outlives_a_killed_keeper(tmp_path: Path) -> None:
     keeper.wait()
     eventually(lambda: not Path(f"/proc/{child}/exe").exists())
     keeper.stdout.close()
+
+
+def test_stopping_between_two_starts_starts_nothing() -> None:
+    lines: list[str] = []
+    kept = Kept("brief", ["true"], environment=os.environ, folder=Path("/"), write=lines.append)
+    eventually(lambda: any("starting again" in line for line in lines))
+    kept.stop()
+    ended = kept.ended_count
+    assert not kept.alive
+    assert not kept._thread.is_alive()
+    assert ended == sum("ended with" in line for line in lines)
 
 
 def test_a_process_that_ignores_sigterm_is_killed() -> None:
@@ -199,7 +324,12 @@ def test_a_process_that_ignores_sigterm_is_killed() -> None:
 def test_variables_are_substituted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHO", "me")
     add, _ = read_stack(make_stack(tmp_path))
-    assert add.environment == {"GREETING": "me"}
+    assert add.environment["GREETING"] == "me"
+
+
+def test_an_environment_is_text_as_faas_cli_reads_it(tmp_path: Path) -> None:
+    add, _ = read_stack(make_stack(tmp_path))
+    assert (add.environment["FLAG"], add.environment["EMPTY"], add.environment["PORT"]) == ("true", "", "80")
 
 
 def test_a_context_is_the_template_with_the_handler_over_it(tmp_path: Path) -> None:
@@ -209,7 +339,19 @@ def test_a_context_is_the_template_with_the_handler_over_it(tmp_path: Path) -> N
     assert (context / "index.py").is_file()
     assert (context / "trunkline" / "client.py").is_file()
     assert (context / "function" / "handler.py").read_text() == ECHO
-    assert not (context / "function" / "tox.ini").exists()
+    # faas-cli copies over what is there, and takes nothing away.
+    assert (context / "function" / "tox.ini").is_file()
+
+
+def test_a_context_is_left_without_the_folders_faas_cli_skips(tmp_path: Path) -> None:
+    path = make_stack(tmp_path)
+    for inner in ("build", "template", "kept/build", "__pycache__"):
+        (tmp_path / "echo" / inner).mkdir(parents=True)
+    (function,) = read_stack(path, ["echo"])
+    context = lay_out(function, find_template(path), tmp_path / "build")
+    names = {path.name for path in (context / "function").iterdir()}
+    assert not names & {"build", "template", "__pycache__"}
+    assert (context / "function" / "kept" / "build").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -223,11 +365,13 @@ def test_a_context_is_the_template_with_the_handler_over_it(tmp_path: Path) -> N
         ("functions: {a: {lang: go}}", "only python3-trunkline"),
         ("functions: {a: {lang: python3-trunkline, handler: ./none}}", "no handler.py"),
         ("functions: {add: {lang: python3-trunkline, handler: ./add, environment: [1]}}", "must be a map"),
+        ("functions: {add: {lang: python3-trunkline, handler: ./add}}", "provider.name must be openfaas"),
+        ("{provider: {name: faas}, functions: {add: {lang: python3-trunkline}}}", "provider.name must be openfaas"),
     ],
 )
 def test_bad_stack_files_name_the_key(tmp_path: Path, content: str, message: str) -> None:
     path = make_stack(tmp_path)
-    path.write_text(content)
+    path.write_text(content if "provider" in content or "provider" in message else f"{content}\nprovider: {{name: openfaas}}")
     with pytest.raises(ConfigError, match=message):
         read_stack(path)
 
@@ -242,11 +386,18 @@ def test_missing_pieces_are_named(tmp_path: Path) -> None:
         find_template(tmp_path / "stack.yml")
 
 
-def test_an_installation_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installation_that_fails_tells_why_and_leaves_nothing(tmp_path: Path) -> None:
+    """What another one left behind when it was killed goes as well, unless it is young enough to be going on."""
     (tmp_path / "requirements.txt").write_text("--no-such-option\n")
-    with pytest.raises(ConfigError, match="pip"):
-        ensure_environment([tmp_path / "requirements.txt"], tmp_path / "envs")
-    assert list((tmp_path / "envs").iterdir()) == []
+    for name, age_s in (("a.part-1", 7200), ("b.part-2", 0), ("c", 7200)):
+        (tmp_path / "envs" / name).mkdir(parents=True)
+        os.utime(tmp_path / "envs" / name, (time.time() - age_s, time.time() - age_s))
+    lines: list[str] = []
+    with pytest.raises(ConfigError, match="no such option"):
+        ensure_environment([tmp_path / "requirements.txt"], tmp_path / "envs", lines.append)
+    assert sorted(path.name for path in (tmp_path / "envs").iterdir()) == ["b.part-2", "c"]
+    assert lines[0].startswith("[setup] installing")
+    assert any("no such option" in line for line in lines[1:])
 
 
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

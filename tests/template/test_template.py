@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ import yaml
 
 TEMPLATE = Path(__file__).parents[2] / "template" / "python3-trunkline"
 HANDLER = """
-import os, threading
+import logging, os, threading
+import numpy as np
 from trunkline import errors, model
 from trunkline.context import call_id
 
@@ -55,6 +57,13 @@ def handle(event, context):
         return "made", 202
     if what == "bytearray":
         return {"body": bytearray(b"abc")}
+    if what == "array":
+        return {"z": np.arange(3, dtype="float32"), "a": np.int64(7)}
+    if what == "array-body":
+        return {"body": [np.float32(0.5), np.zeros((1, 2))]}
+    if what == "log":
+        logging.getLogger("mine").info("a line of the handler")
+        return "logged"
     raise getattr(errors, what)("asked 3 of 2", asked=3)
 """
 BLOCK_TORCH = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path('index.py', run_name='__main__')"
@@ -96,16 +105,17 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a build context: the template, with a handler's folder laid over ``function``."""
-    folder = tmp_path_factory.mktemp("build") / "echo"
-    shutil.copytree(TEMPLATE, folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    (folder / "function" / "handler.py").write_text(HANDLER)
-    # pytest's folders are private to this user, and a test below runs as another one.
-    for parent in (folder, *folder.parents):
-        if parent.is_relative_to("/tmp") and parent != Path("/tmp") and parent.owner() == Path(folder).owner():
-            parent.chmod(0o755)
-    return folder
+def context() -> Iterator[Path]:
+    """Return a build context: the template, with a handler's folder laid over ``function``.
+
+    Not in pytest's folder: that one is private to this user, and a test below runs as another one.
+    """
+    with tempfile.TemporaryDirectory(prefix="trunkline-template-") as made:
+        Path(made).chmod(0o755)
+        folder = Path(made) / "echo"
+        shutil.copytree(TEMPLATE, folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        (folder / "function" / "handler.py").write_text(HANDLER)
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +165,15 @@ def test_a_call_without_an_id_gets_one(running: Running) -> None:
 
 @pytest.mark.parametrize(
     ("what", "status", "body"),
-    [("text", 200, "text"), ("none", 200, ""), ("list", 200, "[1,2]\n"), ("plain", 200, '{"a":1}\n'), ("tuple", 202, "made")],
+    [
+        ("text", 200, "text"),
+        ("none", 200, ""),
+        ("list", 200, "[1,2]\n"),
+        ("plain", 200, '{"a":1}\n'),
+        ("tuple", 202, "made"),
+        ("array", 200, '{"z":[0.0,1.0,2.0],"a":7}\n'),
+        ("array-body", 200, "[0.5, [[0.0, 0.0]]]"),
+    ],
 )
 def test_a_handler_may_return_what_flask_takes(running: Running, what: str, status: int, body: str) -> None:
     answer = requests.get(f"{running.url}/?what={what}", timeout=10)
@@ -199,6 +217,24 @@ def test_an_exception_of_the_handler_shows_an_incident_and_no_trace(context: Pat
     assert "ZeroDivisionError: internal detail" in log
 
 
+def test_every_log_line_of_a_call_has_its_id(context: Path) -> None:
+    running = Running(context, {})
+    requests.get(f"{running.url}/?what=log", headers={"X-Call-Id": "call-8"}, timeout=10)
+    requests.get(f"{running.url}/?what=QueueFull", headers={"X-Call-Id": "call-9"}, timeout=10)
+    _, log = running.stop()
+    assert "INFO mine a line of the handler call=call-8" in log
+    assert re.search(r"^WARNING function queue_full: .* call=call-9$", log, re.MULTILINE)
+
+
+@pytest.mark.parametrize("body", [b"5\r\nabc", b"zz\r\nabc\r\n"], ids=["ends early", "is no chunk"])
+def test_a_broken_body_is_the_callers_fault_and_harms_nobody_else(running: Running, body: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+        connection.sendall(b"POST /?what=echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+    assert requests.get(f"{running.url}/?what=text", timeout=10).text == "text"
+
+
 def test_ready_is_503_while_there_is_no_sidecar(running: Running) -> None:
     answer = requests.get(f"{running.url}/_/trunkline/ready", timeout=10)
     assert answer.status_code == 503
@@ -226,12 +262,37 @@ def test_after_sigterm_requests_are_served_until_the_window_closes(context: Path
     running.stop()
 
 
-def test_a_second_sigterm_stops_at_once(context: Path) -> None:
-    running = Running(context, {"healthcheck_interval": "10m"})
-    running.process.send_signal(signal.SIGTERM)
-    time.sleep(1.2)
+def test_sigterm_to_the_whole_container_loses_nothing_either(context: Path, tmp_path: Path) -> None:
+    """Some runtimes signal every process, and the watchdog passes its own on besides; SIGQUIT is for the impatient."""
+    marks = {"ENTERED": str(tmp_path / "entered"), "LEAVE": str(tmp_path / "leave")}
+    running = Running(context, {"healthcheck_interval": "10m", **marks})
+    master = running.process.pid
+    (first,) = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+    waiting = subprocess.Popen(["curl", "-s", f"{running.url}/?what=wait"], stdout=subprocess.PIPE)
+    while not Path(marks["ENTERED"]).exists():
+        time.sleep(0.01)
+    for _ in range(2):
+        os.kill(master, signal.SIGTERM)
+        assert requests.get(f"{running.url}/?what=text", timeout=10).status_code == 200
+    # A worker that is told so itself ends when its request is answered, and is replaced.
+    os.kill(int(first), signal.SIGTERM)
+    Path(marks["LEAVE"]).touch()
+    assert waiting.communicate(timeout=30)[0] == b"waited"
+    for _ in range(8):
+        assert requests.get(f"{running.url}/?what=text", timeout=30).status_code == 200
     assert running.process.poll() is None
-    assert running.stop()[0] == 0
+    running.process.send_signal(signal.SIGQUIT)
+    assert running.process.wait(30) == 0
+    running.stop()
+
+
+def test_a_window_that_is_no_duration_is_refused_at_the_start(context: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "PORT": str(free_port()), "healthcheck_interval": "soon"}
+    done = subprocess.run(
+        [sys.executable, "index.py"], cwd=context, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert "'soon' is no duration" in done.stderr
 
 
 # Libraries first: the interpreter of the tests may lie where another user cannot look. The function's own files follow after.
@@ -334,6 +395,8 @@ def test_the_image_takes_the_usual_build_arguments_and_runs_as_app() -> None:
         assert f"ARG {argument}" in dockerfile()
     assert 'mode="http"' in dockerfile()
     assert 'ready_path="/_/trunkline/ready"' in dockerfile()
+    # What was installed with `--user` is found by users without a home, too.
+    assert "PYTHONUSERBASE=/home/app/.local" in dockerfile()
     assert re.findall(r"^USER (\w+)", dockerfile(), re.MULTILINE)[-1] == "app"
 
 
@@ -351,6 +414,9 @@ def test_the_samples_own_test_passes_in_the_context_and_a_broken_handler_fails_i
     handler = folder / "function" / "handler.py"
     handler.write_text(handler.read_text().replace('"statusCode": 200', '"statusCode": 500'))
     assert outcome() == 1
+    # A function that brings no test inherits this one, which is not about it.
+    handler.write_text("def handle(event, context):\n    return 'mine'\n")
+    assert outcome() == 0
 
 
 def test_the_clients_wheel_metadata_names_what_the_template_installs() -> None:

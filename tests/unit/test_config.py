@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sidecar import config
-from sidecar.config import PREFIX, Settings, load_settings, parse_size
+from sidecar.config import PREFIX, Settings, flag_of, load_settings, parse_size
 from sidecar.errors import ConfigError
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -52,7 +52,9 @@ def test_sizes(text: object, size: int) -> None:
         ("memory_budget_bytes", "0"),
         ("memory_budget_bytes", "5XB"),
         ("memory_budget_bytes", "99999999TiB"),
+        ("memory_budget_bytes", "9" * 400),
         ("memory_budget_bytes", True),
+        ("blob_limit_bytes", "1"),
         ("device", "gpu"),
         ("threads", "0"),
         ("threads", "1.5"),
@@ -62,6 +64,8 @@ def test_sizes(text: object, size: int) -> None:
         ("admin_port", "70000"),
         ("admin_host", "0.0.0.0"),
         ("admin_host", "example.org"),
+        ("admin_host", "127.999.1.1"),
+        ("admin_host", "::"),
         ("drain_timeout_s", "soon"),
         ("drain_timeout_s", "nan"),
         ("drain_timeout_s", "-1"),
@@ -69,6 +73,8 @@ def test_sizes(text: object, size: int) -> None:
         ("arena_limit_bytes", "1"),
         ("log_level", "loud"),
         ("run_dir", "\0"),
+        ("run_dir", ["/run"]),
+        ("store_dir", True),
     ],
 )
 def test_bad_values_are_refused_with_source_and_range(key: str, value: object) -> None:
@@ -77,6 +83,18 @@ def test_bad_values_are_refused_with_source_and_range(key: str, value: object) -
     if isinstance(value, str) and "\0" not in value:
         with pytest.raises(ConfigError, match=PREFIX + key.upper()):
             load_settings({}, {PREFIX + key.upper(): value})
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.9.1", "::1"])
+def test_loopback_addresses_are_taken(host: str) -> None:
+    assert load_settings({"admin_host": host}, {}).admin_host == host
+
+
+def test_a_bad_flag_is_named_as_it_was_written() -> None:
+    with pytest.raises(ConfigError, match="--drain-timeout is 'x'"):
+        load_settings({"drain_timeout_s": "x"}, {})
+    with pytest.raises(ConfigError, match="--memory-budget is 'x'"):
+        load_settings({"memory_budget_bytes": "x"}, {})
 
 
 @pytest.mark.parametrize(
@@ -100,8 +118,6 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
         load_settings({}, {}, tmp_path / "none.toml")
 
 
-def test_every_setting_is_documented() -> None:
-    text = PAGE.read_text()
-    assert {field.name for field in fields(Settings)} == {
-        line.split("`")[1] for line in text.splitlines() if line.startswith("| `")
-    }
+def test_every_setting_and_its_flag_are_documented() -> None:
+    documented = [line.split("`")[1:4:2] for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert documented == [[field.name, flag_of(field.name)] for field in fields(Settings)]

@@ -1,6 +1,10 @@
+import pytest
 from trunkline.testing import fake_models, signature
 
 from function.handler import handle
+
+# faas-cli lays a function's files over these: without a handler_test.py of its own, a function gets this one.
+pytestmark = pytest.mark.skipif("Replace this" not in (handle.__doc__ or ""), reason="the handler has no tests of its own")
 
 CLASSIFY = signature(
     "classify",

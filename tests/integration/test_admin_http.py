@@ -1,0 +1,232 @@
+"""The admin endpoint as gunicorn serves it, without an engine: what only a real server and real sockets show."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from trunkline.errors import SidecarUnavailable, TrunklineError
+
+from sidecar.admin_client import AdminClient
+from sidecar.config import load_settings
+from sidecar.errors import BundleError, ConfigError, StoreFull
+from sidecar.http.server import AdminServer, EnginePool
+from tests.bundles import write_adding_bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class HttpServer:
+    """A running `python -m sidecar.http.server`. Files beyond ``file_limit_bytes`` are refused by the system."""
+
+    def __init__(self, folder: Path, file_limit_bytes: int = 0) -> None:
+        port = free_port()
+        self.run_dir = folder / "run"
+        (self.run_dir / "public").mkdir(parents=True)
+        (self.run_dir / "admin.token").write_text("0" * 64)
+        self.store_dir = folder / "store"
+        self.socket = self.run_dir / "admin.sock"
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "log"
+        environment = os.environ | {
+            "PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline",
+            "TRUNKLINE_RUN_DIR": str(self.run_dir),
+            "TRUNKLINE_STORE_DIR": str(self.store_dir),
+            "TRUNKLINE_ADMIN_PORT": str(port),
+        }
+        limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({file_limit_bytes}, {file_limit_bytes}));"
+        code = (limited if file_limit_bytes else "") + "import sidecar.http.server as server; server.main()"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 60
+        while not self._answers():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/healthz", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    # Not pytest's own: the path of a socket has at most 107 characters.
+    made = Path(tempfile.mkdtemp(prefix="trunkline-"))
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[HttpServer]:
+    running = HttpServer(folder)
+    yield running
+    running.stop()
+
+
+def test_both_addresses_answer_and_only_loopback_names_are_taken(server: HttpServer) -> None:
+    assert server.socket.stat().st_mode & 0o777 == 0o660
+    assert (server.store_dir / "blobs").stat().st_mode & 0o777 == 0o700
+    with pytest.raises(SidecarUnavailable, match="the engine does not answer"):
+        AdminClient(f"unix:{server.socket}").get("status")
+    with pytest.raises(SidecarUnavailable, match="the engine does not answer"):
+        AdminClient(server.url).get("status")
+    ready = requests.get(f"{server.url}/readyz", timeout=30)
+    assert ready.status_code == 503
+    assert ready.headers["Retry-After"] == "1"
+    assert str(server.run_dir) not in ready.text
+    assert requests.get(f"{server.url}/healthz", headers={"Host": "localhost:1"}, timeout=5).ok
+    rebound = requests.get(f"{server.url}/healthz", headers={"Host": "evil.example"}, timeout=5)
+    assert rebound.status_code == 400
+    assert rebound.json()["error"]["code"] == "invalid_input"
+
+
+def test_a_model_is_stored_although_the_engine_is_away(server: HttpServer, folder: Path) -> None:
+    write_adding_bundle(folder / "adder", "adder", [1.0] * 1000)
+    for address in (f"unix:{server.socket}", server.url):
+        client = AdminClient(address)
+        with pytest.raises(SidecarUnavailable):
+            client.push(folder / "adder")
+        assert client.post("store/verify")["broken"] == {}
+        client.close()
+        assert (server.store_dir / "models" / "adder.json").exists()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_every_loopback_host_is_bound_as_it_must_be_written(host: str, folder: Path) -> None:
+    settings = load_settings({"admin_host": host, "admin_port": 9470, "run_dir": folder}, {})
+    assert AdminServer(settings).cfg.address == [f"{folder}/admin.sock", (host, 9470)]
+
+
+def test_port_zero_leaves_the_unix_socket_alone(folder: Path) -> None:
+    settings = load_settings({"admin_port": 0, "run_dir": folder}, {})
+    assert AdminServer(settings).cfg.address == [f"{folder}/admin.sock"]
+
+
+@pytest.mark.parametrize("over", ["socket", "tcp"])
+def test_a_full_disk_in_the_middle_of_a_push_is_told_as_such(folder: Path, over: str) -> None:
+    running = HttpServer(folder, file_limit_bytes=1 << 20)
+    try:
+        write_adding_bundle(folder / "large", "large", [1.5] * 2_000_000)
+        client = AdminClient(running.url if over == "tcp" else f"unix:{running.socket}")
+        with pytest.raises(StoreFull, match="8000000 bytes could not be stored"):
+            client.push(folder / "large")
+        assert not [path for path in (running.store_dir / "blobs").rglob("*") if path.is_file()]
+        for _ in range(10):
+            with pytest.raises(StoreFull):
+                client.push(folder / "large")
+            assert client.post("blobs/missing", {"digests": []}) == {"missing": []}
+        write_adding_bundle(folder / "small", "small", [1.5])
+        with pytest.raises(SidecarUnavailable):
+            client.push(folder / "small")
+        assert (running.store_dir / "models" / "small.json").exists()
+        client.close()
+    finally:
+        running.stop()
+
+
+class Recorder:
+    """A client whose requests go nowhere."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, client: AdminClient) -> None:
+        self.asked: list[tuple[str, str, Any]] = []
+        monkeypatch.setattr(client, "_ask", self.ask)
+
+    def ask(self, method: str, path: str, **arguments: Any) -> Any:
+        self.asked.append((method, path, arguments))
+        if path == "blobs/missing":
+            return {"missing": arguments["json"]["digests"]}
+        if "data" in arguments:
+            assert sum(len(chunk) for chunk in arguments["data"]) == len(arguments["data"])
+        return {}
+
+
+def test_questions_about_blobs_fit_into_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A model may have a hundred thousand weights; one question about all of them would be refused."""
+    from sidecar import admin_client
+    from sidecar.http.admin import MAX_BODY_BYTES
+
+    digests = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(admin_client._DIGESTS_AT_ONCE)]
+    assert len(str({"digests": digests})) < MAX_BODY_BYTES
+    monkeypatch.setattr(admin_client, "_DIGESTS_AT_ONCE", 1)
+    bundle = write_adding_bundle(tmp_path, "m", [1.0])
+    client = AdminClient("http://127.0.0.1:1")
+    recorder = Recorder(monkeypatch, client)
+    done: list[tuple[int, int]] = []
+    pushed = client.push(tmp_path, lambda *both: done.append(both))
+    assert [path for _, path, _ in recorder.asked] == ["blobs/missing", f"blobs/{bundle.graph.weights[0].digest}", "models/m"]
+    assert done == [(0, 4), (4, 4)]
+    assert (pushed.sent_count, pushed.sent_bytes) == (1, 4)
+
+
+def test_a_blob_that_cannot_be_opened_is_the_bundles_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bundle = write_adding_bundle(tmp_path, "m", [1.0])
+    client = AdminClient("http://127.0.0.1:1")
+    Recorder(monkeypatch, client)
+    monkeypatch.setattr("sidecar.admin_client.read_bundle", lambda directory: bundle)
+    (tmp_path / "blobs" / bundle.graph.weights[0].digest).unlink()
+    with pytest.raises(BundleError, match="cannot be read: No such file"):
+        client.push(tmp_path)
+
+
+@pytest.mark.parametrize("address", ["", "unix:", "nonsense", "ftp://x", "/run/admin.sock", "http://127.0.0.1:1/path"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="it must be unix:PATH"):
+        AdminClient(address)
+
+
+def test_a_command_that_takes_long_holds_up_no_other() -> None:
+    """The first command waits for the second, which so must have a session of its own; afterwards sessions are reused."""
+    made: list[object] = []
+    second_ran = threading.Event()
+
+    class Session:
+        def __init__(self) -> None:
+            made.append(self)
+
+        def command(self, name: str, arguments: dict[str, object] | None = None) -> object:
+            if name == "load":
+                assert second_ran.wait(20)
+            elif name == "status":
+                second_ran.set()
+            elif name == "unknown":
+                raise TrunklineError("no")
+            return self
+
+    pool = EnginePool(Session)
+    loading = threading.Thread(target=pool.command, args=("load",))
+    loading.start()
+    while len(made) < 1:
+        time.sleep(0.001)
+    pool.command("status")
+    loading.join(20)
+    assert len(made) == 2
+    with pytest.raises(TrunklineError):
+        pool.command("unknown")
+    assert pool.command("memory") in made
+    assert len(made) == 2

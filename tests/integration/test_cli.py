@@ -1,0 +1,238 @@
+"""The command line: what it prints, what it refuses, its exit codes. A sidecar is a table of answers here."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from trunkline.errors import Draining, SidecarUnavailable, TrunklineError, UnknownModel
+
+import sidecar.__main__ as cli
+from sidecar.admin_client import AdminClient
+from sidecar.bundle import read_bundle
+from sidecar.config import Settings, flag_of
+from tests.bundles import write_adding_bundle
+
+ROOT = Path(__file__).parents[2]
+MODEL = {
+    "name": "m",
+    "version": "1",
+    "state": "resident",
+    "bytes": 3_000_000,
+    "shared_bytes": 2_000_000,
+    "unique_bytes": 1_000_000,
+    "shared_with": ["another-model-with-a-rather-long-name", "third"],
+    "pinned": True,
+    "leases": 0,
+    "requests": 7,
+    "last_used_s": 1.0,
+}
+CORRUPT = {"name": "bad", "state": "corrupt", "error": {"code": "model_corrupt", "message": "field [/nodes] is [red]odd"}}
+STATUS = {
+    "engine": {"pid": 1, "generation": 2, "uptime_s": 3.0, "draining": False, "device": "cpu"},
+    "memory": {
+        "budget_bytes": 4_000_000,
+        "resident_bytes": 1_000_000,
+        "pinned_bytes": 500_000,
+        "logical_bytes": 3_000_000,
+        "saved_bytes": 2_000_000,
+    },
+    "models": [MODEL, CORRUPT],
+    "sessions": 5,
+    "requests": {"answered": 7, "failed": 1, "expired": 0, "waiting": 0},
+}
+
+
+class Answers:
+    """Stands where requests leave the process; remembers what was asked and whether the client was closed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.table: dict[str, Any] = {"status": STATUS, "models": {"models": [MODEL, CORRUPT]}, "store/verify": {}}
+        self.asked: list[tuple[str, str]] = []
+        self.closed = 0
+        monkeypatch.setattr(AdminClient, "_ask", lambda client, method, path, **rest: self._answer(method, path))
+        monkeypatch.setattr(AdminClient, "close", lambda client: self._close())
+
+    def _answer(self, method: str, path: str) -> Any:
+        self.asked.append((method, path))
+        answer = self.table.get(path, MODEL)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    return Answers(monkeypatch)
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(cli.main, ["--admin", "http://127.0.0.1:1", *words])
+
+
+def test_status_shows_memory_and_what_is_shared(answers: Answers) -> None:
+    result = run("status")
+    assert result.exit_code == 0, result.output
+    assert f"memory [{'#' * 8}{'.' * 22}] 1.0 MB of 4.0 MB, 500.0 kB pinned" in result.output
+    assert "3.0 MB of models take 1.0 MB, 2.0 MB saved" in result.output
+    row = next(line for line in result.output.splitlines() if line.split()[:1] == ["m"])
+    assert row.split() == [
+        *("m", "resident,", "pinned", "3.0", "MB", "1.0", "MB", "2.0", "MB", "7"),
+        *("another-model-with-a-rather-long-name,", "third"),
+    ]
+    assert answers.closed == 1
+
+
+def test_what_a_model_says_of_itself_is_not_markup(answers: Answers) -> None:
+    assert "field [/nodes] is [red]odd" in run("status").output
+    assert "field [/nodes] is [red]odd" in run("model", "ls").output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["status"], STATUS),
+        (["model", "ls"], [MODEL, CORRUPT]),
+        (["model", "show", "m"], MODEL),
+        (["store", "verify"], {"corrupt": [], "broken": {}}),
+    ],
+)
+def test_json_is_all_that_is_printed(answers: Answers, words: list[str], expected: Any) -> None:
+    answers.table["store/verify"] = {"corrupt": [], "broken": {}}
+    result = run(*words, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == expected
+    assert result.stderr == ""
+
+
+def test_a_broken_store_fails_also_in_json(answers: Answers) -> None:
+    answers.table["store/verify"] = {"corrupt": ["0" * 64], "broken": {"m": "1 weights are missing"}}
+    result = run("store", "verify", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["broken"] == {"m": "1 weights are missing"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UnknownModel("no m"), 1), (Draining("bye"), 1), (SidecarUnavailable("nobody"), 3)],
+)
+def test_errors_are_one_line_and_an_exit_code(answers: Answers, error: TrunklineError, code: int) -> None:
+    answers.table["status"] = error
+    result = run("status", "--json")
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr == f"error: {error.code}: {error.message}\n"
+
+
+@pytest.mark.parametrize("name", ["../status", "../store/gc?x=", "a//b", "A", "", "m\n", "a..b", "m?x=1", "m#"])
+def test_a_name_that_is_none_asks_nothing(answers: Answers, name: str) -> None:
+    for words in (["show"], ["load"], ["unload"], ["evict"], ["pin"], ["unpin"], ["rm"]):
+        assert run("model", *words, name).exit_code == 2
+    assert answers.asked == []
+
+
+def test_a_bad_address_is_told() -> None:
+    result = CliRunner().invoke(cli.main, ["--admin", "nonsense", "status"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: config_error: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["frobnicate"],
+        ["status", "--yaml"],
+        ["push"],
+        ["push", "/nowhere/at/all"],
+        ["up", "--gateway-port", "99999999"],
+        ["pack", "x:y", "-o", "/nowhere", "--max-batch", "0"],
+        ["pack", "x:y"],
+    ],
+)
+def test_wrong_usage_has_its_own_exit_code(words: list[str]) -> None:
+    assert run(*words).exit_code == 2
+
+
+def test_every_setting_has_the_flag_it_is_documented_with() -> None:
+    flags = {name for option in cli.serve.params for name in option.opts if isinstance(option, click.Option)}
+    assert flags == {flag_of(field.name) for field in fields(Settings)} | {"--config"}
+
+
+def test_a_disk_that_refuses_a_bundle_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*arguments: object, **named: object) -> list[str]:
+        raise OSError(errno.ENOSPC, "No space left on device", "out/blobs/0")
+
+    monkeypatch.setattr("sidecar.packing.pack", fail)
+    result = run("pack", "x:y", "-o", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr == "error: store_error: out/blobs/0: No space left on device\n"
+
+
+def test_packing_tells_size_operators_and_difference(tmp_path: Path) -> None:
+    (tmp_path / "tiny.py").write_text(
+        "import torch\n"
+        "class Tiny(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.table = torch.nn.Embedding(5, 3)\n"
+        "    def forward(self, ids):\n"
+        "        return self.table(ids).sum(1)\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return Tiny(), (torch.zeros(2, 4, dtype=torch.int64),)\n"
+    )
+    out = tmp_path / "tiny"
+    source = f"{tmp_path}/tiny.py:make"
+    options = ["--version", "7", "--max-batch", "16", "--dynamic", "ids:1=length:1..32", "--bounds", "ids=0..4"]
+    result = run("pack", source, "-o", str(out), "--name", "tiny", *options)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"tiny version 7: \d+ operators, 1 weights, 0.0 MB, written to ", result.output)
+    assert "largest difference from the original" in result.output
+    bundle = read_bundle(out)
+    assert (bundle.name, bundle.version, bundle.batch) == ("tiny", "7", "batch")
+    assert {(symbol.name, symbol.minimum, symbol.maximum) for symbol in bundle.graph.symbols} == {
+        ("batch", 1, 16),
+        ("length", 1, 32),
+    }
+    assert (bundle.graph.inputs[0].minimum, bundle.graph.inputs[0].maximum) == (0, 4)
+    refused = run("pack", source, "-o", str(out), "--dynamic", "ids=length")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: export_error: --dynamic 'ids=length' is not ")
+
+
+def test_several_bundles_are_pushed_by_one_command(answers: Answers, tmp_path: Path) -> None:
+    answers.table["blobs/missing"] = {"missing": []}
+    for name in ("one", "two"):
+        write_adding_bundle(tmp_path / name, name, [1.0])
+    result = run("push", str(tmp_path / "one"), str(tmp_path / "two"))
+    assert result.exit_code == 0, result.output
+    assert "one: sent 0 of 1 blobs, 0 B of 4 B" in result.output
+    assert ("PUT", "models/two") in answers.asked
+
+
+def test_help_comes_without_torch_and_without_a_server() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'flask', 'gunicorn'): sys.modules[name] = None\n"
+        "from sidecar.__main__ import main\n"
+        "sys.argv = ['trunkline', '--help']\n"
+        "main()\n"
+    )
+    path = f"{ROOT}:{ROOT}/template/python3-trunkline"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env={"PYTHONPATH": path, "PATH": ""}
+    )
+    for command in cli.main.commands:
+        assert re.search(rf"^  {command} ", shown.stdout, re.MULTILINE)
