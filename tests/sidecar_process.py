@@ -16,7 +16,7 @@ from trunkline.errors import TrunklineError
 from sidecar.admin_client import AdminClient
 
 ROOT = Path(__file__).parent.parent
-START_S = 60.0
+START_S = 120.0
 
 
 class SidecarProcess:
