@@ -1,8 +1,9 @@
 """Thin functions against functions that hold their model: added latency, HTTP end to end, memory, cold start.
 
 Comparators: A, a Flask function with a private copy of its model; A mapped, the same over a memory-mapped file; B, the same over
-shared memory, torch in every process (ShmFaas); H, the tensor sent over a Unix stream socket, or as JSON over HTTP. Variants
-of one measurement take turns in short blocks, so that a machine that slows down slows all of them.
+shared memory, torch in every process (ShmFaas); H, the tensor sent over a Unix stream socket, or as JSON over HTTP; and the
+floor of our own wire, the same system calls and the same copy with nothing around them. Variants of one measurement take
+turns in short blocks, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from trunkline import client
 from trunkline.errors import TrunklineError
 
+from benchmarks.comparators.bare_wire import BareClient
 from benchmarks.comparators.stream_server import REQUEST_BYTES, receive
 from benchmarks.memory import available_bytes, pss_bytes
 from benchmarks.models import SIDE, SIZES_MB, build
@@ -230,6 +232,16 @@ def added_latency(bench: Bench, count: int) -> None:
         connection.sendall(image.data.cast("B"))
         receive(connection, memoryview(scores))
 
+    bare_path = bench.folder / "bare.sock"
+    bare_server = bench.start(
+        [sys.executable, "-m", "benchmarks.comparators.bare_wire", str(bare_path), "tiny", str(bench.seed), "1"]
+    )
+    bench.until(bare_path.exists)
+    bare = BareClient(str(bare_path))
+    bare.request[: image.nbytes] = image.tobytes()
+    bare.call()
+    np.testing.assert_array_equal(np.frombuffer(bare.reply, np.float32, expected.size).reshape(1, -1), expected)
+
     over_stream()
     np.testing.assert_array_equal(np.frombuffer(scores, np.float32).reshape(1, -1), expected)
     assert image.nbytes == REQUEST_BYTES
@@ -253,11 +265,14 @@ def added_latency(bench: Bench, count: int) -> None:
                 "request": written_in_place,
                 "call": lambda: ours(image),  # type: ignore[dict-item,return-value]
                 "unix_stream": over_stream,
+                "bare_wire": bare.call,
             },
             count,
         )
     connection.close()
+    bare.socket.close()
     bench.stop(stream)
+    bench.stop(bare_server)
     process, url = bench.torch_function("tiny", "private")
     bench.answers(url)
     session = requests.Session()
@@ -272,6 +287,7 @@ def added_latency(bench: Bench, count: int) -> None:
         report.figures[f"added_p99_us_{name}"] = summaries[name]["p99"] - base["p99"]
         # What the client copied, and the sidecar's one private copy.
         report.figures[f"copies_{name}"] = counts[name] + 1
+    report.figures["bare_wire_added_p50_us"] = summaries["bare_wire"]["median"] - base["median"]
     report.figures["unix_stream_added_p50_us"] = summaries["unix_stream"]["median"] - base["median"]
     report.figures["http_json_added_p50_us"] = summaries["http_json"]["median"] - base["median"]
 

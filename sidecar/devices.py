@@ -1,7 +1,7 @@
 """Devices: where weights lie and programs run. One ``TorchDevice`` per torch device.
 
 Nothing here chooses what to load or when: the engine decides, a device obeys. ``new_weight`` may be called from a mover
-thread while the engine's thread runs programs; everything else belongs to the engine's thread.
+thread, and ``view`` from any, while the engine's thread runs programs; everything else belongs to the engine's thread.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from trunkline.errors import DeviceFault
+from trunkline.protocol import ITEM_BYTES
 
 from sidecar.errors import ConfigError
 from sidecar.ir import Graph, Weight
 from sidecar.prepare import prepare
 from sidecar.programs import Program
 
+# The dtypes that travel between a function and a model.
+_DTYPE_NAMES = {getattr(torch, name): name for name in ITEM_BYTES}
 _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
 
 
@@ -120,34 +123,33 @@ class TorchDevice:
     def run(self, program: Program, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run a program on weights and inputs in the order of its graph; return its outputs in that order.
 
-        Outputs share no memory with weights or inputs. On CUDA the work may still be under way when this returns;
-        ``read_output`` waits for it. Raises ValueOutOfBounds, DeviceFault.
+        Inputs are views in host memory, unchanged until the outputs were read. Outputs share no memory with weights or
+        inputs. On CUDA the work may still be under way when this returns; ``read_output`` waits for it. Raises
+        ValueOutOfBounds, DeviceFault.
         """
+        if not self._is_cpu:
+            inputs = [tensor.to(self._device, non_blocking=True) for tensor in inputs]
         return program.run(weights, inputs)
 
     # --- inputs and outputs -----------------------------------------------------------------------------------------
 
-    def input_tensor(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a tensor of C-contiguous bytes: on the CPU a view of ``buffer``, elsewhere a copy.
-
-        The buffer must stay unchanged until the outputs of the run were read. One that is read-only is copied.
-        """
+    def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return writable C-contiguous bytes as a tensor in host memory that shares them. Any thread."""
         if not buffer.nbytes:
-            return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
-        tensor = torch.frombuffer(bytearray(buffer) if buffer.readonly else buffer, dtype=getattr(torch, dtype))
-        tensor = tensor.view(shape)
-        return tensor if self._is_cpu else tensor.to(self._device, non_blocking=True)
+            return torch.empty(shape, dtype=getattr(torch, dtype))
+        return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).view(shape)
 
-    def output_spec(self, tensor: torch.Tensor) -> tuple[str, tuple[int, ...], int]:
-        """Return dtype (numpy's name), shape and size in bytes of an output."""
-        return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.numel() * tensor.element_size()
+    def output_spec(self, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+        """Return dtype (numpy's name) and shape of an output. Raises DeviceFault for a dtype that cannot travel."""
+        name = _DTYPE_NAMES.get(tensor.dtype)
+        if name is None:
+            raise DeviceFault(f"an output is {tensor.dtype}, which no function can read; pack the model with a float32 output")
+        return name, tuple(tensor.shape)
 
-    def read_output(self, tensor: torch.Tensor, target: memoryview) -> None:
-        """Write an output's elements, C-contiguous, into ``target``, which has exactly its size. Waits."""
-        if not target.nbytes:
-            return
+    def read_output(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
+        """Write an output into ``target``, a view of its dtype and shape. Waits for the run that makes it."""
         try:
-            torch.frombuffer(target, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+            target.copy_(tensor)
         except RuntimeError as error:
             raise DeviceFault(f"an output could not be read from {self.name}: {type(error).__name__}") from error
 

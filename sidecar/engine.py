@@ -43,8 +43,8 @@ log = logging.getLogger("trunkline.engine")
 
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
-# An output as the device made it: name, dtype, shape, the device's own handle.
-Output = tuple[str, str, tuple[int, ...], object]
+# What outputs a request has: name, dtype and shape of each.
+OutputSpecs = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 
 class Device(Protocol):
@@ -55,10 +55,10 @@ class Device(Protocol):
     def new_weight(self, weight: Weight, fill: Callable[[memoryview], None]) -> object: ...
     def as_weight(self, held: Any, weight: Weight) -> object: ...
     def prepare(self, graph: Any) -> Any: ...
-    def input_tensor(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object: ...
+    def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object: ...
     def run(self, program: Any, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]: ...
-    def output_spec(self, tensor: Any) -> tuple[str, tuple[int, ...], int]: ...
-    def read_output(self, tensor: Any, target: memoryview) -> None: ...
+    def output_spec(self, tensor: Any) -> tuple[str, tuple[int, ...]]: ...
+    def read_output(self, tensor: Any, target: Any) -> None: ...
     def memory(self) -> dict[str, int]: ...
 
 
@@ -73,7 +73,7 @@ class Source(Protocol):
 class Session(Protocol):
     """The connection a request came through. The engine thread calls these; they must not block."""
 
-    def answer(self, request_id: int, outputs: Sequence[Output], read: Callable[[Any, memoryview], None]) -> None: ...
+    def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None: ...
     def document(self, request_id: int, plain: object) -> None: ...
     def fail(self, request_id: int, error: TrunklineError) -> None: ...
     def released(self) -> None: ...
@@ -81,15 +81,15 @@ class Session(Protocol):
 
 @dataclass(slots=True)
 class Work:
-    """A request for a model: to run it on ``inputs`` (dtype, shape, private bytes; in the graph's order), or just to
-    load it, where ``inputs`` is None. ``deadline`` is a time of the engine's clock."""
+    """A request for a model: to run it on ``inputs`` (the device's views of private bytes, in the graph's order), or
+    just to load it, where ``inputs`` is None. ``deadline`` is a time of the engine's clock."""
 
     session: Session
     request_id: int
     model: str
     deadline: float
     call_id: str = ""
-    inputs: tuple[tuple[str, tuple[int, ...], memoryview], ...] | None = None
+    inputs: Sequence[object] | None = None
 
 
 @dataclass(slots=True)
@@ -147,7 +147,7 @@ class Engine:
         self._generation = generation
         self._facts = facts or {}
         self._started_s = clock()
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
         self._mover = _Mover(device, source, self._post)
         self._graph = FusedGraph()
         self._residency = Residency(budget_bytes)
@@ -197,9 +197,13 @@ class Engine:
             f"the sidecar holds no model {name[:64]!r}; it holds {known}; `trunkline push` adds one", model=name[:64]
         )
 
+    def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:
+        """Return private bytes as the device takes its inputs and gives its outputs; they share the memory."""
+        return self._device.view(buffer, dtype, shape)
+
     def submit(self, work: Work) -> None:
         """Queue a request; its session is told the outcome."""
-        self._post(lambda: self._accept(work))
+        self._inbox.put(work)
 
     def command(self, session: Session, request_id: int, name: str, arguments: dict[str, Any], deadline: float) -> None:
         """Run an administrator's command; its session gets the answer as a document."""
@@ -260,7 +264,10 @@ class Engine:
         except queue.Empty:
             self._start_next()
             return
-        command()
+        if isinstance(command, Work):
+            self._accept(command)
+        else:
+            command()
         if self._inbox.empty():
             self._start_next()
 
@@ -371,17 +378,15 @@ class Engine:
         finally:
             self._release(deployed)
 
-    def _compute(self, work: Work, deployed: Deployed, inputs: tuple[tuple[str, tuple[int, ...], memoryview], ...]) -> None:
+    def _compute(self, work: Work, deployed: Deployed, inputs: Sequence[object]) -> None:
         device = self._device
         if deployed.bound is None:
             deployed.bound = [device.as_weight(self._handles[weight.digest], weight) for weight in deployed.bundle.graph.weights]
-        tensors = [device.input_tensor(buffer, dtype, shape) for dtype, shape, buffer in inputs]
-        results = device.run(deployed.program, deployed.bound, tensors)
-        outputs = []
-        for spec, result in zip(deployed.signature.outputs, results, strict=True):
-            dtype, shape, _ = device.output_spec(result)
-            outputs.append((spec.name, dtype, shape, result))
-        work.session.answer(work.request_id, outputs, device.read_output)
+        outputs = device.run(deployed.program, deployed.bound, inputs)
+        specs = tuple(
+            (spec.name, *device.output_spec(output)) for spec, output in zip(deployed.signature.outputs, outputs, strict=True)
+        )
+        work.session.answer(work.request_id, specs, outputs, device.read_output)
         deployed.request_count += 1
         deployed.last_used_s = self._clock()
 
@@ -646,7 +651,7 @@ class Engine:
 class _Nobody:
     """The session of work the engine gives itself."""
 
-    def answer(self, request_id: int, outputs: Sequence[Output], read: Callable[[Any, memoryview], None]) -> None:
+    def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None:
         raise AssertionError("the engine asks itself for loads only")
 
     def document(self, request_id: int, plain: object) -> None:

@@ -51,7 +51,7 @@ from trunkline.protocol import (
 )
 from trunkline.signature import Signature
 
-from sidecar.engine import Engine, Output, Work
+from sidecar.engine import Engine, OutputSpecs, Work
 
 log = logging.getLogger("trunkline.server")
 
@@ -184,7 +184,7 @@ class Server:
             self._end(session)
             return
         try:
-            session.handle(protocol.decode(frame))
+            session.handle(session.coder.decode(frame))
         except (FrameTooLarge, MalformedFrame) as error:
             # Whoever breaks the protocol once cannot be understood any further.
             session.fail(0, error)
@@ -290,7 +290,10 @@ class Session:
         self._request: ServerArena | None = None
         self._reply: ServerArena | None = None
         self._private = np.empty(0, np.uint8)
+        # How the latest request and the latest reply lay in the arenas: a function's next ones mostly do the same.
         self._layout: _Layout | None = None
+        self._reply_layout: _ReplyLayout | None = None
+        self.coder = protocol.Coder()
 
     # --- the server's thread -----------------------------------------------------------------------------------------
 
@@ -368,8 +371,8 @@ class Session:
     def _infer(self, message: Infer) -> None:
         signature = self._server.engine.signature(message.model)
         layout = self._layout
-        # A function asks for the same shapes again and again; what was checked of them once holds again.
-        if layout is None or layout.placements != message.inputs or layout.signature is not signature:
+        # What was checked of a layout once holds again; the coder gives equal placements as one object.
+        if layout is None or layout.placements is not message.inputs or layout.signature is not signature:
             layout = self._layout = self._check_layout(signature, message.inputs)
         self._copy_inputs(layout)
         self._busy = True
@@ -390,14 +393,14 @@ class Session:
                 )
             copy = self._private.data[tensor.offset : end]
             copies.append((tensor.offset, copy))
-            by_name[tensor.name] = (tensor.dtype, tensor.shape, copy)
+            by_name[tensor.name] = (copy, self._server.engine.view(copy, tensor.dtype, tensor.shape))
         return _Layout(
             placements,
             signature,
             tuple(copies),
-            tuple(by_name[spec.name] for spec in signature.inputs),
+            tuple(by_name[spec.name][1] for spec in signature.inputs),
             tuple(
-                (spec, by_name[spec.name][2]) for spec in signature.inputs if spec.minimum is not None or spec.maximum is not None
+                (spec, by_name[spec.name][0]) for spec in signature.inputs if spec.minimum is not None or spec.maximum is not None
             ),
         )
 
@@ -434,35 +437,44 @@ class Session:
     def close(self) -> None:
         """Free everything. Called when the engine holds nothing of this session any more; twice is safe."""
         self.sock.close()
+        # Views of the arenas; they go first.
+        self._layout = self._reply_layout = None
         if self._request is not None and self._reply is not None:
             self._server.arenas_closed(self._request.size_bytes + self._reply.size_bytes)
             self._request.close()
             self._reply.close()
             self._request = self._reply = None
         self._private = np.empty(0, np.uint8)
-        self._layout = None
 
     # --- the engine's thread -----------------------------------------------------------------------------------------
 
-    def answer(self, request_id: int, outputs: Sequence[Output], read: Callable[[Any, memoryview], None]) -> None:
+    def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None:
         """Write ``outputs`` into the reply arena with ``read`` and send the result. Raises ArenaFull."""
+        layout = self._reply_layout
+        if layout is None or layout.specs != specs:
+            layout = self._reply_layout = self._place_reply(specs)
+        for output, target in zip(outputs, layout.targets, strict=True):
+            read(output, target)
+        if layout.staged is not None:
+            assert self._reply is not None
+            self._reply.write(0, layout.staged)
+        self._send(Result(request_id, layout.placements))
+
+    def _place_reply(self, specs: OutputSpecs) -> _ReplyLayout:
         assert self._reply is not None
-        placements, size_bytes = protocol.place([(name, dtype, shape) for name, dtype, shape, _ in outputs])
+        placements, size_bytes = protocol.place(list(specs))
         if size_bytes > self._reply.size_bytes:
             raise ArenaFull(
                 f"the outputs take {size_bytes} bytes, the reply arena has {self._reply.size_bytes}",
                 needed_reply_bytes=size_bytes,
             )
-        for placement, (_, _, _, tensor) in zip(placements, outputs, strict=True):
-            target = self._reply.target(placement.offset, placement.size_bytes)
-            if target is not None:
-                read(tensor, target)
-                target.release()
-            else:
-                staged = bytearray(placement.size_bytes)
-                read(tensor, memoryview(staged))
-                self._reply.write(placement.offset, memoryview(staged))
-        self._send(Result(request_id, placements))
+        memory = self._reply.memory
+        staged = memoryview(bytearray(size_bytes)) if memory is None else None
+        memory = staged if memory is None else memory
+        assert memory is not None
+        view = self._server.engine.view
+        targets = tuple(view(memory[p.offset : p.offset + p.size_bytes], p.dtype, p.shape) for p in placements)
+        return _ReplyLayout(specs, placements, targets, staged)
 
     def document(self, request_id: int, plain: object) -> None:
         """Send ``plain`` as JSON in the reply arena. Raises ArenaFull."""
@@ -488,7 +500,7 @@ class Session:
         # Before the send: the client may write its next request the moment it has this answer.
         self._busy = False
         try:
-            frame = protocol.encode(message)
+            frame = self.coder.encode(message)
         except FrameTooLarge as error:
             frame = protocol.encode(Fault(self.current_id, error.code, error.message, error.retryable, error.details))
         try:
@@ -499,13 +511,26 @@ class Session:
 
 
 class _Layout(NamedTuple):
-    """Where a request's inputs lie, checked against the signature: ``copies`` are (offset in the arena, private bytes)."""
+    """Where a request's inputs lie, checked against the signature.
+
+    ``copies`` are (offset in the arena, private bytes), ``inputs`` the device's views of the private bytes in the
+    graph's order, ``bounded`` the inputs whose values have bounds.
+    """
 
     placements: tuple[Placement, ...]
     signature: Signature
     copies: tuple[tuple[int, memoryview], ...]
-    inputs: tuple[tuple[str, tuple[int, ...], memoryview], ...]
+    inputs: tuple[object, ...]
     bounded: tuple[tuple[protocol.TensorSpec, memoryview], ...]
+
+
+class _ReplyLayout(NamedTuple):
+    """Where a reply's outputs lie: ``targets`` are the device's views of the arena, or of ``staged`` where it isn't mapped."""
+
+    specs: OutputSpecs
+    placements: tuple[Placement, ...]
+    targets: tuple[object, ...]
+    staged: memoryview | None
 
 
 def _check_bounds(model: str, spec: protocol.TensorSpec, values: memoryview) -> None:

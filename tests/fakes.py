@@ -111,7 +111,7 @@ class FakeDevice:
     def prepare(self, graph: Graph) -> Any:
         return graph
 
-    def input_tensor(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:
+    def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:
         return np.frombuffer(buffer, dtype).reshape(shape)
 
     def run(self, program: Any, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
@@ -119,11 +119,11 @@ class FakeDevice:
         total = sum(int(np.frombuffer(weight.memory, np.uint8).sum()) for weight in weights)
         return [inputs[0] + inputs[0].dtype.type(total) for _ in program.outputs]
 
-    def output_spec(self, tensor: Any) -> tuple[str, tuple[int, ...], int]:
-        return tensor.dtype.name, tensor.shape, tensor.nbytes
+    def output_spec(self, tensor: Any) -> tuple[str, tuple[int, ...]]:
+        return tensor.dtype.name, tensor.shape
 
-    def read_output(self, tensor: Any, target: memoryview) -> None:
-        target[:] = np.ascontiguousarray(tensor).tobytes()
+    def read_output(self, tensor: Any, target: Any) -> None:
+        target[...] = tensor
 
     def memory(self) -> dict[str, int]:
         return {"allocated_bytes": self.allocated_bytes}

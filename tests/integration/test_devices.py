@@ -111,10 +111,19 @@ def test_a_weight_is_what_was_written_into_it(device: TorchDevice, dtype: str, s
     held = device.new_weight(weight, fill)
     assert sizes == [weight.size_bytes]
     assert torch.equal(held, tensor)
-    assert device.output_spec(held) == (dtype, shape, weight.size_bytes)
-    target = bytearray(weight.size_bytes)
-    device.read_output(held, memoryview(target))
-    assert bytes(target) == content
+
+
+def test_an_output_is_written_where_it_is_wanted(device: TorchDevice) -> None:
+    output = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+    assert device.output_spec(output) == ("int32", (2, 3))
+    target = bytearray(24)
+    device.read_output(output, device.view(memoryview(target), "int32", (2, 3)))
+    assert bytes(target) == output.numpy().tobytes()
+
+
+def test_an_output_of_a_dtype_that_cannot_travel_is_refused(device: TorchDevice) -> None:
+    with pytest.raises(DeviceFault, match="bfloat16"):
+        device.output_spec(torch.zeros(2, dtype=torch.bfloat16))
 
 
 def test_weight_bytes_follow_the_handles(device: TorchDevice) -> None:
@@ -164,19 +173,19 @@ def test_a_weight_without_room_names_the_bytes(device: TorchDevice) -> None:
 
 def test_an_input_is_a_view_of_its_buffer(device: TorchDevice) -> None:
     buffer = bytearray(torch.arange(6, dtype=torch.float32).numpy().tobytes())
-    tensor = device.input_tensor(memoryview(buffer), "float32", (2, 3))
+    tensor = device.view(memoryview(buffer), "float32", (2, 3))
     assert torch.equal(tensor, torch.arange(6.0).reshape(2, 3))
     assert tensor.data_ptr() == ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-def test_a_read_only_or_empty_input_is_taken(device: TorchDevice) -> None:
-    assert device.input_tensor(memoryview(bytes(8)), "int64", ()).item() == 0
-    assert device.input_tensor(memoryview(b""), "bool", (0, 4)).shape == (0, 4)
+def test_an_empty_or_single_input_is_taken(device: TorchDevice) -> None:
+    assert device.view(memoryview(bytearray(8)), "int64", ()).item() == 0
+    assert device.view(memoryview(b""), "bool", (0, 4)).shape == (0, 4)
 
 
 def test_an_output_with_strides_is_written_in_order(device: TorchDevice) -> None:
     target = bytearray(24)
-    device.read_output(torch.arange(6, dtype=torch.int32).reshape(2, 3).t(), memoryview(target))
+    device.read_output(torch.arange(6, dtype=torch.int32).reshape(2, 3).t(), device.view(memoryview(target), "int32", (3, 2)))
     assert torch.frombuffer(target, dtype=torch.int32).tolist() == [0, 3, 1, 4, 2, 5]
 
 
@@ -501,9 +510,9 @@ def test_a_cuda_device_runs_what_the_cpu_runs(device: TorchDevice) -> None:
     answers = []
     for one in (device, cuda):
         held = one.new_weight(weight, fill)
-        output = one.run(one.prepare(made), [held], [one.input_tensor(memoryview(source), "float32", (2, 3))])[0]
-        target = bytearray(one.output_spec(output)[2])
-        one.read_output(output, memoryview(target))
-        answers.append(torch.frombuffer(target, dtype=torch.float32))
+        output = one.run(one.prepare(made), [held], [one.view(memoryview(source), "float32", (2, 3))])[0]
+        target = torch.empty(output.shape)
+        one.read_output(output, target)
+        answers.append(target)
     assert torch.allclose(*answers, atol=1e-5)
     assert cuda.memory()["weight_bytes"] == 0 or cuda.memory()["allocated_bytes"] > 0

@@ -52,7 +52,7 @@ def served(graph: Graph, folder: Path, inputs: list[Tensor]) -> list[Tensor]:
     tensors = []
     for spec, tensor in zip(graph.inputs, inputs, strict=True):
         buffer = bytearray(tensor.numpy().tobytes())
-        tensors.append(device.input_tensor(memoryview(buffer), spec.dtype, tuple(tensor.shape)))
+        tensors.append(device.view(memoryview(buffer), spec.dtype, tuple(tensor.shape)))
     return device.run(program, weights, tensors)
 
 

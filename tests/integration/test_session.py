@@ -492,7 +492,7 @@ def test_a_session_that_ends_takes_its_requests_along(running: Running) -> None:
     entered.wait(10)
     leaver = connect(running)
     leaver._channel.send(
-        protocol.encode(Infer(1, "gender", 10**7, "", (Placement("x", "float32", (1, 3), 0),))), time.monotonic() + 5
+        protocol.encode(Infer(1, 10**7, "", "gender", (Placement("x", "float32", (1, 3), 0),))), time.monotonic() + 5
     )
     leaver.close()
     running.device.on_run = lambda: None
@@ -560,7 +560,7 @@ def test_a_bad_first_message_ends_the_connection(running: Running, frame: bytes)
 )
 def test_tensors_outside_the_arena_end_the_connection(running: Running, tensor: Placement) -> None:
     sock = shaken(running)
-    sock.send(protocol.encode(Infer(9, "age", 10**6, "", (tensor,))))
+    sock.send(protocol.encode(Infer(9, 10**6, "", "age", (tensor,))))
     assert fault(sock).code == "malformed_frame"
     assert sock.recv(1) == b""
     sock.close()
@@ -575,7 +575,7 @@ def test_a_second_request_before_the_answer_ends_the_connection(running: Running
 
     running.device.on_run = hold
     sock = shaken(running)
-    frame = protocol.encode(Infer(9, "age", 10**7, "", (Placement("x", "float32", (1, 3), 0),)))
+    frame = protocol.encode(Infer(9, 10**7, "", "age", (Placement("x", "float32", (1, 3), 0),)))
     sock.send(frame)
     entered.wait(10)
     sock.send(frame)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from trunkline import protocol
 from trunkline.errors import FrameTooLarge, MalformedFrame
 from trunkline.protocol import (
+    Coder,
     Command,
     Describe,
     Document,
@@ -31,9 +32,9 @@ EXAMPLES: dict[str, protocol.Message] = {
     "describe": Describe(17, "classify"),
     "infer": Infer(
         18,
-        "embed",
         30_000_000,
         "call-1",
+        "embed",
         (Placement("input_ids", "int64", (2, 16), 0), Placement("attention_mask", "int64", (2, 16), 256)),
     ),
     "command": Command(19, "status", 2),
@@ -58,7 +59,7 @@ placements = st.lists(
 ).map(tuple)
 messages = st.one_of(
     st.builds(Describe, ids, names),
-    st.builds(Infer, ids, names, st.integers(1, protocol.MAX_DEADLINE_US), names, placements),
+    st.builds(Infer, ids, st.integers(1, protocol.MAX_DEADLINE_US), names, names, placements),
     st.builds(Result, ids, placements),
     st.builds(Document, ids, sizes),
     st.builds(Command, ids, names, sizes),
@@ -166,7 +167,63 @@ def test_frames_over_the_limit_are_refused_on_both_sides() -> None:
         decode(b"\x00" * (protocol.MAX_FRAME_BYTES + 1))
     tensors = tuple(Placement("x" * 128, "float32", (2**30,) * 8, 2**39) for _ in range(16))
     with pytest.raises(FrameTooLarge, match="at most 4096"):
-        encode(Infer(1, "m" * 128, 1, "c" * 128, tensors * 2))
+        encode(Infer(1, 1, "c" * 128, "m" * 128, tensors * 2))
+    with pytest.raises(FrameTooLarge, match="at most 4096"):
+        Coder().encode(Infer(1, 1, "c" * 128, "m" * 128, tensors * 2))
+    with pytest.raises(FrameTooLarge):
+        Coder().decode(b"\x00" * (protocol.MAX_FRAME_BYTES + 1))
+
+
+@given(st.lists(messages, max_size=8))
+def test_a_coder_gives_what_encode_and_decode_give(sequence: list[protocol.Message]) -> None:
+    sender, receiver = Coder(), Coder()
+    for message in [each for each in sequence for _ in range(2)]:
+        frame = sender.encode(message)
+        assert frame == encode(message)
+        assert receiver.decode(frame) == message
+
+
+@given(st.sampled_from([EXAMPLES["infer"], EXAMPLES["result"]]), st.data())
+def test_a_coder_takes_and_refuses_what_decode_does(message: protocol.Message, data: st.DataObject) -> None:
+    """Also a frame that ends like the one before and is something else in front."""
+    coder = Coder()
+    coder.decode(encode(message))
+    frame = encode(message)
+    cut = data.draw(st.integers(0, len(frame)))
+    altered = frame[: data.draw(st.integers(0, 3))] + data.draw(st.binary(max_size=20)) + frame[cut:]
+    try:
+        expected = decode(altered)
+    except MalformedFrame:
+        with pytest.raises(MalformedFrame):
+            coder.decode(altered)
+    else:
+        assert coder.decode(altered) == expected
+    assert coder.decode(frame) == message
+
+
+def test_equal_tensors_come_out_of_a_coder_as_one_object() -> None:
+    coder = Coder()
+    first, second, other, back = (
+        coder.decode(encode(Result(number, (Placement("y", "float32", (rows, 4), 0),))))
+        for number, rows in ((1, 2), (300, 2), (3, 1), (4, 2))
+    )
+    assert isinstance(first, Result)
+    assert isinstance(second, Result)
+    assert isinstance(other, Result)
+    assert second.request_id == 300
+    assert second.outputs is first.outputs
+    assert other.outputs[0].shape == (1, 4)
+    assert back == Result(4, first.outputs)
+
+
+def test_a_front_that_swallows_the_end_is_read_from_the_front() -> None:
+    """A call id whose length covers the model's name: the ending is the same, what it means is not."""
+    coder = Coder()
+    coder.decode(encode(Infer(7, 1, "", "ab", ())))
+    # Fields: id, deadline, call id "\xa2" of one byte, which leaves "a" and "b", numbers where a name should stand.
+    frame = b"\x96\x01\x07\x01\xa1" + encode(Infer(7, 1, "", "ab", ()))[-4:]
+    with pytest.raises(MalformedFrame):
+        coder.decode(frame)
 
 
 def test_long_error_messages_are_cut_to_fit() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +73,39 @@ def test_deadlines_hold_in_every_direction(pair: tuple[Channel, socket.socket]) 
     with pytest.raises(DeadlineExceeded):
         while True:
             channel.send(b"x" * 4096, time.monotonic() + 0.05)
+
+
+def test_waiting_goes_on_after_the_kernel_s_slice_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_SLICE", struct.pack("@ll", 0, 1000))
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(near)
+    with contextlib.suppress(DeadlineExceeded):
+        while True:
+            channel.send(b"x" * 4096, time.monotonic() + 0.05)
+
+    def act() -> None:
+        time.sleep(0.05)
+        far.send(b"one")
+        time.sleep(0.05)
+        far.send(b"two")
+        time.sleep(0.05)
+        far.recv(4096)
+
+    with contextlib.closing(channel), far:
+        thread = threading.Thread(target=act)
+        thread.start()
+        assert channel.receive(soon()) == b"one"
+        assert channel.receive_with_fds(2, soon()) == (b"two", [])
+        channel.send(b"three", soon())
+        thread.join()
+
+
+def test_an_endless_deadline_is_one() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.closing(Channel(near)) as channel, far:
+        channel.send(b"one", math.inf)
+        far.send(b"two")
+        assert channel.receive(math.inf) == b"two"
 
 
 def test_long_messages_are_refused(pair: tuple[Channel, socket.socket]) -> None:

@@ -98,9 +98,10 @@ class ServerArena:
         if os.fstat(self.fd).st_size != self.size_bytes:
             raise MalformedFrame("the reply arena was resized by the function", size_bytes=self.size_bytes)
 
-    def target(self, offset: int, size_bytes: int) -> memoryview | None:
-        """Return the writable bytes themselves, to save a copy, or None where the arena is not mapped."""
-        return None if self._view is None else self._view[offset : offset + size_bytes]
+    @property
+    def memory(self) -> memoryview | None:
+        """The writable bytes themselves, to save a copy; None where the arena is not mapped."""
+        return self._view
 
     def passed(self) -> None:
         """Close the descriptor, now that the client has its own, where the mapping does without it."""

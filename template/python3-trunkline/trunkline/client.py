@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trunkline import context, protocol
-from trunkline.connection import Connection
+from trunkline.connection import Connection, view
 from trunkline.errors import (
     ArenaFull,
     ConnectionLost,
@@ -38,6 +38,8 @@ Outputs = Array | dict[str, Array]
 # A request that has cost its sidecar the connection so often is not offered again.
 _MAX_LOST = 5
 _READY_DEADLINE_S = 2.0
+# Layouts kept for each model. A model of texts meets many lengths.
+_MAX_LAYOUTS: Final = 256
 
 
 @dataclass
@@ -93,23 +95,54 @@ def _default_deadline_s() -> float:
     return float(os.environ.get("TRUNKLINE_DEADLINE_S", "30"))
 
 
+class Layout(NamedTuple):
+    """Where the inputs of one call lie in the request arena, and the bytes the call takes in both arenas."""
+
+    inputs: tuple[Placement, ...]
+    input_bytes: int
+    reply_bytes: int
+
+
+class _Known(NamedTuple):
+    """A signature, and the layouts of the calls that were made with it."""
+
+    signature: Signature
+    layouts: dict[object, Layout]
+
+    def layout(self, key: object, sizes: Callable[[], Mapping[str, int]]) -> Layout:
+        """Return the layout of a call, made with the symbols' ``sizes`` unless ``key`` was seen before."""
+        found = self.layouts.get(key)
+        if found is None:
+            if len(self.layouts) >= _MAX_LAYOUTS:
+                self.layouts.clear()
+            found = self.layouts[key] = _layout(self.signature, sizes())
+        return found
+
+
+def _layout(signature: Signature, sizes: Mapping[str, int]) -> Layout:
+    inputs, input_bytes = protocol.place([(spec.name, spec.dtype, signature.resolve(spec, sizes)) for spec in signature.inputs])
+    return Layout(inputs, input_bytes, signature.reply_bytes(sizes, protocol.ALIGNMENT))
+
+
 class Model:
     """A model in the sidecar. Instances are cheap, stateless but for the cached signature, and shared by threads."""
 
     def __init__(self, name: str, pool: Pool) -> None:
         self.name = name
         self._pool = pool
-        self._signature: Signature | None = None
+        self._known: _Known | None = None
 
     @property
     def signature(self) -> Signature:
         """Names, dtypes, shapes and bounds of inputs and outputs; asked from the sidecar once."""
-        return self._known_signature(time.monotonic() + _default_deadline_s())
+        return self._find(time.monotonic() + _default_deadline_s()).signature
 
-    def _known_signature(self, deadline: float) -> Signature:
-        if self._signature is None:
-            self._signature = _repeated(lambda: self._describe(deadline), lambda: time.monotonic() < deadline)
-        return self._signature
+    def _find(self, deadline: float) -> _Known:
+        known = self._known
+        if known is None:
+            known = _Known(_repeated(lambda: self._describe(deadline), lambda: time.monotonic() < deadline), {})
+            self._known = known
+        return known
 
     def _describe(self, deadline: float) -> Signature:
         connection = self._pool.take(0, 0, deadline)
@@ -137,23 +170,25 @@ class Model:
         Raises TrunklineError: RequestError for the caller's fault, TransportError and CapacityError for ours.
         """
         deadline = time.monotonic() + (_default_deadline_s() if deadline_s is None else deadline_s)
-        signature = self._known_signature(deadline)
+        known = self._find(deadline)
         try:
-            return self._call(signature, inputs, deadline, call_id)
+            return self._call(known, inputs, deadline, call_id)
         except SignatureMismatch:
             # The model may have been replaced by a version that takes something else.
-            self._signature = None
-            if (fresh := self._known_signature(deadline)) == signature:
+            self._known = None
+            if (fresh := self._find(deadline)).signature == known.signature:
                 raise
             return self._call(fresh, inputs, deadline, call_id)
 
-    def _call(self, signature: Signature, inputs: Mapping[str, ArrayLike], deadline: float, call_id: str | None) -> Outputs:
+    def _call(self, known: _Known, inputs: Mapping[str, ArrayLike], deadline: float, call_id: str | None) -> Outputs:
+        signature = known.signature
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
         for spec in signature.inputs:
             if spec.name in arrays:
                 arrays[spec.name] = _checked(signature.model, spec, arrays[spec.name])
-        sizes = signature.bind([(name, _dtype_name(array), array.shape) for name, array in arrays.items()])
-        with Request(self._pool, signature, sizes, deadline, call_id) as request:
+        tensors = tuple((name, _dtype_name(array), array.shape) for name, array in arrays.items())
+        layout = known.layout(tensors, lambda: signature.bind(tensors))
+        with Request(self._pool, signature.model, layout, deadline, call_id) as request:
             for spec in signature.inputs:
                 array = arrays[spec.name]
                 np.copyto(request[spec.name], array)
@@ -171,14 +206,18 @@ class Model:
         ``sizes`` are the sizes of the model's symbolic axes; those not given take their smallest size.
         """
         deadline = time.monotonic() + (_default_deadline_s() if deadline_s is None else deadline_s)
-        signature = self._known_signature(deadline)
+        known = self._find(deadline)
+        layout = known.layout(("sizes", *sizes.items()), lambda: self._bound(known.signature, sizes))
+        return Request(self._pool, self.name, layout, deadline, call_id)
+
+    def _bound(self, signature: Signature, sizes: Mapping[str, int]) -> dict[str, int]:
         shapes = {spec.name: signature.resolve(spec, sizes) for spec in signature.inputs}
         bound = signature.bind([(spec.name, spec.dtype, shapes[spec.name]) for spec in signature.inputs])
         if unknown := sizes.keys() - signature.symbols.keys():
             raise SignatureMismatch(
                 f"{self.name} has no axis {min(unknown)!r}; its symbolic axes are {', '.join(signature.symbols) or 'none'}"
             )
-        return Request(self._pool, signature, bound, deadline, call_id)
+        return bound
 
 
 class Request:
@@ -188,15 +227,12 @@ class Request:
     used after the block.
     """
 
-    def __init__(self, pool: Pool, signature: Signature, sizes: Mapping[str, int], deadline: float, call_id: str | None) -> None:
+    def __init__(self, pool: Pool, model_name: str, layout: Layout, deadline: float, call_id: str | None) -> None:
         self._pool = pool
-        self._signature = signature
+        self._model_name = model_name
         self._deadline = deadline
         self._call_id = (context.call_id.get() if call_id is None else call_id)[: protocol.MAX_NAME]
-        self._inputs, self._input_bytes = protocol.place(
-            [(spec.name, spec.dtype, signature.resolve(spec, sizes)) for spec in signature.inputs]
-        )
-        self._reply_bytes = signature.reply_bytes(sizes, protocol.ALIGNMENT)
+        self._inputs, self._input_bytes, self._reply_bytes = layout
         self._connection: Connection | None = None
 
     def __enter__(self) -> Request:
@@ -217,9 +253,9 @@ class Request:
         """Return the input ``name`` as a writable array over shared memory."""
         for placement in self._inputs:
             if placement.name == name:
-                return _view(self._open().request, placement)
+                return view(self._open().request, placement)
         names = ", ".join(placement.name for placement in self._inputs)
-        raise SignatureMismatch(f"{self._signature.model} has no input {name!r}; it takes {names}")
+        raise SignatureMismatch(f"{self._model_name} has no input {name!r}; it takes {names}")
 
     def run(self) -> Outputs:
         """Run the model on what was written; return copies of the outputs, the caller's to keep."""
@@ -228,7 +264,7 @@ class Request:
         lost = 0
         while True:
             try:
-                placements = connection.infer(self._signature.model, self._inputs, self._deadline, self._call_id)
+                found = connection.infer(self._model_name, self._inputs, self._deadline, self._call_id)
                 break
             except (ConnectionLost, Draining):
                 lost += 1
@@ -242,8 +278,9 @@ class Request:
                 self._reply_bytes = needed
             _counters.repeats += 1
             connection = self._move(connection)
-        outputs = {placement.name: _view(connection.reply, placement).copy() for placement in placements}
-        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+        if len(found) == 1:
+            return found[0][1].copy()
+        return {name: array.copy() for name, array in found}
 
     def _move(self, old: Connection) -> Connection:
         # The mapping of a closed connection outlives it, so the inputs are still there to be copied over.
@@ -253,12 +290,6 @@ class Request:
         self._connection = new
         new.request[: self._input_bytes] = old.request[: self._input_bytes]
         return new
-
-
-def _view(memory: Any, placement: Placement) -> Array:
-    count = placement.size_bytes // protocol.ITEM_BYTES[placement.dtype]
-    flat = np.frombuffer(memory, dtype=placement.dtype, count=count, offset=placement.offset)
-    return flat.reshape(placement.shape)
 
 
 def _dtype_name(array: Array) -> str:
@@ -302,4 +333,4 @@ def _repeated(attempt: Callable[[], Signature], may_repeat: Callable[[], bool]) 
                 raise
 
 
-__all__ = ["Counters", "Model", "Outputs", "Request", "TrunklineError", "counters", "model", "ready", "transport_name"]
+__all__ = ["Counters", "Layout", "Model", "Outputs", "Request", "TrunklineError", "counters", "model", "ready", "transport_name"]

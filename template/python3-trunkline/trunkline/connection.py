@@ -14,6 +14,9 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trunkline import protocol, transport
 from trunkline.arena import ClientArena
 from trunkline.errors import (
@@ -59,6 +62,10 @@ class Connection:
         """
         self.address = f"unix:{path}"
         self._channel = transport.connect(path, deadline)
+        self._coder = protocol.Coder()
+        # Where the latest outputs lay and the arrays over them, which the next outputs mostly share.
+        self._placed: tuple[Placement, ...] = ()
+        self._outputs: tuple[tuple[str, NDArray[Any]], ...] = ()
         # Starting anywhere makes an id from another connection, or another life of this one, stand out.
         self._last_id = secrets.randbits(62)
         try:
@@ -119,19 +126,27 @@ class Connection:
         """The reply arena; its contents are valid until the next exchange."""
         return self._reply.memory
 
-    def infer(self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = "") -> tuple[Placement, ...]:
-        """Run ``model`` on tensors already in the request arena; return where its outputs lie in the reply arena."""
+    def infer(
+        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = ""
+    ) -> tuple[tuple[str, NDArray[Any]], ...]:
+        """Run ``model`` on tensors already in the request arena.
+
+        Returns name and array of each output: read-only views of the reply arena, valid until the next exchange.
+        """
         self._last_id = (self._last_id + 1) & protocol.MAX_ID
-        remaining_us = int((deadline - time.monotonic()) * 1_000_000)
+        remaining_us = (deadline - time.monotonic()) * 1_000_000
         # A deadline that has passed is found by send; the message just needs a valid number.
-        deadline_us = min(max(remaining_us, 1), protocol.MAX_DEADLINE_US)
-        answer = self._exchange(Infer(self._last_id, model, deadline_us, call_id, inputs), deadline)
+        deadline_us = int(min(max(remaining_us, 1), protocol.MAX_DEADLINE_US))
+        answer = self._exchange(Infer(self._last_id, deadline_us, call_id, model, inputs), deadline)
         if not isinstance(answer, Result):
             raise MalformedFrame("the sidecar did not answer an inference with a result")
-        for output in answer.outputs:
-            if output.offset + output.size_bytes > self.reply_bytes:
-                raise MalformedFrame("an output lies outside the reply arena")
-        return answer.outputs
+        if answer.outputs is not self._placed:
+            for output in answer.outputs:
+                if output.offset + output.size_bytes > self.reply_bytes:
+                    raise MalformedFrame("an output lies outside the reply arena")
+            self._outputs = tuple((output.name, view(self.reply, output)) for output in answer.outputs)
+            self._placed = answer.outputs
+        return self._outputs
 
     def describe(self, model: str, deadline: float) -> Any:
         """Return the plain form of the signature of ``model``."""
@@ -158,8 +173,8 @@ class Connection:
 
     def _exchange(self, message: Message, deadline: float) -> Message:
         try:
-            self._channel.send(protocol.encode(message), deadline)
-            answer = protocol.decode(self._channel.receive(deadline))
+            self._channel.send(self._coder.encode(message), deadline)
+            answer = self._coder.decode(self._channel.receive(deadline))
         except TrunklineError:
             self.close()
             raise
@@ -180,3 +195,10 @@ class Connection:
     def close(self) -> None:
         """End the session; closing twice is safe. The arenas live on while views of them do."""
         self._channel.close()
+
+
+def view(memory: Any, placement: Placement) -> NDArray[Any]:
+    """Return the tensor at ``placement`` as an array that shares the bytes of ``memory``."""
+    count = placement.size_bytes // protocol.ITEM_BYTES[placement.dtype]
+    flat = np.frombuffer(memory, dtype=placement.dtype, count=count, offset=placement.offset)
+    return flat.reshape(placement.shape)

@@ -98,12 +98,15 @@ class Describe(NamedTuple):
 
 
 class Infer(NamedTuple):
-    """Run a model on tensors in the request arena. ``deadline_us`` is the time left, so clocks need not agree."""
+    """Run a model on tensors in the request arena. ``deadline_us`` is the time left, so clocks need not agree.
+
+    What changes from call to call stands first, what mostly stays the same last: see ``Coder``.
+    """
 
     request_id: int
-    model: str
     deadline_us: int
     call_id: str
+    model: str
     inputs: tuple[Placement, ...]
 
 
@@ -157,7 +160,10 @@ _HELLO, _DESCRIBE, _INFER, _COMMAND, _WELCOME, _DOCUMENT, _RESULT, _FAULT = 1, 2
 
 def encode(message: Message) -> bytes:
     """Return the frame of ``message``. Raises FrameTooLarge when it would exceed 4 KiB."""
-    frame: bytes = msgpack.packb(_fields(message))
+    return _sendable(msgpack.packb(_fields(message)))
+
+
+def _sendable(frame: bytes) -> bytes:
     if len(frame) > MAX_FRAME_BYTES:
         raise FrameTooLarge(
             f"the header takes {len(frame)} bytes, at most {MAX_FRAME_BYTES} are allowed; shorten names or call ids",
@@ -173,9 +179,9 @@ def _fields(message: Message) -> tuple[object, ...]:
             return (
                 _INFER,
                 message.request_id,
-                message.model,
                 message.deadline_us,
                 message.call_id,
+                message.model,
                 message.inputs,
             )
         case Result():
@@ -222,6 +228,17 @@ def decode(frame: bytes) -> Message:
         raise FrameTooLarge(
             f"a message is longer than {MAX_FRAME_BYTES} bytes", limit_bytes=MAX_FRAME_BYTES, size_bytes=len(frame)
         )
+    fields = _unpack(frame)
+    decoder = _DECODERS.get(fields[0])
+    if decoder is None:
+        raise MalformedFrame(f"{fields[0]} is no kind of message", kind=fields[0])
+    arity, build = decoder
+    if len(fields) != arity:
+        raise MalformedFrame(f"a message of kind {fields[0]} has {arity} fields, this one has {len(fields)}", kind=fields[0])
+    return build(fields)
+
+
+def _unpack(frame: bytes) -> tuple[Any, ...]:
     try:
         fields = msgpack.unpackb(
             frame,
@@ -238,13 +255,70 @@ def decode(frame: bytes) -> Message:
         raise MalformedFrame(f"a message of {len(frame)} bytes is not msgpack within the limits") from error
     if type(fields) is not tuple or not fields or type(fields[0]) is not int:
         raise MalformedFrame("a message is an array that starts with its kind")
-    decoder = _DECODERS.get(fields[0])
-    if decoder is None:
-        raise MalformedFrame(f"{fields[0]} is no kind of message", kind=fields[0])
-    arity, build = decoder
-    if len(fields) != arity:
-        raise MalformedFrame(f"a message of kind {fields[0]} has {arity} fields, this one has {len(fields)}", kind=fields[0])
-    return build(fields)
+    return fields
+
+
+# The first bytes of the messages that carry tensors: an array of so many fields, and the kind.
+_INFER_START, _RESULT_START = bytes((0x96, _INFER)), bytes((0x93, _RESULT))
+
+
+class Coder:
+    """Encoder and decoder of one connection, that does not encode or decode the same tensors twice in a row.
+
+    A function sends the same shapes again and again, so nearly every Infer, and every Result, ends in the same bytes as
+    the one before it. The ending is kept in both forms, one for each direction. What comes out is what ``encode``
+    and ``decode`` give; only equal placements are moreover the same object as last time, so that whoever keeps something
+    made from them can tell with ``is``. Belongs to one thread at a time in each direction.
+    """
+
+    def __init__(self) -> None:
+        self._sent: tuple[Any, ...] = ()
+        self._sent_end = b""
+        self._received: tuple[Any, ...] = ()
+        self._received_start = b""
+        self._received_end = b""
+
+    def encode(self, message: Message) -> bytes:
+        """Return the frame of ``message``. Raises FrameTooLarge."""
+        if isinstance(message, Infer):
+            # The array's first byte says how many fields follow; the front alone would say too few.
+            front = msgpack.packb((_INFER, message.request_id, message.deadline_us, message.call_id))
+            return _sendable(_INFER_START[:1] + front[1:] + self._ending(message.model, message.inputs))
+        if isinstance(message, Result):
+            front = msgpack.packb((_RESULT, message.request_id))
+            return _sendable(_RESULT_START[:1] + front[1:] + self._ending(message.outputs))
+        return encode(message)
+
+    def _ending(self, *fields: object) -> bytes:
+        if fields != self._sent:
+            self._sent, self._sent_end = fields, b"".join(map(msgpack.packb, fields))
+        return self._sent_end
+
+    def decode(self, frame: bytes) -> Message:
+        """Return the message in ``frame``. Raises FrameTooLarge and MalformedFrame, nothing else."""
+        end = self._received_end
+        if end and frame.endswith(end) and frame.startswith(self._received_start) and len(frame) <= MAX_FRAME_BYTES:
+            front_count = (frame[0] & 0x0F) - len(self._received)
+            try:
+                # Where the front holds exactly its fields and no byte more, the end begins where it did last time.
+                front = _unpack(bytes((0x90 | front_count,)) + frame[1 : -len(end)])
+            except MalformedFrame:
+                pass
+            else:
+                if front[0] == _INFER:
+                    return Infer(*_infer_front(front), *self._received)
+                return Result(_id(front[1]), *self._received)
+        message = decode(frame)
+        if isinstance(message, Infer):
+            self._keep(_INFER_START, message[3:])
+        elif isinstance(message, Result):
+            self._keep(_RESULT_START, message[1:])
+        return message
+
+    def _keep(self, start: bytes, received: tuple[Any, ...]) -> None:
+        self._received_start, self._received = start, received
+        # Should the other side have written the same values otherwise, its frames never end like this.
+        self._received_end = b"".join(map(msgpack.packb, received))
 
 
 def _integer(value: Any, minimum: int, maximum: int, what: str) -> int:
@@ -314,11 +388,17 @@ def _describe(fields: tuple[Any, ...]) -> Describe:
 
 def _infer(fields: tuple[Any, ...]) -> Infer:
     return Infer(
-        _id(fields[1]),
-        _text(fields[2], MAX_NAME, "the model's name"),
-        _integer(fields[3], 1, MAX_DEADLINE_US, "the deadline in microseconds"),
-        _text(fields[4], MAX_NAME, "the call id"),
+        *_infer_front(fields),
+        _text(fields[4], MAX_NAME, "the model's name"),
         _placements(fields[5], "the inputs"),
+    )
+
+
+def _infer_front(fields: tuple[Any, ...]) -> tuple[int, int, str]:
+    return (
+        _id(fields[1]),
+        _integer(fields[2], 1, MAX_DEADLINE_US, "the deadline in microseconds"),
+        _text(fields[3], MAX_NAME, "the call id"),
     )
 
 

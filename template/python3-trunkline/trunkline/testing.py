@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trunkline import client, protocol
 from trunkline.arena import page_aligned
+from trunkline.connection import view
 from trunkline.errors import ArenaFull, UnknownModel
 from trunkline.protocol import Placement, TensorSpec
 from trunkline.signature import Signature
@@ -88,10 +90,12 @@ class FakeConnection:
     def describe(self, model: str, deadline: float) -> Any:
         return self._find(model)[0].to_plain()
 
-    def infer(self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = "") -> tuple[Placement, ...]:
+    def infer(
+        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = ""
+    ) -> tuple[tuple[str, NDArray[Any]], ...]:
         known, answer = self._find(model)
         known.bind([(p.name, p.dtype, p.shape) for p in inputs])
-        arrays = {p.name: client._view(self.request, p).copy() for p in inputs}
+        arrays = {p.name: view(self.request, p).copy() for p in inputs}
         answered = answer(**arrays)
         if not isinstance(answered, Mapping):
             answered = {known.outputs[0].name: answered}
@@ -99,9 +103,10 @@ class FakeConnection:
         placements, size = protocol.place([(name, str(value.dtype), value.shape) for name, value in tensors.items()])
         if size > self.reply_bytes:
             raise ArenaFull("the answer is longer than the reply arena", needed_reply_bytes=size)
-        for placement in placements:
-            client._view(self.reply, placement)[...] = tensors[placement.name]
-        return placements
+        outputs = tuple((placement.name, view(self.reply, placement)) for placement in placements)
+        for name, array in outputs:
+            array[...] = tensors[name]
+        return outputs
 
     def _find(self, model: str) -> tuple[Signature, Answer]:
         if model not in self._models:

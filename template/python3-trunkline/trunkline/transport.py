@@ -8,12 +8,19 @@ belongs to one thread at a time.
 from __future__ import annotations
 
 import array
+import math
 import os
+import select
 import socket
+import struct
 import time
 
 from trunkline.errors import ConnectionLost, DeadlineExceeded, FdMissing, FrameTooLarge, SidecarUnavailable
 from trunkline.protocol import MAX_FRAME_BYTES
+
+_SLICE_S = 1.0
+# The same as the kernel's `struct timeval`.
+_SLICE = struct.pack("@ll", int(_SLICE_S), 0)
 
 
 def connect(path: str, deadline: float) -> Channel:
@@ -49,32 +56,50 @@ def _remaining(deadline: float) -> float:
 
 
 class Channel:
-    """A connected SOCK_SEQPACKET socket. After any error the channel must be closed, never used again."""
+    """A connected SOCK_SEQPACKET socket. After any error the channel must be closed, never used again.
+
+    The kernel bounds every wait to a slice of time that is set once: setting each call's deadline on the socket would
+    cost a system call more. What is left of a deadline that ends within a slice is waited for with ``poll``.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(None)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, _SLICE)
         self._socket = sock
+
+    def _wait_if_short(self, event: int, deadline: float) -> None:
+        remaining = _remaining(deadline)
+        if remaining < _SLICE_S and not self.closed:
+            poll = select.poll()
+            poll.register(self._socket, event)
+            # Rounded up, so that a wait is never cut to nothing.
+            if not poll.poll(math.ceil(remaining * 1000)):
+                raise DeadlineExceeded("the sidecar did not take the request, or not answer it, before the deadline")
 
     def send(self, frame: bytes, deadline: float) -> None:
         """Send one message. Raises ConnectionLost, DeadlineExceeded."""
-        try:
-            self._socket.settimeout(_remaining(deadline))
-            self._socket.send(frame)
-        except TimeoutError as error:
-            raise DeadlineExceeded("the sidecar did not take the request before the deadline") from error
-        except OSError as error:
-            raise ConnectionLost(f"the sidecar closed the connection ({os.strerror(error.errno or 0)})") from error
+        while True:
+            try:
+                self._wait_if_short(select.POLLOUT, deadline)
+                self._socket.send(frame)
+                return
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise ConnectionLost(f"the sidecar closed the connection ({os.strerror(error.errno or 0)})") from error
 
     def receive(self, deadline: float) -> bytes:
         """Return the next message. Raises ConnectionLost at its end, DeadlineExceeded, FrameTooLarge."""
-        try:
-            self._socket.settimeout(_remaining(deadline))
-            # One byte more than allowed, so that an over-long message shows.
-            frame = self._socket.recv(MAX_FRAME_BYTES + 1)
-        except TimeoutError as error:
-            raise DeadlineExceeded("the sidecar did not answer before the deadline") from error
-        except OSError as error:
-            raise ConnectionLost(f"the connection to the sidecar broke ({os.strerror(error.errno or 0)})") from error
-        return _whole(frame)
+        while True:
+            try:
+                self._wait_if_short(select.POLLIN, deadline)
+                # One byte more than allowed, so that an over-long message shows.
+                return _whole(self._socket.recv(MAX_FRAME_BYTES + 1))
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise ConnectionLost(f"the connection to the sidecar broke ({os.strerror(error.errno or 0)})") from error
 
     def receive_with_fds(self, count: int, deadline: float) -> tuple[bytes, list[int]]:
         """Return the next message and the descriptors that came with it, close-on-exec set.
@@ -84,15 +109,17 @@ class Channel:
         its flags argument, and with it MSG_CMSG_CLOEXEC.
         """
         fds = array.array("i")
-        try:
-            self._socket.settimeout(_remaining(deadline))
-            frame, ancillary, flags, _ = self._socket.recvmsg(
-                MAX_FRAME_BYTES + 1, socket.CMSG_SPACE(count * fds.itemsize), socket.MSG_CMSG_CLOEXEC
-            )
-        except TimeoutError as error:
-            raise DeadlineExceeded("the sidecar did not answer before the deadline") from error
-        except OSError as error:
-            raise ConnectionLost(f"the connection to the sidecar broke ({os.strerror(error.errno or 0)})") from error
+        while True:
+            try:
+                self._wait_if_short(select.POLLIN, deadline)
+                frame, ancillary, flags, _ = self._socket.recvmsg(
+                    MAX_FRAME_BYTES + 1, socket.CMSG_SPACE(count * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+                )
+                break
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise ConnectionLost(f"the connection to the sidecar broke ({os.strerror(error.errno or 0)})") from error
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
