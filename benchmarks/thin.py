@@ -351,6 +351,8 @@ def memory(bench: Bench, sidecar: subprocess.Popen[bytes], names: list[str], cou
         for other in bench.admin.get("models")["models"]:
             bench.admin.post(f"models/{other['name']}/evict")
         thin = memory_of(bench, lambda name=name: bench.thin_function(name), counts)  # type: ignore[misc]
+        # An idle sidecar gives back what its last runs left in the allocator.
+        time.sleep(2)
         shared_bytes = pss_bytes([sidecar.pid])
         table[size] = {"ours": {n: (pss + shared_bytes) / 1e6 for n, pss in thin.items()}}
         table[size]["functions_only"] = {n: pss / 1e6 for n, pss in thin.items()}

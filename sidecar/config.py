@@ -11,7 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,12 +61,6 @@ class Settings:
     connection_limit: int = 1024
     drain_timeout_s: float = 10.0
     log_level: str = "info"
-
-    def to_environment(self) -> dict[str, str]:
-        """Return the settings as the environment variables that would give them, for a child process."""
-        return {
-            PREFIX + field.name.upper(): str(value) for field in fields(self) if (value := getattr(self, field.name)) is not None
-        }
 
 
 def flag_of(key: str) -> str:

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from trunkline.errors import (
     DeadlineExceeded,
@@ -41,6 +41,8 @@ from sidecar.scheduler import Queue
 
 log = logging.getLogger("trunkline.engine")
 
+# An engine that had nothing to do for so long gives back what its last runs left in the allocator.
+_IDLE_S: Final = 1.0
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
 # What outputs a request has: name, dtype and shape of each.
@@ -60,6 +62,7 @@ class Device(Protocol):
     def output_spec(self, tensor: Any) -> tuple[str, tuple[int, ...]]: ...
     def read_output(self, tensor: Any, target: Any) -> None: ...
     def memory(self) -> dict[str, int]: ...
+    def trim(self) -> None: ...
 
 
 class Source(Protocol):
@@ -161,6 +164,7 @@ class Engine:
         self._ready: deque[tuple[Work, Deployed]] = deque()
         # Set while the head of the queue waits for a lease of somebody else to end.
         self._blocked = False
+        self._untrimmed = False
         self._draining = False
         self._drained: Callable[[], None] | None = None
         self._finished = False
@@ -260,10 +264,15 @@ class Engine:
         # Work goes on while there is some, but what has been posted meanwhile comes first.
         busy = bool(self._ready) or (len(self._queue) > 0 and not self._blocked)
         try:
-            command = self._inbox.get(block=not busy)
+            command = self._inbox.get(block=not busy, timeout=_IDLE_S if self._untrimmed else None)
         except queue.Empty:
-            self._start_next()
+            if busy:
+                self._start_next()
+            else:
+                self._device.trim()
+                self._untrimmed = False
             return
+        self._untrimmed = True
         if isinstance(command, Work):
             self._accept(command)
         else:

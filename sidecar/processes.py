@@ -8,6 +8,8 @@ import signal
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
+# Loaded here: what a child does between fork and exec must not allocate more than it has to.
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent(parent_pid: int, by: signal.Signals = signal.SIGTERM) -> None:
@@ -15,6 +17,6 @@ def die_with_parent(parent_pid: int, by: signal.Signals = signal.SIGTERM) -> Non
 
     Raises ProcessLookupError when the parent died before the call.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
     if os.getppid() != parent_pid:
         raise ProcessLookupError(f"process {parent_pid} died before its child was ready")

@@ -18,6 +18,7 @@ import math
 import os
 import select
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -91,6 +92,7 @@ class Server:
         self._poll.register(listener, select.EPOLLIN)
         # Other threads wake the loop through this descriptor.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake_lock = threading.Lock()
         self._poll.register(self._wake, select.EPOLLIN)
         self._released: deque[Session] = deque()
         self._sessions: dict[int, Session] = {}
@@ -122,19 +124,27 @@ class Server:
     def drain(self) -> None:
         """Accept no further connections; those that exist are told Draining by the engine. Any thread."""
         self._draining = True
-        os.eventfd_write(self._wake, 1)
+        self._wake_up()
 
     def stop(self) -> None:
         """End ``run``. Any thread."""
         self._stopping = True
-        os.eventfd_write(self._wake, 1)
+        self._wake_up()
 
     def _shut_down(self) -> None:
         # The engine has ended, so it holds nothing of anybody.
         for session in (*self._sessions.values(), *self._ending):
             session.close()
         self._poll.close()
-        os.close(self._wake)
+        with self._wake_lock:
+            os.close(self._wake)
+            self._wake = -1
+
+    def _wake_up(self) -> None:
+        # The lock keeps a number from being written to that was closed, and is somebody else's, since.
+        with self._wake_lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     # --- connections -------------------------------------------------------------------------------------------------
 
@@ -214,7 +224,7 @@ class Server:
     def release(self, session: Session) -> None:
         """Free what is left of an ended session. Any thread: it is done in the server's."""
         self._released.append(session)
-        os.eventfd_write(self._wake, 1)
+        self._wake_up()
 
     def _finish_released(self) -> None:
         while self._released:

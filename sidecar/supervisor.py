@@ -1,8 +1,8 @@
 """The supervisor: owns the listening socket, keeps one engine and one HTTP server alive, never touches a device.
 
-The engine is forked from a process that has imported everything the engine needs, so a new one answers within
-moments of the old one's death; functions that connect meanwhile wait in the socket's backlog, which is the
-supervisor's and outlives every engine. The supervisor stays single-threaded: forking a process with threads
+Both are forked from a process that has imported everything they need: what is imported is in memory once, and a new engine
+answers within moments of the old one's death. Functions that connect meanwhile wait in the socket's backlog, which is
+the supervisor's and outlives every engine. The supervisor stays single-threaded: forking a process with threads
 would copy locks that nobody holds any more.
 """
 
@@ -16,8 +16,6 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -133,24 +131,22 @@ class Supervisor:
         *,
         preload: Callable[[], None],
         engine: Callable[[socket.socket, bytes, int], None],
-        http_command: list[str] | None,
-        http_environment: dict[str, str],
+        http: Callable[[], None],
         drain_timeout_s: float,
     ) -> None:
         """``preload`` imports what the engine needs; ``engine(listener, token, generation)`` is the engine process.
 
-        ``http_command`` is started as a process of its own beside the engine; None: no HTTP.
+        ``http()`` is the process of the admin endpoint.
         """
         self._run = run
         self._preload = preload
         self._engine = engine
-        self._http_command = http_command
-        self._http_environment = http_environment
+        self._http_main = http
         self._drain_timeout_s = drain_timeout_s
         self._engine_pid = 0
         self._engine_started_s = 0.0
         self._generation = 0
-        self._http: subprocess.Popen[bytes] | None = None
+        self._http_pid = 0
         self._pause_s = 0.0
 
     def run(self) -> int:
@@ -161,12 +157,10 @@ class Supervisor:
             token = write_token(self._run.token)
             # Signals are waited for, not handled: nothing here can be interrupted half-way.
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            self._start_http()
+            # Before any fork: what a parent imports later would take apart what it shares with its child.
             self._preload()
-            # What exists now is shared with every engine; the collector need not touch it, and so not copy it.
-            gc.collect()
-            gc.freeze()
             try:
+                self._start_http(listener)
                 self._start_engine(listener, token)
                 log.info("listening on %s", self._run.socket)
                 self._keep_alive(listener, token)
@@ -193,51 +187,30 @@ class Supervisor:
                 self._bury()
             elif received is None and not self._engine_pid:
                 self._start_engine(listener, token)
-            if self._http is None and self._http_command:
-                self._start_http()
+            if not self._http_pid:
+                self._start_http(listener)
 
     def _start_engine(self, listener: socket.socket, token: bytes) -> None:
         self._engine_started_s = time.monotonic()
         self._generation += 1
-        parent = os.getpid()
-        pid = os.fork()
-        if pid:
-            self._engine_pid = pid
-            return
-        status = 1
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            die_with_parent(parent)
-            self._engine(listener, token, self._generation)
-            status = 0
-        except Exception:
-            log.exception("the engine cannot go on")
-        finally:
-            # Not sys.exit: the supervisor's own clean-up, copied by the fork, must not run here.
-            logging.shutdown()
-            os._exit(status)
+        self._engine_pid = _fork("engine", lambda: self._engine(listener, token, self._generation))
 
-    def _start_http(self) -> None:
-        if not self._http_command:
-            return
-        parent = os.getpid()
+    def _start_http(self, listener: socket.socket) -> None:
+        def serve() -> None:
+            # Functions are the engine's; a second holder would keep their socket open beyond the supervisor's death.
+            listener.close()
+            self._http_main()
 
-        def prepare() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            die_with_parent(parent)
-
-        self._http = subprocess.Popen(
-            self._http_command,
-            env=os.environ | self._http_environment,
-            preexec_fn=prepare,
-        )
+        self._http_pid = _fork("HTTP server", serve)
 
     def _bury(self) -> None:
         """Reap what has died, and decide when the next engine starts."""
-        if self._http is not None and self._http.poll() is not None:
-            log.error("the HTTP server ended with %d; it is started again", self._http.returncode)
-            self._http = None
-            time.sleep(_FIRST_PAUSE_S)
+        if self._http_pid:
+            pid, status = os.waitpid(self._http_pid, os.WNOHANG)
+            if pid:
+                log.error("the HTTP server ended with %d; it is started again", os.waitstatus_to_exitcode(status))
+                self._http_pid = 0
+                time.sleep(_FIRST_PAUSE_S)
         if not self._engine_pid:
             return
         pid, status = os.waitpid(self._engine_pid, os.WNOHANG)
@@ -253,27 +226,47 @@ class Supervisor:
 
     def _stop_children(self) -> None:
         """End both children: politely, the engine with time to drain, then for good."""
-        deadline = time.monotonic() + self._drain_timeout_s + _EXIT_GRACE_S
-        if self._engine_pid:
-            os.kill(self._engine_pid, signal.SIGTERM)
-            while time.monotonic() < deadline:
-                pid, _ = os.waitpid(self._engine_pid, os.WNOHANG)
-                if pid:
-                    break
-                signal.sigtimedwait({signal.SIGCHLD}, max(0.0, deadline - time.monotonic()))
-            else:
-                log.error("the engine did not drain within %.1f s and is killed", self._drain_timeout_s)
-                os.kill(self._engine_pid, signal.SIGKILL)
-                os.waitpid(self._engine_pid, 0)
-        if self._http is not None:
-            self._http.terminate()
-            try:
-                self._http.wait(_EXIT_GRACE_S)
-            except subprocess.TimeoutExpired:
-                self._http.kill()
-                self._http.wait()
+        if self._engine_pid and not _ended(self._engine_pid, self._drain_timeout_s + _EXIT_GRACE_S):
+            log.error("the engine did not drain within %.1f s and is killed", self._drain_timeout_s)
+            os.kill(self._engine_pid, signal.SIGKILL)
+            os.waitpid(self._engine_pid, 0)
+        if self._http_pid and not _ended(self._http_pid, _EXIT_GRACE_S):
+            os.kill(self._http_pid, signal.SIGKILL)
+            os.waitpid(self._http_pid, 0)
 
 
-def python_module(module: str) -> list[str]:
-    """Return the command that runs a module with this interpreter."""
-    return [sys.executable, "-m", module]
+def _fork(name: str, child: Callable[[], None]) -> int:
+    """Run ``child`` in a process that ends with this one; return its pid."""
+    # What exists now is shared with the child as long as neither writes to it; a collector's visit is a write.
+    gc.collect()
+    gc.freeze()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        die_with_parent(parent)
+        child()
+        status = 0
+    except SystemExit as end:
+        # How gunicorn ends, its workers included.
+        status = end.code if isinstance(end.code, int) else 0
+    except Exception:
+        log.exception("the %s cannot go on", name)
+    finally:
+        # Not sys.exit: the supervisor's own clean-up, copied by the fork, must not run here.
+        logging.shutdown()
+        os._exit(status)
+
+
+def _ended(pid: int, patience_s: float) -> bool:
+    """Ask a child to end; return whether it did in time."""
+    deadline = time.monotonic() + patience_s
+    os.kill(pid, signal.SIGTERM)
+    while time.monotonic() < deadline:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return True
+        signal.sigtimedwait({signal.SIGCHLD}, max(0.0, deadline - time.monotonic()))
+    return False

@@ -9,8 +9,9 @@ import threading
 from types import FrameType
 
 from sidecar.config import Settings
+from sidecar.http.server import AdminServer
 from sidecar.pins import Pins
-from sidecar.supervisor import RunDirectory, Supervisor, python_module
+from sidecar.supervisor import RunDirectory, Supervisor
 
 log = logging.getLogger("trunkline")
 
@@ -26,8 +27,7 @@ def serve(settings: Settings) -> int:
         run,
         preload=_preload,
         engine=engine,
-        http_command=python_module("sidecar.http.server"),
-        http_environment=settings.to_environment(),
+        http=lambda: AdminServer(settings).run(),
         drain_timeout_s=settings.drain_timeout_s,
     )
     return supervisor.run()

@@ -94,6 +94,7 @@ class FakeDevice:
     def __init__(self) -> None:
         self.allocated_bytes = 0
         self.peak_bytes = 0
+        self.trim_count = 0
         self.on_run: Callable[[], None] = lambda: None
         self.capacity_bytes = 1 << 40
         self._live: dict[int, int] = {}
@@ -124,6 +125,9 @@ class FakeDevice:
 
     def read_output(self, tensor: Any, target: Any) -> None:
         target[...] = tensor
+
+    def trim(self) -> None:
+        self.trim_count += 1
 
     def memory(self) -> dict[str, int]:
         return {"allocated_bytes": self.allocated_bytes}

@@ -7,7 +7,6 @@ session with the engine before that fork. Must not import torch.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import queue
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 from gunicorn.app.base import BaseApplication
 from trunkline.admin import AdminConnection
 
-from sidecar.config import Settings, load_settings
+from sidecar.config import Settings
 from sidecar.http.admin import EngineClient, admin_token, create_app
 from sidecar.store import Store
 
@@ -95,14 +94,3 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
         token = admin_token(str(settings.run_dir / "admin.token"))
         engine = EnginePool(lambda: AdminConnection(str(settings.run_dir / "public" / "trunkline.sock"), token))
         return create_app(engine, Store(settings.store_dir), blob_limit_bytes=settings.blob_limit_bytes)
-
-
-def main() -> None:
-    """Serve with the settings found in the environment, where the supervisor puts them."""
-    settings = load_settings({}, os.environ)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    AdminServer(settings).run()
-
-
-if __name__ == "__main__":
-    main()

@@ -35,8 +35,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+SERVE = """
+import os
+from sidecar.config import load_settings
+from sidecar.http.server import AdminServer
+AdminServer(load_settings({}, os.environ)).run()
+"""
+
+
 class HttpServer:
-    """A running `python -m sidecar.http.server`. Files beyond ``file_limit_bytes`` are refused by the system."""
+    """The admin endpoint alone, without a supervisor. Files beyond ``file_limit_bytes`` are refused by the system."""
 
     def __init__(self, folder: Path, file_limit_bytes: int = 0) -> None:
         port = free_port()
@@ -54,7 +62,7 @@ class HttpServer:
             "TRUNKLINE_ADMIN_PORT": str(port),
         }
         limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({file_limit_bytes}, {file_limit_bytes}));"
-        code = (limited if file_limit_bytes else "") + "import sidecar.http.server as server; server.main()"
+        code = (limited if file_limit_bytes else "") + SERVE
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 60

@@ -213,6 +213,14 @@ def test_outputs_never_share_memory_with_weights(device: TorchDevice) -> None:
     assert output.data_ptr() != held.data_ptr()
 
 
+def test_trimming_harms_nothing(device: TorchDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = torch.arange(1000)
+    device.trim()
+    monkeypatch.setattr("sidecar.devices._LIBC", object())  # a C library without malloc_trim
+    device.trim()
+    assert kept.sum() == 499500
+
+
 # --- running ------------------------------------------------------------------------------------------------------
 
 

@@ -289,6 +289,17 @@ def test_one_trunk_is_in_memory_once(running: Running) -> None:
     assert [block["models"] for block in blocks if block["size_bytes"] == 100] == [["age", "gender"]]
 
 
+def test_an_idle_engine_gives_memory_back_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.engine._IDLE_S", 0.01)
+    for calls in (1, 2):
+        model("age")(np.ones((1, 3), np.float32))
+        deadline = time.monotonic() + 20
+        while running.device.trim_count < calls and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert running.device.trim_count == calls
+
+
 def test_commands_of_the_administrator(running: Running) -> None:
     connection = admin(running)
     assert connection.command("load", {"name": "age"})["state"] == "resident"

@@ -28,11 +28,6 @@ def test_the_default_budget_is_most_of_what_is_free() -> None:
     assert load_settings({}, {}).memory_budget_bytes > 2**20
 
 
-def test_settings_survive_the_way_to_a_child() -> None:
-    settings = load_settings({"threads": "2", "run_dir": "/tmp/x"}, {})
-    assert load_settings({}, settings.to_environment()) == settings
-
-
 def test_one_core_is_left_to_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, threads in ((1, 1), (2, 1), (8, 7)):
         monkeypatch.setattr(config.os, "sched_getaffinity", lambda pid, cores=cores: range(cores))
