@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -23,7 +22,8 @@ from trunkline.errors import TransportError, TrunklineError
 
 from sidecar.admin_client import AdminClient
 from sidecar.bundle import MODEL_NAME
-from sidecar.config import Settings, load_settings
+from sidecar.config import load_settings
+from sidecar.logs import log_to_stderr
 
 # Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no sidecar reached.
 FAILED, UNREACHABLE = 1, 3
@@ -122,14 +122,8 @@ def serve(config: Path | None, **flags: str | None) -> None:
 
     path = config or (Path(found) if (found := os.environ.get("TRUNKLINE_CONFIG")) else None)
     settings = load_settings(flags, os.environ, path)
-    _log_to_stderr(settings)
+    log_to_stderr(settings.log_level)
     sys.exit(run(settings))
-
-
-def _log_to_stderr(settings: Settings) -> None:
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr
-    )
 
 
 @main.command()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.errors import ConfigError
+from sidecar.machine import available_bytes, core_count
 
 PREFIX: Final = "TRUNKLINE_"
 _UNITS: Final = {
@@ -34,13 +35,13 @@ _SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
 
 
 def _default_budget_bytes() -> int:
-    # Weights may take most of what is free when the sidecar starts; activations and functions need the rest.
-    return int(0.7 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    # Weights may take most of what can be had when the sidecar starts; activations and functions need the rest.
+    return max(1, int(0.7 * available_bytes()))
 
 
 def _default_threads() -> int:
     # One core is left to the functions: an operator's threads wait for each other, and so for whoever shares a core.
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+    return max(1, core_count() - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

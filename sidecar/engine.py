@@ -10,6 +10,7 @@ run; answered; lease returned.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import queue
@@ -22,11 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from trunkline.errors import (
+    BudgetExceeded,
     DeadlineExceeded,
     Draining,
     InvalidInput,
     ModelCorrupt,
     SidecarFault,
+    SignatureMismatch,
     TrunklineError,
     UnknownModel,
 )
@@ -35,14 +38,19 @@ from trunkline.signature import Signature
 from sidecar.bundle import Bundle, Weight
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError
 from sidecar.graph import FusedGraph
+from sidecar.logs import RateLimit
 from sidecar.pins import Pins
 from sidecar.residency import Residency
 from sidecar.scheduler import Queue
 
 log = logging.getLogger("trunkline.engine")
+# One line a refused request, as long as there are not too many of them.
+refusals = logging.getLogger("trunkline.engine.refusals")
+refusals.addFilter(RateLimit(20))
 
 # An engine that had nothing to do for so long gives back what its last runs left in the allocator.
 _IDLE_S: Final = 1.0
+_MOST_TAKEN: Final = 64
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
 # What outputs a request has: name, dtype and shape of each.
@@ -85,7 +93,8 @@ class Session(Protocol):
 @dataclass(slots=True)
 class Work:
     """A request for a model: to run it on ``inputs`` (the device's views of private bytes, in the graph's order), or
-    just to load it, where ``inputs`` is None. ``deadline`` is a time of the engine's clock."""
+    just to load it, where ``inputs`` is None. ``deadline`` is a time of the engine's clock, ``signature`` the one that
+    the inputs were checked against."""
 
     session: Session
     request_id: int
@@ -93,6 +102,7 @@ class Work:
     deadline: float
     call_id: str = ""
     inputs: Sequence[object] | None = None
+    signature: Signature | None = None
 
 
 @dataclass(slots=True)
@@ -161,10 +171,14 @@ class Engine:
         self._retired: dict[str, Deployed] = {}
         self._handles: dict[str, object] = {}
         self._loads: dict[str, _Load] = {}
+        # Weights that the mover was asked for and has not brought yet.
+        self._in_flight: set[str] = set()
         self._ready: deque[tuple[Work, Deployed]] = deque()
         # Set while the head of the queue waits for a lease of somebody else to end.
         self._blocked = False
         self._untrimmed = False
+        # Commands and requests taken from the inbox since a request was last started.
+        self._taken = 0
         self._draining = False
         self._drained: Callable[[], None] | None = None
         self._finished = False
@@ -241,7 +255,7 @@ class Engine:
             self._deploy(name)
         for name in self._pins.names():
             if name in self._deployed:
-                self._residency.pin(self._deployed[name].plan)
+                self._pin_if_possible(self._deployed[name])
         self._publish()
 
     def run(self) -> None:
@@ -277,7 +291,11 @@ class Engine:
             self._accept(command)
         else:
             command()
-        if self._inbox.empty():
+        self._taken += 1
+        # All that has been posted is seen before the next request is chosen; but a flood of what is only refused must not
+        # keep the chosen ones waiting.
+        if self._inbox.empty() or self._taken >= _MOST_TAKEN:
+            self._taken = 0
             self._start_next()
 
     def _accept(self, work: Work) -> None:
@@ -297,7 +315,7 @@ class Engine:
             expired, work = self._queue.take(self._clock())
             for late in expired:
                 self._counts.expired += 1
-                self._fail(late, DeadlineExceeded("the deadline passed while the request was waiting"))
+                self._fail(late, self._late(late, "waiting"))
             if work is not None:
                 self._admit(work)
         self._finish_if_drained()
@@ -306,6 +324,11 @@ class Engine:
         deployed = self._deployed.get(work.model)
         if deployed is None:
             self._fail(work, UnknownModel(f"{work.model} was removed while the request was waiting", model=work.model))
+            return
+        if work.signature is not None and not _takes_the_same(deployed.signature, work.signature):
+            # What was checked is what is computed: these inputs were another version's.
+            version = deployed.signature.version
+            self._fail(work, SignatureMismatch(f"{work.model} became version {version} while the request was waiting"))
             return
         try:
             self._prepare(deployed)
@@ -320,13 +343,13 @@ class Engine:
             return
         if not was_held:
             self._drop(grant.evict)
-            self._fetch(deployed, grant.fetch)
+            self._fetch(deployed)
         if deployed.plan in self._loads:
             self._loads[deployed.plan].parked.append(work)
         else:
             self._run(work, deployed)
 
-    def _fetch(self, deployed: Deployed, digests: Sequence[str]) -> None:
+    def _fetch(self, deployed: Deployed) -> None:
         weights = self._weights(deployed)
         waiting = {digest for digest in weights if not self._residency.is_resident(digest)}
         if not waiting:
@@ -335,11 +358,14 @@ class Engine:
         # be on their way already, for another model.
         self._residency.lease(deployed.plan)
         self._loads[deployed.plan] = _Load(waiting)
-        for digest in digests:
+        # Those on their way for another model are waited for; those that failed on it are tried again.
+        for digest in waiting - self._in_flight:
+            self._in_flight.add(digest)
             self._mover.fetch(weights[digest], self._arrived)
 
     def _arrived(self, weight: Weight, outcome: object) -> None:
         error = outcome if isinstance(outcome, TrunklineError) else None
+        self._in_flight.discard(weight.digest)
         if error is None:
             self._handles[weight.digest] = outcome
             self._residency.arrived(weight.digest)
@@ -373,7 +399,7 @@ class Engine:
                 work.session.document(work.request_id, self._describe(work.model, deployed))
             else:
                 if work.deadline <= self._clock():
-                    raise DeadlineExceeded("the deadline passed while the model was being loaded")
+                    raise self._late(work, "waiting for its model to be loaded")
                 self._compute(work, deployed, work.inputs)
                 self._counts.answered += 1
         except TrunklineError as error:
@@ -419,9 +445,17 @@ class Engine:
             if deployed.bound is not None and not self._residency.is_held(deployed.plan):
                 deployed.bound = None
 
+    def _late(self, work: Work, doing: str) -> DeadlineExceeded:
+        late_s = self._clock() - work.deadline
+        return DeadlineExceeded(
+            f"the deadline passed {late_s:.3f} s ago while the request was {doing}; {len(self._queue)} others wait",
+            late_s=round(late_s, 3),
+            waiting_count=len(self._queue),
+        )
+
     def _fail(self, work: Work, error: TrunklineError) -> None:
         self._counts.failed += 1
-        log.info("%s refused (call %s): %s: %s", work.model, work.call_id or "-", error.code, error.message)
+        refusals.info("%s refused (call %s): %s: %s", work.model, work.call_id or "-", error.code, error.message)
         work.session.fail(work.request_id, error)
 
     def _forget(self, session: Session) -> None:
@@ -479,15 +513,24 @@ class Engine:
             return
         plan = f"{name}@{bundle.graph_digest}"
         if name in self._deployed and self._deployed[name].plan == plan:
+            # The same graph under another version, perhaps.
+            self._deployed[name].bundle, self._deployed[name].signature = bundle, _signature(bundle)
             return
         was_pinned = name in self._deployed and self._residency.is_pinned(self._deployed[name].plan)
         self._withdraw(name)
         self._graph.add(bundle)
         deployed = self._retired.pop(plan, None) or Deployed(bundle, plan, _signature(bundle))
         self._residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in self._weights(deployed).items()})
-        if was_pinned:
-            self._residency.pin(plan)
         self._deployed[name] = deployed
+        if was_pinned:
+            self._pin_if_possible(deployed)
+
+    def _pin_if_possible(self, deployed: Deployed) -> None:
+        """Pin again what was pinned before a restart or a push. A pin is a preference: without it the model still serves."""
+        try:
+            self._residency.pin(deployed.plan)
+        except BudgetExceeded as error:
+            log.error("%s is not pinned any more: %s", deployed.bundle.name, error.message)
 
     def _withdraw(self, name: str) -> None:
         deployed = self._deployed.pop(name, None)
@@ -724,4 +767,9 @@ def _signature(bundle: Bundle) -> Signature:
         graph.inputs,
         graph.outputs,
         {symbol.name: (symbol.minimum, symbol.maximum) for symbol in graph.symbols},
+        hashlib.sha256(f"{bundle.version} {bundle.graph_digest}".encode()).hexdigest()[:16],
     )
+
+
+def _takes_the_same(one: Signature, other: Signature) -> bool:
+    return one is other or (one.inputs == other.inputs and one.symbols == other.symbols)

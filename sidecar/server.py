@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import select
 import socket
 import threading
@@ -33,6 +34,8 @@ from trunkline.errors import (
     FrameTooLarge,
     MalformedFrame,
     QueueFull,
+    SidecarFault,
+    SignatureMismatch,
     TrunklineError,
     Unauthorized,
     ValueOutOfBounds,
@@ -108,13 +111,18 @@ class Server:
         """Serve until ``stop``."""
         listener, wake = self._listener.fileno(), self._wake
         while not self._stopping:
-            for fd, _ in self._poll.poll(HANDSHAKE_S if self._greeting else -1):
+            events = self._poll.poll(HANDSHAKE_S if self._greeting or not self._listening else -1)
+            if not (events or self._listening or self._draining):
+                # Quiet for a while: perhaps there are descriptors again.
+                self._listen(True)
+            for fd, _ in events:
                 if fd == listener:
                     self._accept()
                 elif fd == wake:
                     os.eventfd_read(wake)
                     self._finish_released()
-                    self._stop_listening_if_draining()
+                    if self._draining:
+                        self._listen(False)
                 else:
                     self._receive(fd)
             if self._greeting:
@@ -155,8 +163,14 @@ class Server:
             except BlockingIOError:
                 return
             except OSError as error:
-                # Out of descriptors: those who wait stay in the backlog; closing sessions make room.
-                log.error("a connection could not be accepted (%s)", os.strerror(error.errno or 0))
+                # Out of descriptors: those who wait stay in the backlog until a session closes.
+                log.error(
+                    "a connection could not be accepted (%s); %d sessions are open, each takes 3 descriptors: raise the limit "
+                    "on open files, or lower --connection-limit",
+                    os.strerror(error.errno or 0),
+                    len(self._sessions),
+                )
+                self._listen(False)
                 return
             sock.setblocking(False)
             if len(self._sessions) >= 2 * self._connection_limit:
@@ -168,10 +182,13 @@ class Server:
             self._greeting[sock.fileno()] = time.monotonic() + HANDSHAKE_S
             self._poll.register(sock, select.EPOLLIN)
 
-    def _stop_listening_if_draining(self) -> None:
-        if self._draining and self._listening:
+    def _listen(self, wanted: bool) -> None:
+        """Take the listener into the poll, or out of it: one that nobody accepts from would wake it for ever."""
+        if wanted and not self._listening:
+            self._poll.register(self._listener, select.EPOLLIN)
+        elif self._listening and not wanted:
             self._poll.unregister(self._listener)
-            self._listening = False
+        self._listening = wanted
 
     def _close_the_silent(self) -> None:
         now = time.monotonic()
@@ -194,8 +211,8 @@ class Server:
             self._end(session)
             return
         try:
-            session.handle(session.coder.decode(frame))
-        except (FrameTooLarge, MalformedFrame) as error:
+            self._handle(session, frame)
+        except (FrameTooLarge, MalformedFrame, SidecarFault) as error:
             # Whoever breaks the protocol once cannot be understood any further.
             session.fail(0, error)
             self._end(session)
@@ -203,6 +220,17 @@ class Server:
             session.fail(session.current_id, error)
             if not session.welcomed:
                 self._end(session)
+
+    def _handle(self, session: Session, frame: bytes) -> None:
+        try:
+            session.handle(session.coder.decode(frame))
+        except TrunklineError:
+            raise
+        except Exception as error:
+            # A bug that one session's frame has found must not end the service of all.
+            incident = secrets.token_hex(4)
+            log.exception("incident %s: session %d ends", incident, session.number)
+            raise SidecarFault(f"the sidecar failed; its log has incident {incident}", incident=incident) from error
 
     def _end(self, session: Session) -> None:
         fd = session.sock.fileno()
@@ -215,6 +243,7 @@ class Server:
             self.engine.session_closed(session)
         else:
             session.close()
+            self._listen(not self._draining)
 
     def welcomed(self, session: Session) -> None:
         """Note that a session has shaken hands."""
@@ -231,6 +260,7 @@ class Server:
             session = self._released.popleft()
             self._ending.discard(session)
             session.close()
+            self._listen(not self._draining)
 
     # --- what sessions ask of the server -----------------------------------------------------------------------------
 
@@ -261,12 +291,14 @@ class Server:
                     asked_bytes=size_bytes,
                     limit_bytes=self.arena_limit_bytes,
                 )
-        total_bytes = self._arena_bytes + request_bytes + reply_bytes
+        # The request counts twice: the sidecar's private copy of the inputs is as large.
+        taken_bytes = 2 * request_bytes + reply_bytes
+        total_bytes = self._arena_bytes + taken_bytes
         if total_bytes > self._arena_total_bytes:
             raise ArenaFull(
                 f"the arenas of all connections would take {total_bytes} bytes, the limit is {self._arena_total_bytes}; "
                 "close connections or start the sidecar with a larger total",
-                asked_bytes=request_bytes + reply_bytes,
+                asked_bytes=taken_bytes,
                 limit_bytes=self._arena_total_bytes,
             )
         request = ServerArena(request_bytes, self.transport, reply=False)
@@ -376,18 +408,27 @@ class Session:
         except TrunklineError:
             return 0, 0
         inputs = [(spec.name, spec.dtype, signature.resolve(spec, {})) for spec in signature.inputs]
-        return protocol.place(inputs)[1], signature.reply_bytes({}, protocol.ALIGNMENT)
+        needed = protocol.place(inputs)[1], signature.reply_bytes({}, protocol.ALIGNMENT)
+        # A hint, not a demand: a model too large for any arena is refused when it is called, and alone.
+        return needed if max(needed) <= self._server.arena_limit_bytes else (0, 0)
 
     def _infer(self, message: Infer) -> None:
         signature = self._server.engine.signature(message.model)
         layout = self._layout
         # What was checked of a layout once holds again; the coder gives equal placements as one object.
         if layout is None or layout.placements is not message.inputs or layout.signature is not signature:
+            if message.signature not in ("", signature.id):
+                raise SignatureMismatch(
+                    f"{message.model} is version {signature.version} now; ask for its signature again",
+                    version=signature.version,
+                )
             layout = self._layout = self._check_layout(signature, message.inputs)
         self._copy_inputs(layout)
         self._busy = True
         deadline = time.monotonic() + message.deadline_us / 1_000_000
-        self._server.engine.submit(Work(self, message.request_id, message.model, deadline, message.call_id, layout.inputs))
+        self._server.engine.submit(
+            Work(self, message.request_id, message.model, deadline, message.call_id, layout.inputs, signature)
+        )
 
     def _check_layout(self, signature: Signature, placements: tuple[Placement, ...]) -> _Layout:
         assert self._request is not None
@@ -450,7 +491,7 @@ class Session:
         # Views of the arenas; they go first.
         self._layout = self._reply_layout = None
         if self._request is not None and self._reply is not None:
-            self._server.arenas_closed(self._request.size_bytes + self._reply.size_bytes)
+            self._server.arenas_closed(2 * self._request.size_bytes + self._reply.size_bytes)
             self._request.close()
             self._reply.close()
             self._request = self._reply = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
@@ -9,28 +10,46 @@ import threading
 from types import FrameType
 
 from sidecar.config import Settings
-from sidecar.http.server import AdminServer
+from sidecar.http.server import AdminServer, listen_tcp, listen_unix
+from sidecar.machine import raise_descriptor_limit
 from sidecar.pins import Pins
+from sidecar.store import Store
 from sidecar.supervisor import RunDirectory, Supervisor
 
 log = logging.getLogger("trunkline")
+
+# A socket, and what Python's mmap keeps of each arena.
+_DESCRIPTORS_PER_SESSION = 3
+_OTHER_DESCRIPTORS = 64
 
 
 def serve(settings: Settings) -> int:
     """Run a sidecar until SIGTERM or SIGINT; return the exit code. Raises ConfigError."""
     run = RunDirectory(settings.run_dir)
+    descriptors = raise_descriptor_limit()
+    if (needed := _DESCRIPTORS_PER_SESSION * settings.connection_limit + _OTHER_DESCRIPTORS) > descriptors:
+        log.warning(
+            "%d connections need %d open files, the limit is %d: raise it, or lower --connection-limit",
+            *(settings.connection_limit, needed, descriptors),
+        )
+    tcp = listen_tcp(settings)
+    # Opened here as well, so that a folder that cannot be written to is told at once, and not by each engine.
+    Store(settings.store_dir)
 
-    def engine(listener: socket.socket, token: bytes, generation: int) -> None:
-        _engine_process(settings, run, listener, token, generation)
+    def engine(functions: socket.socket, token: bytes, generation: int) -> None:
+        if tcp:
+            tcp.close()
+        _engine_process(settings, run, functions, token, generation)
 
     supervisor = Supervisor(
         run,
         preload=_preload,
         engine=engine,
-        http=lambda: AdminServer(settings).run(),
+        http=lambda: AdminServer(settings, [listen_unix(run.admin_socket), *([tcp] if tcp else [])]).run(),
         drain_timeout_s=settings.drain_timeout_s,
     )
-    return supervisor.run()
+    with contextlib.closing(tcp) if tcp else contextlib.nullcontext():
+        return supervisor.run()
 
 
 def _preload() -> None:
@@ -45,7 +64,6 @@ def _engine_process(settings: Settings, run: RunDirectory, listener: socket.sock
     from sidecar.devices import open_device
     from sidecar.engine import Engine
     from sidecar.server import Server
-    from sidecar.store import Store
 
     device = open_device(settings.device, settings.threads)
     store = Store(settings.store_dir)

@@ -172,6 +172,8 @@ def _guard(blob_limit_bytes: int) -> None:
     request.max_content_length = MAX_BODY_BYTES
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return
+    if "Transfer-Encoding" in request.headers:
+        raise InvalidInput("a body in chunks is not taken; announce its length in Content-Length")
     if "Origin" in request.headers:
         raise InvalidInput("requests from web pages are not taken")
     is_blob = request.endpoint == "put_blob"

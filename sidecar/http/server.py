@@ -9,19 +9,27 @@ from __future__ import annotations
 import gc
 import os
 import queue
-from collections.abc import Callable
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gunicorn.app.base import BaseApplication
+from gunicorn.workers.gthread import ThreadWorker
 from trunkline.admin import AdminConnection
 
 from sidecar.config import Settings
+from sidecar.errors import ConfigError
 from sidecar.http.admin import EngineClient, admin_token, create_app
 from sidecar.store import Store
 
 _THREADS = 4
 # A push of a large blob, or the verification of a large store, may take this long.
 _TIMEOUT_S = 600
+# Whoever sends nothing for so long in the middle of a request is not waited for.
+_SILENCE_S = 10
+_BACKLOG = 64
 
 
 def _freeze(server: object, worker: object) -> None:
@@ -53,25 +61,59 @@ class EnginePool:
             self._free.put(client)
 
 
+class ImpatientWorker(ThreadWorker):  # type: ignore[misc]
+    """Gives a thread back from whoever stops in the middle of a request, which gunicorn's own waits for without end."""
+
+    def enqueue_req(self, conn: Any) -> None:
+        conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", _SILENCE_S, 0))
+        super().enqueue_req(conn)
+
+
+def listen_tcp(settings: Settings) -> socket.socket | None:
+    """Return the endpoint's TCP socket, or None where only ``admin.sock`` is wanted. Raises ConfigError.
+
+    Made before anything is forked, so that a port that is taken is told to whoever starts the sidecar.
+    """
+    if not settings.admin_port:
+        return None
+    family = socket.AF_INET6 if ":" in settings.admin_host else socket.AF_INET
+    try:
+        return socket.create_server((settings.admin_host, settings.admin_port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"the admin endpoint cannot listen on {settings.admin_host} port {settings.admin_port} "
+            f"({os.strerror(error.errno or 0)}); choose another --admin-port, or 0 for the Unix socket alone",
+            port=settings.admin_port,
+        ) from error
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """Return a socket at ``path``, for this user and group alone, whatever an earlier life has left there."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o117)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(before)
+    listener.listen(_BACKLOG)
+    return listener
+
+
 class AdminServer(BaseApplication):  # type: ignore[misc]
     """gunicorn with the settings given here instead of a command line."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, listeners: Sequence[socket.socket]) -> None:
+        """Serve on ``listeners``."""
         self._settings = settings
+        self._listeners = listeners
         super().__init__()
 
     def load_config(self) -> None:
-        settings = self._settings
-        addresses = [f"unix:{settings.run_dir}/admin.sock"]
-        if settings.admin_port:
-            host = f"[{settings.admin_host}]" if ":" in settings.admin_host else settings.admin_host
-            addresses.append(f"{host}:{settings.admin_port}")
         chosen: dict[str, Any] = {
-            "bind": addresses,
-            # The Unix socket is made with this mask: 0660.
-            "umask": 0o117,
+            "bind": [f"fd://{listener.fileno()}" for listener in self._listeners],
             "workers": 1,
-            "worker_class": "gthread",
+            "worker_class": ImpatientWorker,
             "threads": _THREADS,
             "timeout": _TIMEOUT_S,
             "graceful_timeout": 2,

@@ -23,7 +23,7 @@ from trunkline.errors import SidecarUnavailable, TrunklineError
 from sidecar.admin_client import AdminClient
 from sidecar.config import load_settings
 from sidecar.errors import BundleError, ConfigError, StoreFull
-from sidecar.http.server import AdminServer, EnginePool
+from sidecar.http.server import AdminServer, EnginePool, listen_tcp, listen_unix
 from tests.bundles import write_adding_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +38,9 @@ def free_port() -> int:
 SERVE = """
 import os
 from sidecar.config import load_settings
-from sidecar.http.server import AdminServer
-AdminServer(load_settings({}, os.environ)).run()
+from sidecar.http.server import AdminServer, listen_tcp, listen_unix
+settings = load_settings({}, os.environ)
+AdminServer(settings, [listen_unix(settings.run_dir / "admin.sock"), listen_tcp(settings)]).run()
 """
 
 
@@ -127,13 +128,46 @@ def test_a_model_is_stored_although_the_engine_is_away(server: HttpServer, folde
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_every_loopback_host_is_bound_as_it_must_be_written(host: str, folder: Path) -> None:
-    settings = load_settings({"admin_host": host, "admin_port": 9470, "run_dir": folder}, {})
-    assert AdminServer(settings).cfg.address == [f"{folder}/admin.sock", (host, 9470)]
+    settings = load_settings({"admin_host": host, "admin_port": free_port(), "run_dir": folder}, {})
+    with listen_tcp(settings) as made:
+        assert made.getsockname()[:2] == ("127.0.0.1" if host == "localhost" else host, settings.admin_port)
+        assert AdminServer(settings, [made]).cfg.address == [made.fileno()]
+        with pytest.raises(ConfigError, match=rf"{settings.admin_port} .*in use.*choose another --admin-port"):
+            listen_tcp(settings)
 
 
 def test_port_zero_leaves_the_unix_socket_alone(folder: Path) -> None:
     settings = load_settings({"admin_port": 0, "run_dir": folder}, {})
-    assert AdminServer(settings).cfg.address == [f"{folder}/admin.sock"]
+    assert listen_tcp(settings) is None
+
+
+def test_the_unix_socket_replaces_what_an_earlier_life_left(folder: Path) -> None:
+    for _ in range(2):
+        with listen_unix(folder / "admin.sock") as made:
+            assert (folder / "admin.sock").stat().st_mode & 0o777 == 0o660
+            assert made.getsockname() == str(folder / "admin.sock")
+
+
+def test_bodies_in_chunks_are_refused_whole(server: HttpServer) -> None:
+    answer = requests.post(
+        f"{server.url}/admin/v1/store/gc",
+        data=iter([b'{"dry_run": true}']),
+        headers={"Content-Type": "application/json"},
+        timeout=30,
+    )
+    assert answer.status_code == 400
+    assert "Content-Length" in answer.json()["error"]["message"]
+
+
+def test_those_who_fall_silent_in_the_middle_do_not_hold_the_endpoint(server: HttpServer) -> None:
+    silent = [socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) for _ in range(8)]
+    for each in silent:
+        each.sendall(b"GET /healthz HT")
+    try:
+        assert requests.get(f"{server.url}/healthz", timeout=60).ok
+    finally:
+        for each in silent:
+            each.close()
 
 
 @pytest.mark.parametrize("over", ["socket", "tcp"])

@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgpack
@@ -19,33 +18,9 @@ from trunkline.pool import Pool
 from trunkline.protocol import Describe, Fault, Hello, Infer, Placement, TensorSpec
 
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, bundle_of, running_server
+from tests.integration.conftest import TRUNK
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
-
-TRUNK = b"t" * 100
-
-
-@pytest.fixture
-def source() -> FakeSource:
-    made = FakeSource()
-    for name in ("age", "gender"):
-        contents = [TRUNK, name.encode()]
-        made.put(bundle_of(name, contents), contents)
-    bounded = (TensorSpec("ids", "int64", ("batch", "sequence"), 0, 99),)
-    made.put(bundle_of("text", [b"x"], inputs=bounded, outputs=(TensorSpec("y", "int64", ("batch", "?")),)), [b"x"])
-    pair = (TensorSpec("y", "float32", ("batch", 3)), TensorSpec("z", "float32", ("batch", 3)))
-    made.put(bundle_of("pair", [b"p"], outputs=pair), [b"p"])
-    return made
-
-
-@pytest.fixture(params=["sealed", "copy"])
-def running(
-    request: pytest.FixtureRequest, tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Running]:
-    with running_server(tmp_path, source, transport=request.param) as made:
-        monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
-        yield made
-        client._pool.close()
 
 
 def offset_of(name: str) -> int:
@@ -503,7 +478,7 @@ def test_a_session_that_ends_takes_its_requests_along(running: Running) -> None:
     entered.wait(10)
     leaver = connect(running)
     leaver._channel.send(
-        protocol.encode(Infer(1, 10**7, "", "gender", (Placement("x", "float32", (1, 3), 0),))), time.monotonic() + 5
+        protocol.encode(Infer(1, 10**7, "", "gender", "", (Placement("x", "float32", (1, 3), 0),))), time.monotonic() + 5
     )
     leaver.close()
     running.device.on_run = lambda: None
@@ -571,7 +546,7 @@ def test_a_bad_first_message_ends_the_connection(running: Running, frame: bytes)
 )
 def test_tensors_outside_the_arena_end_the_connection(running: Running, tensor: Placement) -> None:
     sock = shaken(running)
-    sock.send(protocol.encode(Infer(9, 10**6, "", "age", (tensor,))))
+    sock.send(protocol.encode(Infer(9, 10**6, "", "age", "", (tensor,))))
     assert fault(sock).code == "malformed_frame"
     assert sock.recv(1) == b""
     sock.close()
@@ -586,7 +561,7 @@ def test_a_second_request_before_the_answer_ends_the_connection(running: Running
 
     running.device.on_run = hold
     sock = shaken(running)
-    frame = protocol.encode(Infer(9, 10**7, "", "age", (Placement("x", "float32", (1, 3), 0),)))
+    frame = protocol.encode(Infer(9, 10**7, "", "age", "", (Placement("x", "float32", (1, 3), 0),)))
     sock.send(frame)
     entered.wait(10)
     sock.send(frame)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sidecar import config
 from sidecar.config import PREFIX, Settings, flag_of, load_settings, parse_size
 from sidecar.errors import ConfigError
+from sidecar.machine import available_bytes
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -28,9 +28,24 @@ def test_the_default_budget_is_most_of_what_is_free() -> None:
     assert load_settings({}, {}).memory_budget_bytes > 2**20
 
 
+def test_memory_is_what_can_be_had_and_not_what_is_free(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 4000 kB\nMemFree: 10 kB\nMemAvailable:    3000 kB\n")
+    assert available_bytes(meminfo, tmp_path / "none") == 3000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    assert available_bytes(meminfo, tmp_path) == 3000 * 1024
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert available_bytes(meminfo, tmp_path) == 999_995
+    (tmp_path / "memory.current").write_text("2000000\n")
+    assert available_bytes(meminfo, tmp_path) == 0
+    meminfo.write_text("")
+    assert available_bytes(meminfo, tmp_path / "none") > 2**20
+
+
 def test_one_core_is_left_to_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, threads in ((1, 1), (2, 1), (8, 7)):
-        monkeypatch.setattr(config.os, "sched_getaffinity", lambda pid, cores=cores: range(cores))
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: range(cores))
         assert load_settings({}, {}).threads == threads
 
 

@@ -15,7 +15,7 @@ WIRE = ROOT / "template" / "python3-trunkline" / "trunkline"
 WIRE_MAY_IMPORT = {"msgpack", "numpy", "posix_ipc", "trunkline"}
 
 LAYERS = {
-    1: {"errors", "config", "bundle", "operators", "ir", "graphfile", "strictjson", "processes", "pins"},
+    1: {"errors", "config", "bundle", "operators", "ir", "graphfile", "strictjson", "processes", "pins", "logs", "machine"},
     2: {"store", "graph", "residency", "scheduler"},
     3: {
         "calls",

@@ -35,6 +35,7 @@ EXAMPLES: dict[str, protocol.Message] = {
         30_000_000,
         "call-1",
         "embed",
+        "5ca1ab1e5ca1ab1e",
         (Placement("input_ids", "int64", (2, 16), 0), Placement("attention_mask", "int64", (2, 16), 256)),
     ),
     "command": Command(19, "status", 2),
@@ -59,7 +60,7 @@ placements = st.lists(
 ).map(tuple)
 messages = st.one_of(
     st.builds(Describe, ids, names),
-    st.builds(Infer, ids, st.integers(1, protocol.MAX_DEADLINE_US), names, names, placements),
+    st.builds(Infer, ids, st.integers(1, protocol.MAX_DEADLINE_US), names, names, names, placements),
     st.builds(Result, ids, placements),
     st.builds(Document, ids, sizes),
     st.builds(Command, ids, names, sizes),
@@ -167,9 +168,9 @@ def test_frames_over_the_limit_are_refused_on_both_sides() -> None:
         decode(b"\x00" * (protocol.MAX_FRAME_BYTES + 1))
     tensors = tuple(Placement("x" * 128, "float32", (2**30,) * 8, 2**39) for _ in range(16))
     with pytest.raises(FrameTooLarge, match="at most 4096"):
-        encode(Infer(1, 1, "c" * 128, "m" * 128, tensors * 2))
+        encode(Infer(1, 1, "c" * 128, "m" * 128, "", tensors * 2))
     with pytest.raises(FrameTooLarge, match="at most 4096"):
-        Coder().encode(Infer(1, 1, "c" * 128, "m" * 128, tensors * 2))
+        Coder().encode(Infer(1, 1, "c" * 128, "m" * 128, "", tensors * 2))
     with pytest.raises(FrameTooLarge):
         Coder().decode(b"\x00" * (protocol.MAX_FRAME_BYTES + 1))
 
@@ -219,9 +220,9 @@ def test_equal_tensors_come_out_of_a_coder_as_one_object() -> None:
 def test_a_front_that_swallows_the_end_is_read_from_the_front() -> None:
     """A call id whose length covers the model's name: the ending is the same, what it means is not."""
     coder = Coder()
-    coder.decode(encode(Infer(7, 1, "", "ab", ())))
+    coder.decode(encode(Infer(7, 1, "", "ab", "", ())))
     # Fields: id, deadline, call id "\xa2" of one byte, which leaves "a" and "b", numbers where a name should stand.
-    frame = b"\x96\x01\x07\x01\xa1" + encode(Infer(7, 1, "", "ab", ()))[-4:]
+    frame = b"\x97\x01\x07\x01\xa1" + encode(Infer(7, 1, "", "ab", "", ()))[-5:]
     with pytest.raises(MalformedFrame):
         coder.decode(frame)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,29 +75,72 @@ def test_deadlines_hold_in_every_direction(pair: tuple[Channel, socket.socket]) 
             channel.send(b"x" * 4096, time.monotonic() + 0.05)
 
 
-def test_waiting_goes_on_after_the_kernel_s_slice_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "_SLICE", struct.pack("@ll", 0, 1000))
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    channel = Channel(near)
+def test_a_full_socket_is_waited_for(pair: tuple[Channel, socket.socket]) -> None:
+    channel, far = pair
     with contextlib.suppress(DeadlineExceeded):
         while True:
             channel.send(b"x" * 4096, time.monotonic() + 0.05)
 
-    def act() -> None:
+    def read() -> None:
         time.sleep(0.05)
-        far.send(b"one")
-        time.sleep(0.05)
-        far.send(b"two")
-        time.sleep(0.05)
-        far.recv(4096)
+        while far.recv(4096) != b"three":
+            pass
 
-    with contextlib.closing(channel), far:
-        thread = threading.Thread(target=act)
+    thread = threading.Thread(target=read)
+    thread.start()
+    channel.send(b"three", soon())
+    thread.join()
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[..., None]]:
+    """Have a signal handler run every 50 ms; it raises what it is given."""
+
+    def start(error: Exception | None = None) -> None:
+        def ring(number: int, frame: object) -> None:
+            if error is not None:
+                raise error
+
+        signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+
+    before = signal.getsignal(signal.SIGALRM)
+    yield start
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_signals_do_not_prolong_a_deadline(pair: tuple[Channel, socket.socket], alarm: Callable[..., None]) -> None:
+    alarm()
+    rung = time.monotonic()
+    with pytest.raises(DeadlineExceeded) as caught:
+        pair[0].receive(time.monotonic() + 0.3)
+    assert caught.value.details["waited_s"] == pytest.approx(0.3, abs=0.01)
+    assert time.monotonic() < rung + 4
+
+
+@pytest.mark.parametrize("error", [TimeoutError("the caller's own"), RuntimeError("the caller's own")])
+def test_what_a_signal_handler_raises_is_passed_on(
+    pair: tuple[Channel, socket.socket], alarm: Callable[..., None], error: Exception
+) -> None:
+    alarm(error)
+    with pytest.raises(type(error), match="the caller's own"):
+        pair[0].receive(soon())
+
+
+def test_a_full_backlog_is_waited_for(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(path)
+    listener.listen(0)
+    with listener, contextlib.closing(transport.connect(path, soon())):
+        with pytest.raises(DeadlineExceeded):
+            transport.connect(path, time.monotonic() + 0.05)
+        thread = threading.Thread(target=lambda: (time.sleep(0.05), listener.accept()[0].close()))
         thread.start()
-        assert channel.receive(soon()) == b"one"
-        assert channel.receive_with_fds(2, soon()) == (b"two", [])
-        channel.send(b"three", soon())
+        transport.connect(path, soon()).close()
         thread.join()
+        listener.accept()[0].close()
 
 
 def test_an_endless_deadline_is_one() -> None:

@@ -81,7 +81,10 @@ class ServerArena:
             return
         done = 0
         while done < len(target):
-            count = os.preadv(self.fd, [target[done:]], offset + done)
+            try:
+                count = os.preadv(self.fd, [target[done:]], offset + done)
+            except OSError as error:
+                raise _unusable("request", error) from error
             if count == 0:
                 raise MalformedFrame("the request arena was shrunk by the function", missing_bytes=len(target) - done)
             done += count
@@ -94,7 +97,10 @@ class ServerArena:
         view = memoryview(source)
         done = 0
         while done < len(view):
-            done += os.pwrite(self.fd, view[done:], offset + done)
+            try:
+                done += os.pwrite(self.fd, view[done:], offset + done)
+            except OSError as error:
+                raise _unusable("reply", error) from error
         if os.fstat(self.fd).st_size != self.size_bytes:
             raise MalformedFrame("the reply arena was resized by the function", size_bytes=self.size_bytes)
 
@@ -136,6 +142,11 @@ class ClientArena:
         finally:
             os.close(fd)
         self.size_bytes = size_bytes
+
+
+def _unusable(kind: str, error: OSError) -> MalformedFrame:
+    # A function may shrink its own arena and fill the node's shared memory up meanwhile: its page cannot come back.
+    return MalformedFrame(f"the {kind} arena cannot be used any more ({os.strerror(error.errno or 0)})")
 
 
 def choose_transport() -> str:

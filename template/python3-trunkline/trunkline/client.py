@@ -7,37 +7,40 @@ that loses its connection is repeated on a new one until its deadline: inference
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from trunkline import context, protocol
+from trunkline.arguments import Array, by_name, checked, dtype_name, sendable, size_of
 from trunkline.connection import Connection, view
 from trunkline.errors import (
     ArenaFull,
     ConnectionLost,
     Draining,
+    InvalidInput,
     SignatureMismatch,
     TrunklineError,
-    UnsupportedTensor,
-    ValueOutOfBounds,
 )
 from trunkline.pool import Pool
-from trunkline.protocol import Placement, TensorSpec
+from trunkline.protocol import Placement
 from trunkline.signature import Signature
 
-Array = NDArray[Any]
 Outputs = Array | dict[str, Array]
+T = TypeVar("T")
 
 # A request that has cost its sidecar the connection so often is not offered again.
 _MAX_LOST = 5
 _READY_DEADLINE_S = 2.0
+_NAME: Final = re.compile(rf"[A-Za-z0-9._-]{{1,{protocol.MAX_NAME}}}")
 # Layouts kept for each model. A model of texts meets many lengths.
 _MAX_LAYOUTS: Final = 256
 
@@ -51,9 +54,6 @@ class Counters:
     input_copy_bytes: int = 0
     repeats: int = 0
 
-
-# numpy takes microseconds to spell the name of a dtype.
-_DTYPE_NAMES = {np.dtype(name): name for name in protocol.ITEM_BYTES}
 
 _pool = Pool()
 _counters = Counters()
@@ -70,29 +70,45 @@ def transport_name() -> str | None:
 
 
 def model(name: str) -> Model:
-    """Return the model ``name`` as the sidecar holds it. No I/O happens before its first use."""
-    _pool.expect(name)
+    """Return the model ``name`` as the sidecar holds it. No I/O happens before its first use. Raises InvalidInput.
+
+    A name used outside a request is one the function stands for: ``ready`` asks for it, and arenas are sized for it.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            f"{name[:64]!r} is no model's name: at most {protocol.MAX_NAME} of the characters a-z, 0-9, '.', '_', '-'"
+        )
+    if not context.call_id.get():
+        _pool.expect(name)
     return Model(name, _pool)
 
 
 def ready(deadline_s: float = _READY_DEADLINE_S) -> None:
     """Return when the sidecar answers for every model this process has named; raise the TrunklineError otherwise."""
     deadline = time.monotonic() + deadline_s
-    connection = _pool.take(0, 0, deadline)
-    try:
-        for name in _pool.models:
-            connection.describe(name, deadline)
-    except ConnectionLost:
-        # The idle connection was from before a restart; a new one tells how things are now.
+
+    def ask() -> None:
         connection = _pool.take(0, 0, deadline)
-        for name in _pool.models:
-            connection.describe(name, deadline)
-    finally:
-        _pool.give(connection)
+        try:
+            for name in _pool.models:
+                connection.describe(name, deadline)
+        finally:
+            _pool.give(connection)
+
+    _repeated(_pool, ask)
 
 
-def _default_deadline_s() -> float:
-    return float(os.environ.get("TRUNKLINE_DEADLINE_S", "30"))
+def _deadline(deadline_s: float | None) -> float:
+    """Return the time of ``time.monotonic`` by which a call must be answered."""
+    if deadline_s is None:
+        text = os.environ.get("TRUNKLINE_DEADLINE_S", "30")
+        try:
+            deadline_s = float(text)
+        except ValueError as error:
+            raise InvalidInput(f"TRUNKLINE_DEADLINE_S is {text[:40]!r}; it must be a number of seconds") from error
+    if math.isnan(deadline_s):
+        raise InvalidInput("a deadline of nan seconds never passes; give a number of seconds")
+    return time.monotonic() + deadline_s
 
 
 class Layout(NamedTuple):
@@ -108,6 +124,14 @@ class _Known(NamedTuple):
 
     signature: Signature
     layouts: dict[object, Layout]
+
+    def takes(self, layout: Layout) -> bool:
+        """Return whether a call laid out for another version is one of this version, too."""
+        try:
+            sizes = self.signature.bind([(each.name, each.dtype, each.shape) for each in layout.inputs])
+        except SignatureMismatch:
+            return False
+        return _layout(self.signature, sizes).inputs == layout.inputs
 
     def layout(self, key: object, sizes: Callable[[], Mapping[str, int]]) -> Layout:
         """Return the layout of a call, made with the symbols' ``sizes`` unless ``key`` was seen before."""
@@ -134,15 +158,21 @@ class Model:
 
     @property
     def signature(self) -> Signature:
-        """Names, dtypes, shapes and bounds of inputs and outputs; asked from the sidecar once."""
-        return self._find(time.monotonic() + _default_deadline_s()).signature
+        """Names, dtypes, shapes and bounds of inputs and outputs, as of the latest call; the first use asks the sidecar."""
+        return self._find(_deadline(None)).signature
 
     def _find(self, deadline: float) -> _Known:
         known = self._known
         if known is None:
-            known = _Known(_repeated(lambda: self._describe(deadline), lambda: time.monotonic() < deadline), {})
-            self._known = known
+            known = self._known = _Known(_repeated(self._pool, lambda: self._describe(deadline)), {})
         return known
+
+    def _find_again(self, known: _Known, deadline: float) -> _Known | None:
+        """Return what the sidecar says now, or None when that is what it said before."""
+        if self._known is known:
+            self._known = None
+        fresh = self._find(deadline)
+        return None if fresh.signature == known.signature else fresh
 
     def _describe(self, deadline: float) -> Signature:
         connection = self._pool.take(0, 0, deadline)
@@ -153,15 +183,7 @@ class Model:
 
     def __call__(self, *arrays: ArrayLike, **named: ArrayLike) -> Outputs:
         """Run the model: inputs in order or by name. Returns the output array, or a dict when there are several."""
-        if arrays:
-            specs = self.signature.inputs
-            if len(arrays) > len(specs):
-                raise SignatureMismatch(f"{self.name} takes {len(specs)} inputs, got {len(arrays)}")
-            for spec, array in zip(specs, arrays, strict=False):
-                if spec.name in named:
-                    raise SignatureMismatch(f"{self.name} got {spec.name} twice, in order and by name")
-                named[spec.name] = array
-        return self.call(named)
+        return self._call_known(arrays, named, _deadline(None), None)
 
     def call(self, inputs: Mapping[str, ArrayLike], *, deadline_s: float | None = None, call_id: str | None = None) -> Outputs:
         """Run the model on ``inputs`` within ``deadline_s`` (default TRUNKLINE_DEADLINE_S, 30 s).
@@ -169,26 +191,38 @@ class Model:
         ``call_id`` stands in the sidecar's log; it defaults to the X-Call-Id of the HTTP request being served.
         Raises TrunklineError: RequestError for the caller's fault, TransportError and CapacityError for ours.
         """
-        deadline = time.monotonic() + (_default_deadline_s() if deadline_s is None else deadline_s)
+        return self._call_known((), inputs, _deadline(deadline_s), call_id)
+
+    def _call_known(
+        self, ordered: Sequence[ArrayLike], named: Mapping[str, ArrayLike], deadline: float, call_id: str | None
+    ) -> Outputs:
         known = self._find(deadline)
         try:
-            return self._call(known, inputs, deadline, call_id)
+            return self._call(known, ordered, named, deadline, call_id)
         except SignatureMismatch:
             # The model may have been replaced by a version that takes something else.
-            self._known = None
-            if (fresh := self._find(deadline)).signature == known.signature:
+            fresh = self._find_again(known, deadline)
+            if fresh is None:
                 raise
-            return self._call(fresh, inputs, deadline, call_id)
+            return self._call(fresh, ordered, named, deadline, call_id)
 
-    def _call(self, known: _Known, inputs: Mapping[str, ArrayLike], deadline: float, call_id: str | None) -> Outputs:
+    def _call(
+        self,
+        known: _Known,
+        ordered: Sequence[ArrayLike],
+        named: Mapping[str, ArrayLike],
+        deadline: float,
+        call_id: str | None,
+    ) -> Outputs:
         signature = known.signature
+        inputs = by_name(signature, ordered, named) if ordered else named
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
         for spec in signature.inputs:
             if spec.name in arrays:
-                arrays[spec.name] = _checked(signature.model, spec, arrays[spec.name])
-        tensors = tuple((name, _dtype_name(array), array.shape) for name, array in arrays.items())
+                arrays[spec.name] = checked(signature.model, spec, arrays[spec.name])
+        tensors = tuple((name, dtype_name(array), array.shape) for name, array in arrays.items())
         layout = known.layout(tensors, lambda: signature.bind(tensors))
-        with Request(self._pool, signature.model, layout, deadline, call_id) as request:
+        with Request(self, known, layout, deadline, call_id) as request:
             for spec in signature.inputs:
                 array = arrays[spec.name]
                 np.copyto(request[spec.name], array)
@@ -205,10 +239,20 @@ class Model:
 
         ``sizes`` are the sizes of the model's symbolic axes; those not given take their smallest size.
         """
-        deadline = time.monotonic() + (_default_deadline_s() if deadline_s is None else deadline_s)
+        deadline = _deadline(deadline_s)
+        whole = {axis: size_of(self.name, axis, size) for axis, size in sizes.items()}
         known = self._find(deadline)
-        layout = known.layout(("sizes", *sizes.items()), lambda: self._bound(known.signature, sizes))
-        return Request(self._pool, self.name, layout, deadline, call_id)
+        try:
+            layout = self._request_layout(known, whole)
+        except SignatureMismatch:
+            fresh = self._find_again(known, deadline)
+            if fresh is None:
+                raise
+            known, layout = fresh, self._request_layout(fresh, whole)
+        return Request(self, known, layout, deadline, call_id)
+
+    def _request_layout(self, known: _Known, sizes: Mapping[str, int]) -> Layout:
+        return known.layout(("sizes", *sizes.items()), lambda: self._bound(known.signature, sizes))
 
     def _bound(self, signature: Signature, sizes: Mapping[str, int]) -> dict[str, int]:
         shapes = {spec.name: signature.resolve(spec, sizes) for spec in signature.inputs}
@@ -227,22 +271,30 @@ class Request:
     used after the block.
     """
 
-    def __init__(self, pool: Pool, model_name: str, layout: Layout, deadline: float, call_id: str | None) -> None:
-        self._pool = pool
-        self._model_name = model_name
+    def __init__(self, owner: Model, known: _Known, layout: Layout, deadline: float, call_id: str | None) -> None:
+        self._owner = owner
+        self._pool = owner._pool
+        self._known = known
+        self._layout = layout
         self._deadline = deadline
-        self._call_id = (context.call_id.get() if call_id is None else call_id)[: protocol.MAX_NAME]
-        self._inputs, self._input_bytes, self._reply_bytes = layout
+        self._call_id = sendable(context.call_id.get() if call_id is None else call_id)
+        self._reply_bytes = layout.reply_bytes
         self._connection: Connection | None = None
+        # Where the inputs are written: the arena of the first connection, which outlives it while this refers to it.
+        self._memory: Any = None
 
     def __enter__(self) -> Request:
-        self._connection = self._pool.take(self._input_bytes, self._reply_bytes, self._deadline)
+        self._connection = self._take()
+        self._memory = self._connection.request
         return self
+
+    def _take(self) -> Connection:
+        return self._pool.take(self._layout.input_bytes, self._reply_bytes, self._deadline)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._connection is not None:
             self._pool.give(self._connection)
-            self._connection = None
+        self._connection = self._memory = None
 
     def _open(self) -> Connection:
         if self._connection is None:
@@ -251,86 +303,67 @@ class Request:
 
     def __getitem__(self, name: str) -> Array:
         """Return the input ``name`` as a writable array over shared memory."""
-        for placement in self._inputs:
+        self._open()
+        for placement in self._layout.inputs:
             if placement.name == name:
-                return view(self._open().request, placement)
-        names = ", ".join(placement.name for placement in self._inputs)
-        raise SignatureMismatch(f"{self._model_name} has no input {name!r}; it takes {names}")
+                return view(self._memory, placement)
+        names = ", ".join(placement.name for placement in self._layout.inputs)
+        raise SignatureMismatch(f"{self._owner.name} has no input {name!r}; it takes {names}")
 
     def run(self) -> Outputs:
-        """Run the model on what was written; return copies of the outputs, the caller's to keep."""
+        """Run the model on what was written; return copies of the outputs, the caller's to keep. May be called again."""
         _counters.calls += 1
-        connection = self._open()
         lost = 0
         while True:
+            connection = self._open()
             try:
-                found = connection.infer(self._model_name, self._inputs, self._deadline, self._call_id)
+                found = self._ask(connection)
                 break
             except (ConnectionLost, Draining):
                 lost += 1
                 if lost > _MAX_LOST:
                     raise
+                self._pool.close()
             except ArenaFull as error:
                 # An output of a size that only the run could tell.
                 needed = error.details.get("needed_reply_bytes")
                 if type(needed) is not int or needed <= self._reply_bytes:
                     raise
                 self._reply_bytes = needed
+            except SignatureMismatch:
+                # A new version that takes what was written here is as good as the one before.
+                fresh = self._owner._find_again(self._known, self._deadline)
+                if fresh is None or not fresh.takes(self._layout):
+                    raise
+                self._known = fresh
+                _counters.repeats += 1
+                continue
             _counters.repeats += 1
-            connection = self._move(connection)
+            connection.close()
+            self._connection = None
+            self._connection = self._take()
         if len(found) == 1:
             return found[0][1].copy()
         return {name: array.copy() for name, array in found}
 
-    def _move(self, old: Connection) -> Connection:
-        # The mapping of a closed connection outlives it, so the inputs are still there to be copied over.
-        old.close()
-        self._connection = None
-        new = self._pool.take(self._input_bytes, self._reply_bytes, self._deadline)
-        self._connection = new
-        new.request[: self._input_bytes] = old.request[: self._input_bytes]
-        return new
+    def _ask(self, connection: Connection) -> tuple[tuple[str, Array], ...]:
+        if connection.request is not self._memory:
+            input_bytes = self._layout.input_bytes
+            connection.request[:input_bytes] = self._memory[:input_bytes]
+        signature = self._known.signature
+        return connection.infer(signature.model, self._layout.inputs, self._deadline, self._call_id, signature.id)
 
 
-def _dtype_name(array: Array) -> str:
-    return _DTYPE_NAMES.get(array.dtype) or str(array.dtype)
-
-
-def _checked(model_name: str, spec: TensorSpec, array: Array) -> Array:
-    """Return ``array`` as the dtype of ``spec``, refusing every conversion that changes a value's meaning."""
-    if _dtype_name(array) == spec.dtype:
-        return array
-    wanted = np.dtype(spec.dtype)
-    if array.dtype.hasobject or array.dtype.kind not in "biuf":
-        raise UnsupportedTensor(f"{model_name} takes {spec.name} as {spec.dtype}; {array.dtype} cannot be converted")
-    if not np.can_cast(array.dtype, wanted, "same_kind"):
-        lost = f" ({int(np.isnan(array).sum())} of its values are NaN)" if array.dtype.kind == "f" else ""
-        raise SignatureMismatch(
-            f"{model_name} takes {spec.name} as {spec.dtype}, got {array.dtype}{lost}; convert it in the handler",
-            expected=spec.dtype,
-            got=str(array.dtype),
-        )
-    if wanted.kind in "iu" and array.size and array.dtype.itemsize > wanted.itemsize:
-        limits = np.iinfo(wanted)
-        low, high = int(array.min()), int(array.max())
-        if low < limits.min or high > limits.max:
-            raise ValueOutOfBounds(
-                f"{model_name} takes {spec.name} as {spec.dtype}; its values reach from {low} to {high}",
-                minimum=low,
-                maximum=high,
-            )
-    return array.astype(wanted)
-
-
-def _repeated(attempt: Callable[[], Signature], may_repeat: Callable[[], bool]) -> Signature:
+def _repeated(pool: Pool, attempt: Callable[[], T]) -> T:
     lost = 0
     while True:
         try:
             return attempt()
         except (ConnectionLost, Draining):
             lost += 1
-            if lost > _MAX_LOST or not may_repeat():
+            if lost > _MAX_LOST:
                 raise
+            pool.close()
 
 
 __all__ = ["Counters", "Layout", "Model", "Outputs", "Request", "TrunklineError", "counters", "model", "ready", "transport_name"]

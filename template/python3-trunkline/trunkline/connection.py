@@ -21,6 +21,7 @@ from trunkline import protocol, transport
 from trunkline.arena import ClientArena
 from trunkline.errors import (
     ArenaFull,
+    ConnectionLost,
     FdMissing,
     MalformedFrame,
     ProtocolError,
@@ -63,6 +64,7 @@ class Connection:
         self.address = f"unix:{path}"
         self._channel = transport.connect(path, deadline)
         self._coder = protocol.Coder()
+        self._pid = os.getpid()
         # Where the latest outputs lay and the arrays over them, which the next outputs mostly share.
         self._placed: tuple[Placement, ...] = ()
         self._outputs: tuple[tuple[str, NDArray[Any]], ...] = ()
@@ -127,9 +129,9 @@ class Connection:
         return self._reply.memory
 
     def infer(
-        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = ""
+        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = "", signature: str = ""
     ) -> tuple[tuple[str, NDArray[Any]], ...]:
-        """Run ``model`` on tensors already in the request arena.
+        """Run ``model`` on tensors already in the request arena. ``signature`` is the id of the one they were made for.
 
         Returns name and array of each output: read-only views of the reply arena, valid until the next exchange.
         """
@@ -137,7 +139,7 @@ class Connection:
         remaining_us = (deadline - time.monotonic()) * 1_000_000
         # A deadline that has passed is found by send; the message just needs a valid number.
         deadline_us = int(min(max(remaining_us, 1), protocol.MAX_DEADLINE_US))
-        answer = self._exchange(Infer(self._last_id, deadline_us, call_id, model, inputs), deadline)
+        answer = self._exchange(Infer(self._last_id, deadline_us, call_id, model, signature, inputs), deadline)
         if not isinstance(answer, Result):
             raise MalformedFrame("the sidecar did not answer an inference with a result")
         if answer.outputs is not self._placed:
@@ -172,10 +174,13 @@ class Connection:
             raise MalformedFrame("the sidecar's document is not JSON") from error
 
     def _exchange(self, message: Message, deadline: float) -> Message:
+        if self.is_foreign:
+            raise ConnectionLost("the connection belongs to the process that this one was forked from")
         try:
             self._channel.send(self._coder.encode(message), deadline)
             answer = self._coder.decode(self._channel.receive(deadline))
-        except TrunklineError:
+        except BaseException:
+            # Whatever it was, a signal handler's exception included: an answer may still come, and nobody would expect it.
             self.close()
             raise
         if isinstance(answer, Fault):
@@ -187,6 +192,11 @@ class Connection:
             self.close()
             raise ProtocolError("the sidecar answered another request")
         return answer
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another process opened this connection, and this one was forked from it."""
+        return self._pid != os.getpid()
 
     @property
     def closed(self) -> bool:

@@ -138,13 +138,13 @@ class Pool:
         """Put a healthy connection back for the next call."""
         with self._lock:
             self._notice_fork()
-            if not connection.closed and len(self._idle) < _MAX_IDLE:
+            if not connection.closed and not connection.is_foreign and len(self._idle) < _MAX_IDLE:
                 self._idle.append(connection)
                 return
         connection.close()
 
     def close(self) -> None:
-        """Close every idle connection."""
+        """Close every idle connection: after one was lost, since the others were most likely lost with it."""
         with self._lock:
             idle, self._idle = self._idle, []
         for connection in idle:

@@ -100,6 +100,8 @@ class Describe(NamedTuple):
 class Infer(NamedTuple):
     """Run a model on tensors in the request arena. ``deadline_us`` is the time left, so clocks need not agree.
 
+    ``signature`` is the id of the signature that the client went by; empty: any.
+
     What changes from call to call stands first, what mostly stays the same last: see ``Coder``.
     """
 
@@ -107,6 +109,7 @@ class Infer(NamedTuple):
     deadline_us: int
     call_id: str
     model: str
+    signature: str
     inputs: tuple[Placement, ...]
 
 
@@ -182,6 +185,7 @@ def _fields(message: Message) -> tuple[object, ...]:
                 message.deadline_us,
                 message.call_id,
                 message.model,
+                message.signature,
                 message.inputs,
             )
         case Result():
@@ -259,7 +263,7 @@ def _unpack(frame: bytes) -> tuple[Any, ...]:
 
 
 # The first bytes of the messages that carry tensors: an array of so many fields, and the kind.
-_INFER_START, _RESULT_START = bytes((0x96, _INFER)), bytes((0x93, _RESULT))
+_INFER_START, _RESULT_START = bytes((0x97, _INFER)), bytes((0x93, _RESULT))
 
 
 class Coder:
@@ -283,7 +287,7 @@ class Coder:
         if isinstance(message, Infer):
             # The array's first byte says how many fields follow; the front alone would say too few.
             front = msgpack.packb((_INFER, message.request_id, message.deadline_us, message.call_id))
-            return _sendable(_INFER_START[:1] + front[1:] + self._ending(message.model, message.inputs))
+            return _sendable(_INFER_START[:1] + front[1:] + self._ending(message.model, message.signature, message.inputs))
         if isinstance(message, Result):
             front = msgpack.packb((_RESULT, message.request_id))
             return _sendable(_RESULT_START[:1] + front[1:] + self._ending(message.outputs))
@@ -390,7 +394,8 @@ def _infer(fields: tuple[Any, ...]) -> Infer:
     return Infer(
         *_infer_front(fields),
         _text(fields[4], MAX_NAME, "the model's name"),
-        _placements(fields[5], "the inputs"),
+        _text(fields[5], MAX_NAME, "the signature's id"),
+        _placements(fields[6], "the inputs"),
     )
 
 
@@ -453,7 +458,7 @@ def _fault(fields: tuple[Any, ...]) -> Fault:
 _DECODERS: Final[dict[int, tuple[int, Callable[[tuple[Any, ...]], Message]]]] = {
     _HELLO: (8, _hello),
     _DESCRIBE: (3, _describe),
-    _INFER: (6, _infer),
+    _INFER: (7, _infer),
     _COMMAND: (4, _command),
     _WELCOME: (7, _welcome),
     _DOCUMENT: (3, _document),

@@ -16,20 +16,29 @@ UNKNOWN_AXIS = "?"
 
 @dataclass(frozen=True)
 class Signature:
-    """Inputs and outputs of a model. ``symbols`` maps each symbolic axis to its smallest and largest size."""
+    """Inputs and outputs of a model. ``symbols`` maps each symbolic axis to its smallest and largest size.
+
+    ``id`` changes with every version that is pushed. A request names it, so that a function that still goes by the version
+    before is told, instead of being answered by a model it does not know.
+    """
 
     model: str
     version: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     symbols: Mapping[str, tuple[int, int]]
+    id: str = ""
 
     def bind(self, tensors: Iterable[tuple[str, str, Sequence[int]]]) -> dict[str, int]:
         """Check (name, dtype, shape) of every input; return the size of each symbolic axis.
 
         Raises SignatureMismatch, naming the input, what the model takes and what it got.
         """
-        given = {name: (dtype, shape) for name, dtype, shape in tensors}
+        given: dict[str, tuple[str, Sequence[int]]] = {}
+        for name, dtype, shape in tensors:
+            if name in given:
+                raise SignatureMismatch(f"{self.model} takes {self._names()}; {name!r} comes twice")
+            given[name] = dtype, shape
         sizes: dict[str, int] = {}
         for spec in self.inputs:
             if spec.name not in given:
@@ -95,6 +104,7 @@ class Signature:
             "inputs": [asdict(spec) for spec in self.inputs],
             "outputs": [asdict(spec) for spec in self.outputs],
             "symbols": {name: list(bounds) for name, bounds in self.symbols.items()},
+            "id": self.id,
         }
 
     @classmethod
@@ -107,6 +117,7 @@ class Signature:
                 inputs=tuple(_spec(entry) for entry in plain["inputs"]),
                 outputs=tuple(_spec(entry) for entry in plain["outputs"]),
                 symbols={str(name): (int(low), int(high)) for name, (low, high) in plain["symbols"].items()},
+                id=str(plain["id"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MalformedFrame("the sidecar described a model in a way this client does not understand") from error

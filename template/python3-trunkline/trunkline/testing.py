@@ -86,12 +86,13 @@ class FakeConnection:
         self.request = bytearray(self.request_bytes)
         self.reply = bytearray(self.reply_bytes)
         self.closed = False
+        self.is_foreign = False
 
     def describe(self, model: str, deadline: float) -> Any:
         return self._find(model)[0].to_plain()
 
     def infer(
-        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = ""
+        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = "", signature: str = ""
     ) -> tuple[tuple[str, NDArray[Any]], ...]:
         known, answer = self._find(model)
         known.bind([(p.name, p.dtype, p.shape) for p in inputs])

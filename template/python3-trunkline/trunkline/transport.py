@@ -12,15 +12,14 @@ import math
 import os
 import select
 import socket
-import struct
 import time
 
 from trunkline.errors import ConnectionLost, DeadlineExceeded, FdMissing, FrameTooLarge, SidecarUnavailable
-from trunkline.protocol import MAX_FRAME_BYTES
+from trunkline.protocol import MAX_DEADLINE_US, MAX_FRAME_BYTES
 
-_SLICE_S = 1.0
-# The same as the kernel's `struct timeval`.
-_SLICE = struct.pack("@ll", int(_SLICE_S), 0)
+# The longest deadline a message can carry.
+_LONGEST_WAIT_S = MAX_DEADLINE_US / 1_000_000
+_BACKLOG_PAUSE_S = 0.005
 
 
 def connect(path: str, deadline: float) -> Channel:
@@ -28,13 +27,19 @@ def connect(path: str, deadline: float) -> Channel:
 
     Raises SidecarUnavailable when nobody listens there, DeadlineExceeded when the backlog stays full too long.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
-        sock.settimeout(_remaining(deadline))
-        sock.connect(path)
-    except TimeoutError as error:
+        while True:
+            _remaining(deadline)
+            try:
+                sock.connect(path)
+                return Channel(sock)
+            except BlockingIOError:
+                # A full backlog is told at once, and not when it has room again.
+                time.sleep(_BACKLOG_PAUSE_S)
+    except DeadlineExceeded:
         sock.close()
-        raise DeadlineExceeded(f"no answer from {path} before the deadline") from error
+        raise
     except OSError as error:
         sock.close()
         raise SidecarUnavailable(
@@ -42,64 +47,54 @@ def connect(path: str, deadline: float) -> Channel:
             "or mount the directory of its socket into this function",
             path=path,
         ) from error
-    except DeadlineExceeded:
-        sock.close()
-        raise
-    return Channel(sock)
 
 
 def _remaining(deadline: float) -> float:
     remaining = deadline - time.monotonic()
     if remaining <= 0:
-        raise DeadlineExceeded("the deadline passed before the sidecar answered")
+        raise DeadlineExceeded(
+            f"the deadline passed {-remaining:.3f} s ago, before the sidecar was asked; allow more with deadline_s",
+            late_s=round(-remaining, 3),
+        )
     return remaining
 
 
 class Channel:
     """A connected SOCK_SEQPACKET socket. After any error the channel must be closed, never used again.
 
-    The kernel bounds every wait to a slice of time that is set once: setting each call's deadline on the socket would
-    cost a system call more. What is left of a deadline that ends within a slice is waited for with ``poll``.
+    The socket never blocks; ``poll`` waits. A timeout on the socket would cost a system call each time it is set, and
+    would start anew after each signal.
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.settimeout(None)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            sock.setsockopt(socket.SOL_SOCKET, option, _SLICE)
+        sock.setblocking(False)
         self._socket = sock
-
-    def _wait_if_short(self, event: int, deadline: float) -> None:
-        remaining = _remaining(deadline)
-        if remaining < _SLICE_S and not self.closed:
-            poll = select.poll()
-            poll.register(self._socket, event)
-            # Rounded up, so that a wait is never cut to nothing.
-            if not poll.poll(math.ceil(remaining * 1000)):
-                raise DeadlineExceeded("the sidecar did not take the request, or not answer it, before the deadline")
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
 
     def send(self, frame: bytes, deadline: float) -> None:
         """Send one message. Raises ConnectionLost, DeadlineExceeded."""
-        while True:
+        _remaining(deadline)
+        try:
             try:
-                self._wait_if_short(select.POLLOUT, deadline)
                 self._socket.send(frame)
-                return
             except BlockingIOError:
-                continue
-            except OSError as error:
-                raise ConnectionLost(f"the sidecar closed the connection ({os.strerror(error.errno or 0)})") from error
+                _wait(self._writable, deadline, "take the request")
+                self._socket.send(frame)
+        except OSError as error:
+            raise _lost(error, "the sidecar closed the connection") from error
 
     def receive(self, deadline: float) -> bytes:
         """Return the next message. Raises ConnectionLost at its end, DeadlineExceeded, FrameTooLarge."""
-        while True:
-            try:
-                self._wait_if_short(select.POLLIN, deadline)
-                # One byte more than allowed, so that an over-long message shows.
-                return _whole(self._socket.recv(MAX_FRAME_BYTES + 1))
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise ConnectionLost(f"the connection to the sidecar broke ({os.strerror(error.errno or 0)})") from error
+        try:
+            _wait(self._readable, deadline, "answer")
+            # One byte more than allowed, so that an over-long message shows.
+            frame = self._socket.recv(MAX_FRAME_BYTES + 1)
+        except OSError as error:
+            raise _lost(error, "the connection to the sidecar broke") from error
+        return _whole(frame)
 
     def receive_with_fds(self, count: int, deadline: float) -> tuple[bytes, list[int]]:
         """Return the next message and the descriptors that came with it, close-on-exec set.
@@ -109,17 +104,13 @@ class Channel:
         its flags argument, and with it MSG_CMSG_CLOEXEC.
         """
         fds = array.array("i")
-        while True:
-            try:
-                self._wait_if_short(select.POLLIN, deadline)
-                frame, ancillary, flags, _ = self._socket.recvmsg(
-                    MAX_FRAME_BYTES + 1, socket.CMSG_SPACE(count * fds.itemsize), socket.MSG_CMSG_CLOEXEC
-                )
-                break
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise ConnectionLost(f"the connection to the sidecar broke ({os.strerror(error.errno or 0)})") from error
+        try:
+            _wait(self._readable, deadline, "answer")
+            frame, ancillary, flags, _ = self._socket.recvmsg(
+                MAX_FRAME_BYTES + 1, socket.CMSG_SPACE(count * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+            )
+        except OSError as error:
+            raise _lost(error, "the connection to the sidecar broke") from error
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
@@ -146,6 +137,21 @@ class Channel:
     def close(self) -> None:
         """Close the socket; closing twice is safe."""
         self._socket.close()
+
+
+def _wait(poll: select.poll, deadline: float, verb: str) -> None:
+    remaining = _remaining(deadline)
+    # Rounded up, so that a wait is never cut to nothing. After a signal Python waits for what is left.
+    if not poll.poll(math.ceil(min(remaining, _LONGEST_WAIT_S) * 1000)):
+        raise DeadlineExceeded(
+            f"the sidecar did not {verb} within the {remaining:.3f} s that were left; allow more with deadline_s",
+            waited_s=round(remaining, 3),
+        )
+
+
+def _lost(error: OSError, what: str) -> OSError | ConnectionLost:
+    """Return what the kernel's ``error`` means here; one without a number is not the kernel's, but a signal handler's."""
+    return error if error.errno is None else ConnectionLost(f"{what} ({os.strerror(error.errno)})")
 
 
 def _whole(frame: bytes) -> bytes:

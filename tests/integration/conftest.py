@@ -1,0 +1,37 @@
+"""A server in this process, with four models, as the tests of client and server together need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from trunkline import client
+from trunkline.protocol import TensorSpec
+
+from tests.fakes import FakeSource, Running, bundle_of, running_server
+
+TRUNK = b"t" * 100
+
+
+@pytest.fixture
+def source() -> FakeSource:
+    made = FakeSource()
+    for name in ("age", "gender"):
+        contents = [TRUNK, name.encode()]
+        made.put(bundle_of(name, contents), contents)
+    bounded = (TensorSpec("ids", "int64", ("batch", "sequence"), 0, 99),)
+    made.put(bundle_of("text", [b"x"], inputs=bounded, outputs=(TensorSpec("y", "int64", ("batch", "?")),)), [b"x"])
+    pair = (TensorSpec("y", "float32", ("batch", 3)), TensorSpec("z", "float32", ("batch", 3)))
+    made.put(bundle_of("pair", [b"p"], outputs=pair), [b"p"])
+    return made
+
+
+@pytest.fixture(params=["sealed", "copy"])
+def running(
+    request: pytest.FixtureRequest, tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Running]:
+    with running_server(tmp_path, source, transport=request.param) as made:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
+        yield made
+        client._pool.close()
