@@ -28,6 +28,8 @@ USER 10001:10001
 VOLUME ["/run/trunkline", "/var/lib/trunkline"]
 # The admin endpoint stays on its Unix socket: a published port would be everybody's.
 ENV TRUNKLINE_ADMIN_PORT=0
+# `docker stop` kills after 10 s; the drain, and up to 4 s to end both processes after it, must fit into that.
+ENV TRUNKLINE_DRAIN_TIMEOUT_S=5
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["trunkline", "status", "--json"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["trunkline"]
