@@ -30,7 +30,7 @@ VOLUME ["/run/trunkline", "/var/lib/trunkline"]
 ENV TRUNKLINE_ADMIN_PORT=0
 # `docker stop` kills after 10 s; the drain, and up to 4 s to end both processes after it, must fit into that.
 ENV TRUNKLINE_DRAIN_TIMEOUT_S=5
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["trunkline", "status", "--json"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-m", "sidecar.probe"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["trunkline"]
 CMD ["serve"]

@@ -28,6 +28,7 @@ from trunkline.errors import (
     Draining,
     InvalidInput,
     ModelCorrupt,
+    QueueFull,
     SidecarFault,
     SignatureMismatch,
     TrunklineError,
@@ -50,7 +51,7 @@ refusals.addFilter(RateLimit(20))
 
 # An engine that had nothing to do for so long gives back what its last runs left in the allocator.
 _IDLE_S: Final = 1.0
-_MOST_TAKEN: Final = 64
+_MOST_TAKEN: Final = 8
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
 # What outputs a request has: name, dtype and shape of each.
@@ -184,6 +185,8 @@ class Engine:
         self._finished = False
         self._counts = Counts()
         self._session_count = 0
+        # Written by the server's thread alone.
+        self._turned_away = 0
         # Replaced as a whole, never changed in place, so that other threads may read it without a lock.
         self._published: dict[str, Signature | TrunklineError] = {}
         self._commands: dict[str, Callable[[Work, dict[str, Any]], object | None]] = {
@@ -222,6 +225,14 @@ class Engine:
     def submit(self, work: Work) -> None:
         """Queue a request; its session is told the outcome."""
         self._inbox.put(work)
+
+    def check_room(self) -> None:
+        """Raise QueueFull while requests would only be refused. For the server's thread: a flood ends before the inbox."""
+        try:
+            self._queue.check_room()
+        except QueueFull:
+            self._turned_away += 1
+            raise
 
     def command(self, session: Session, request_id: int, name: str, arguments: dict[str, Any], deadline: float) -> None:
         """Run an administrator's command; its session gets the answer as a document."""
@@ -522,15 +533,18 @@ class Engine:
         deployed = self._retired.pop(plan, None) or Deployed(bundle, plan, _signature(bundle))
         self._residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in self._weights(deployed).items()})
         self._deployed[name] = deployed
-        if was_pinned:
-            self._pin_if_possible(deployed)
+        if was_pinned and not self._pin_if_possible(deployed):
+            # After a restart, too: its pin could come before those of others, and keep them out.
+            self._pins.discard(name)
 
-    def _pin_if_possible(self, deployed: Deployed) -> None:
+    def _pin_if_possible(self, deployed: Deployed) -> bool:
         """Pin again what was pinned before a restart or a push. A pin is a preference: without it the model still serves."""
         try:
             self._residency.pin(deployed.plan)
         except BudgetExceeded as error:
             log.error("%s is not pinned any more: %s", deployed.bundle.name, error.message)
+            return False
+        return True
 
     def _withdraw(self, name: str) -> None:
         deployed = self._deployed.pop(name, None)
@@ -583,7 +597,7 @@ class Engine:
             "sessions": self._session_count,
             "requests": {
                 "answered": self._counts.answered,
-                "failed": self._counts.failed,
+                "failed": self._counts.failed + self._turned_away,
                 "expired": self._counts.expired,
                 "waiting": len(self._queue),
                 "fetched_bytes": self._counts.fetched_bytes,

@@ -34,13 +34,17 @@ class Queue(Generic[R]):
 
     def submit(self, request: R) -> None:
         """Append a request. Raises QueueFull, which the caller may retry."""
+        self.check_room()
+        self._waiting.append(request)
+
+    def check_room(self) -> None:
+        """Raise QueueFull when no request would be taken. Any thread: it reads one number."""
         if len(self._waiting) >= self._limit:
             raise QueueFull(
                 f"{len(self._waiting)} requests are waiting, the limit is {self._limit}; try again shortly",
                 waiting_count=len(self._waiting),
                 limit_count=self._limit,
             )
-        self._waiting.append(request)
 
     def put_back(self, request: R) -> None:
         """Return a request that could not start to the head of the queue."""

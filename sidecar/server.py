@@ -413,7 +413,9 @@ class Session:
         return needed if max(needed) <= self._server.arena_limit_bytes else (0, 0)
 
     def _infer(self, message: Infer) -> None:
-        signature = self._server.engine.signature(message.model)
+        engine = self._server.engine
+        engine.check_room()
+        signature = engine.signature(message.model)
         layout = self._layout
         # What was checked of a layout once holds again; the coder gives equal placements as one object.
         if layout is None or layout.placements is not message.inputs or layout.signature is not signature:
@@ -426,9 +428,7 @@ class Session:
         self._copy_inputs(layout)
         self._busy = True
         deadline = time.monotonic() + message.deadline_us / 1_000_000
-        self._server.engine.submit(
-            Work(self, message.request_id, message.model, deadline, message.call_id, layout.inputs, signature)
-        )
+        engine.submit(Work(self, message.request_id, message.model, deadline, message.call_id, layout.inputs, signature))
 
     def _check_layout(self, signature: Signature, placements: tuple[Placement, ...]) -> _Layout:
         assert self._request is not None

@@ -167,6 +167,32 @@ def test_a_killed_http_server_is_replaced_and_functions_do_not_notice(sidecar: S
     assert not load.lost
 
 
+def test_the_probe_follows_the_engine(sidecar: SidecarProcess) -> None:
+    def probe() -> int:
+        environment = child_environment() | {"TRUNKLINE_RUN_DIR": str(sidecar.run_dir)}
+        return subprocess.run([sys.executable, "-m", "sidecar.probe"], env=environment, timeout=60, check=False).returncode
+
+    assert probe() == 0
+    sidecar.stop()
+    assert probe() == 1
+
+
+def test_a_store_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    flags = ["--run-dir", str(tmp_path / "run"), "--store-dir", str(tmp_path / "file" / "store"), "--admin-port", "0"]
+    refused = subprocess.run(
+        [sys.executable, "-m", "sidecar", "serve", *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=child_environment(),
+    )
+    assert refused.returncode == 1
+    assert str(tmp_path / "file") in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 def test_a_second_sidecar_in_one_place_is_refused(sidecar: SidecarProcess) -> None:
     second = subprocess.run(sidecar.command(), capture_output=True, text=True, timeout=60, check=False, env=child_environment())
     assert second.returncode == 1

@@ -278,6 +278,7 @@ def test_a_larger_version_of_a_pinned_model_is_deployed_unpinned(
         change(running, "pair", [b"p" * 150], version="2")
         assert not admin(running).command("model", {"name": "pair"})["pinned"]
         assert admin(running).command("model", {"name": "text"})["pinned"]
+        assert Pins(tmp_path / "pins.json").names() == ["text"]
         assert model("text")(np.ones((1, 2), np.int64)) is not None
         client._pool.close()
 

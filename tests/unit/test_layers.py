@@ -15,7 +15,20 @@ WIRE = ROOT / "template" / "python3-trunkline" / "trunkline"
 WIRE_MAY_IMPORT = {"msgpack", "numpy", "posix_ipc", "trunkline"}
 
 LAYERS = {
-    1: {"errors", "config", "bundle", "operators", "ir", "graphfile", "strictjson", "processes", "pins", "logs", "machine"},
+    1: {
+        "errors",
+        "config",
+        "bundle",
+        "operators",
+        "ir",
+        "graphfile",
+        "strictjson",
+        "processes",
+        "pins",
+        "logs",
+        "machine",
+        "probe",
+    },
     2: {"store", "graph", "residency", "scheduler"},
     3: {
         "calls",

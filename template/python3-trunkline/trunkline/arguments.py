@@ -84,4 +84,5 @@ def checked(model_name: str, spec: TensorSpec, array: Array) -> Array:
 
 def sendable(text: str) -> str:
     """Return a call id as it can be sent: it is for the log only, so what cannot be encoded may be lost."""
+    text = str(text)
     return (text if text.isascii() else text.encode("utf-8", "replace").decode())[: protocol.MAX_NAME]
