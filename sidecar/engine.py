@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from trunkline.errors import (
     BudgetExceeded,
@@ -37,10 +37,12 @@ from trunkline.errors import (
 from trunkline.signature import Signature
 
 from sidecar.bundle import Bundle, Weight
-from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError
+from sidecar.errors import BundleError, StoreError
 from sidecar.graph import FusedGraph
 from sidecar.logs import RateLimit
+from sidecar.mover import Mover
 from sidecar.pins import Pins
+from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Residency
 from sidecar.scheduler import Queue
 
@@ -54,56 +56,6 @@ _IDLE_S: Final = 1.0
 _MOST_TAKEN: Final = 8
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
-# What outputs a request has: name, dtype and shape of each.
-OutputSpecs = tuple[tuple[str, str, tuple[int, ...]], ...]
-
-
-class Device(Protocol):
-    """What the engine needs of a device; ``sidecar.devices.TorchDevice`` is one."""
-
-    @property
-    def name(self) -> str: ...
-    def new_weight(self, weight: Weight, fill: Callable[[memoryview], None]) -> object: ...
-    def as_weight(self, held: Any, weight: Weight) -> object: ...
-    def prepare(self, graph: Any) -> Any: ...
-    def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object: ...
-    def run(self, program: Any, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]: ...
-    def output_spec(self, tensor: Any) -> tuple[str, tuple[int, ...]]: ...
-    def read_output(self, tensor: Any, target: Any) -> None: ...
-    def memory(self) -> dict[str, int]: ...
-    def trim(self) -> None: ...
-
-
-class Source(Protocol):
-    """Where bundles and weights come from; ``sidecar.store.Store`` is one. Its reads run in the mover thread."""
-
-    def models(self) -> list[str]: ...
-    def model(self, name: str) -> Bundle: ...
-    def read_blob(self, digest: str, target: memoryview, crc32: int | None = None) -> None: ...
-
-
-class Session(Protocol):
-    """The connection a request came through. The engine thread calls these; they must not block."""
-
-    def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None: ...
-    def document(self, request_id: int, plain: object) -> None: ...
-    def fail(self, request_id: int, error: TrunklineError) -> None: ...
-    def released(self) -> None: ...
-
-
-@dataclass(slots=True)
-class Work:
-    """A request for a model: to run it on ``inputs`` (the device's views of private bytes, in the graph's order), or
-    just to load it, where ``inputs`` is None. ``deadline`` is a time of the engine's clock, ``signature`` the one that
-    the inputs were checked against."""
-
-    session: Session
-    request_id: int
-    model: str
-    deadline: float
-    call_id: str = ""
-    inputs: Sequence[object] | None = None
-    signature: Signature | None = None
 
 
 @dataclass(slots=True)
@@ -162,7 +114,7 @@ class Engine:
         self._facts = facts or {}
         self._started_s = clock()
         self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
-        self._mover = _Mover(device, source, self._post)
+        self._mover = Mover(device, source, self._post)
         self._graph = FusedGraph()
         self._residency = Residency(budget_bytes)
         self._queue: Queue[Work] = Queue(queue_limit)
@@ -728,45 +680,6 @@ class _Nobody:
 
     def released(self) -> None:
         pass
-
-
-class _Mover:
-    """Reads weights, one after the other, in a thread that owns no state, and posts what came of it."""
-
-    def __init__(self, device: Device, source: Source, post: Callable[[Callable[[], None]], None]) -> None:
-        self._device = device
-        self._source = source
-        self._post = post
-        self._jobs: queue.SimpleQueue[tuple[Weight, Callable[[Weight, object], None]] | None] = queue.SimpleQueue()
-
-    def fetch(self, weight: Weight, arrived: Callable[[Weight, object], None]) -> None:
-        """Read a weight; ``arrived`` is run in the engine thread with its handle, or with a TrunklineError."""
-        self._jobs.put((weight, arrived))
-
-    def stop(self) -> None:
-        self._jobs.put(None)
-
-    def run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._move(*job)
-
-    def _move(self, weight: Weight, arrived: Callable[[Weight, object], None]) -> None:
-        # A frame of its own: a local of the loop would keep the last weight in memory after its eviction.
-        outcome = self._read(weight)
-        self._post(lambda: arrived(weight, outcome))
-
-    def _read(self, weight: Weight) -> object:
-        try:
-            return self._device.new_weight(weight, lambda target: self._source.read_blob(weight.digest, target, weight.crc32))
-        except (BlobMissing, BlobCorrupt) as error:
-            return ModelCorrupt(
-                f"weight {weight.digest[:12]} is damaged or missing in the store; push the model again",
-                digest=weight.digest,
-            ).with_traceback(error.__traceback__)
-        except TrunklineError as error:
-            return error
-        except OSError as error:
-            return SidecarFault(f"the store cannot be read ({os.strerror(error.errno or 0)})", digest=weight.digest)
 
 
 def _draining() -> Draining:

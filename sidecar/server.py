@@ -55,7 +55,8 @@ from trunkline.protocol import (
 )
 from trunkline.signature import Signature
 
-from sidecar.engine import Engine, OutputSpecs, Work
+from sidecar.engine import Engine
+from sidecar.ports import OutputSpecs, Work
 
 log = logging.getLogger("trunkline.server")
 

@@ -44,7 +44,7 @@ LAYERS = {
         "rewrites",
         "recurrent",
     },
-    4: {"engine"},
+    4: {"engine", "mover", "ports"},
     5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.server"},
     6: {"__main__", "wiring", "packing", "local"},
 }

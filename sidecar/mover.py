@@ -1,0 +1,52 @@
+"""The mover: reads weights into memory in a thread of its own, that owns no state, and posts what came of it."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Callable
+
+from trunkline.errors import ModelCorrupt, SidecarFault, TrunklineError
+
+from sidecar.bundle import Weight
+from sidecar.errors import BlobCorrupt, BlobMissing
+from sidecar.ports import Device, Source
+
+
+class Mover:
+    """Reads weights one after the other. ``run`` is its thread's body; ``fetch`` and ``stop`` may be called anywhere."""
+
+    def __init__(self, device: Device, source: Source, post: Callable[[Callable[[], None]], None]) -> None:
+        self._device = device
+        self._source = source
+        self._post = post
+        self._jobs: queue.SimpleQueue[tuple[Weight, Callable[[Weight, object], None]] | None] = queue.SimpleQueue()
+
+    def fetch(self, weight: Weight, arrived: Callable[[Weight, object], None]) -> None:
+        """Read a weight; ``arrived`` is run in the engine thread with its handle, or with a TrunklineError."""
+        self._jobs.put((weight, arrived))
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+
+    def run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._move(*job)
+
+    def _move(self, weight: Weight, arrived: Callable[[Weight, object], None]) -> None:
+        # A frame of its own: a local of the loop would keep the last weight in memory after its eviction.
+        outcome = self._read(weight)
+        self._post(lambda: arrived(weight, outcome))
+
+    def _read(self, weight: Weight) -> object:
+        try:
+            return self._device.new_weight(weight, lambda target: self._source.read_blob(weight.digest, target, weight.crc32))
+        except (BlobMissing, BlobCorrupt) as error:
+            return ModelCorrupt(
+                f"weight {weight.digest[:12]} is damaged or missing in the store; push the model again",
+                digest=weight.digest,
+            ).with_traceback(error.__traceback__)
+        except TrunklineError as error:
+            return error
+        except OSError as error:
+            return SidecarFault(f"the store cannot be read ({os.strerror(error.errno or 0)})", digest=weight.digest)
