@@ -38,5 +38,5 @@ if os.access("/dev/shm", os.W_OK):
 
 def pre_fork(server, worker):
     """Keep the collector off what the workers share: each object it looked at would be copied into every worker."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
