@@ -21,6 +21,7 @@ LAYERS = {
         "bundle",
         "operators",
         "ir",
+        "merkle",
         "graphfile",
         "strictjson",
         "processes",

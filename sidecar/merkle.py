@@ -1,0 +1,150 @@
+"""Merkle identity: names for what a graph computes, made of nothing but what it computes.
+
+Every input, weight and node gets two ids, each the sha256 of a canonical encoding (its *token*):
+
+structure
+    operator, static arguments, and the structures of what it is applied to. A weight's structure is its dtype and shape.
+    Equal structure: the same executable, with other weights.
+value
+    the same with the values of what it is applied to. A weight's value includes the digest of its bytes. Equal value: the same
+    result for the same inputs, so it needs to be computed once.
+
+Names do not count: not those of inputs, outputs and symbols, nor where a node came from. Two models that were converted
+independently have equal ids wherever they begin with equal computation. An input is known by its dtype, its shape, and its
+place among the inputs of the same dtype and shape.
+
+The idea is hash-consing (Ershov, 1958) over a Merkle DAG, as in the stores of Git and Nix. Pure; must not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import msgpack
+from trunkline.protocol import TensorSpec
+
+from sidecar.ir import Argument, Dtype, Enum, Graph, Node, Value, Weight
+
+# Part of every token, so that an id of this scheme can never be taken for one of the next.
+SCHEME: Final = 1
+Digest = Callable[[bytes], bytes]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The ids of one input, weight or node."""
+
+    structure: bytes
+    value: bytes
+
+
+@dataclass(frozen=True)
+class Identities:
+    """The identities of a graph's inputs, weights and nodes, each in the graph's order."""
+
+    inputs: tuple[Identity, ...]
+    weights: tuple[Identity, ...]
+    nodes: tuple[Identity, ...]
+
+    def of(self, value: Value) -> Identity:
+        """Return the identity of what ``value`` refers to; of a node's, whichever of its results it picks."""
+        return {"input": self.inputs, "weight": self.weights, "node": self.nodes}[value.kind][value.index]
+
+
+class CollisionError(Exception):
+    """Two different tokens have one id. Nothing may be shared by that id."""
+
+
+class Tokens:
+    """The tokens behind ids. An equal id is believed only when the tokens are equal, too."""
+
+    def __init__(self, digest: Digest = lambda token: hashlib.sha256(token).digest()) -> None:
+        self._digest = digest
+        self._tokens: dict[bytes, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def name(self, token: bytes) -> bytes:
+        """Return the id of ``token``. Raises CollisionError when another token has it."""
+        found = self._digest(token)
+        if self._tokens.setdefault(found, token) != token:
+            raise CollisionError(f"two tokens have the id {found.hex()[:16]}")
+        return found
+
+    def forget(self, ids: set[bytes]) -> None:
+        """Drop the tokens of ids that are in use no more."""
+        for each in ids:
+            self._tokens.pop(each, None)
+
+    def identify(self, graph: Graph) -> Identities:
+        """Return the identities of everything in ``graph``."""
+        inputs = tuple(self._both(token, token) for token in _input_tokens(graph.inputs))
+        weights = tuple(self._weight(weight) for weight in graph.weights)
+        nodes: list[Identity] = []
+        known = {"input": inputs, "weight": weights, "node": nodes}
+        for node in graph.nodes:
+            structure = _node_token(node, lambda value: known[value.kind][value.index].structure)
+            value = _node_token(node, lambda value: known[value.kind][value.index].value)
+            nodes.append(self._both(structure, value))
+        return Identities(inputs, weights, tuple(nodes))
+
+    def _both(self, structure: bytes, value: bytes) -> Identity:
+        return Identity(self.name(_token("structure", structure)), self.name(_token("value", value)))
+
+    def _weight(self, weight: Weight) -> Identity:
+        structure = _token("weight", weight.dtype, list(weight.shape))
+        return self._both(structure, _token("weight", weight.dtype, list(weight.shape), bytes.fromhex(weight.digest)))
+
+
+def _token(*fields: object) -> bytes:
+    # msgpack writes every value of these types in one way only: integers as short as they go, floats as eight bytes.
+    token: bytes = msgpack.packb([SCHEME, *fields], use_bin_type=True)
+    return token
+
+
+def _input_tokens(inputs: tuple[TensorSpec, ...]) -> list[bytes]:
+    counts: dict[bytes, int] = {}
+    tokens = []
+    for spec in inputs:
+        kind = _token("input", spec.dtype, _shape(spec.shape))
+        place = counts[kind] = counts.get(kind, -1) + 1
+        tokens.append(_token(kind, place))
+    return tokens
+
+
+def _shape(shape: tuple[int | str, ...]) -> list[object]:
+    """Return sizes, and for each symbol the number of its first use in this shape: what it is called does not matter."""
+    first: dict[str, int] = {}
+    return [axis if isinstance(axis, int) else ["symbol", first.setdefault(axis, len(first))] for axis in shape]
+
+
+def _node_token(node: Node, id_of: Callable[[Value], bytes]) -> bytes:
+    arguments = [_argument(argument, id_of) for argument in node.args]
+    keywords = [[name, _argument(argument, id_of)] for name, argument in node.kwargs]
+    return _token("node", node.op, arguments, keywords)
+
+
+def _argument(argument: Argument, id_of: Callable[[Value], bytes]) -> list[object]:
+    """Return an argument with its type, since 1, 1.0 and True compare equal and mean different things."""
+    match argument:
+        case Value():
+            return ["value", id_of(argument), argument.item]
+        case Dtype():
+            return ["dtype", argument.name]
+        case Enum():
+            return ["enum", argument.word]
+        case tuple():
+            return ["list", *(_argument(member, id_of) for member in argument)]
+        case bool() | None:
+            return ["word", argument]
+        case float():
+            # One not-a-number for all, and no rounding of the others.
+            return ["float", b"nan" if math.isnan(argument) else struct.pack(">d", argument)]
+        case int():
+            return ["int", str(argument)]
