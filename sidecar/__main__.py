@@ -223,7 +223,8 @@ def model_show(ctx: click.Context, name: str, as_json: bool) -> None:
         return
     console.print(f"[bold]{found['name']}[/] version {found['version']}, {found['state']}")
     console.print(
-        f"{size(found['bytes'])} in {found['weight_count']} weights, {found['node_count']} operators, "
+        f"{size(found['bytes'])} in {found['weight_count']} weights, {found['node_count']} operators "
+        f"({found['shared_node_count']} of them computed by other models, too), "
         f"{size(found['shared_bytes'])} shared with {', '.join(found['shared_with']) or 'nobody'}"
     )
     signature = found["signature"]

@@ -367,12 +367,8 @@ class Engine:
                 self._counts.answered += 1
         except TrunklineError as error:
             self._fail(work, error)
-        except Exception as error:
-            incident = secrets.token_hex(4)
-            log.exception("incident %s: %s failed (call %s)", incident, work.model, work.call_id)
-            fault = SidecarFault(f"{work.model} failed in the sidecar; its log has incident {incident}", incident=incident)
-            fault.__cause__ = error
-            self._fail(work, fault)
+        except Exception as error:  # noqa: BLE001 - _incident logs it
+            self._fail(work, _incident(f"{work.model} (call {work.call_id})", error))
         finally:
             self._release(deployed)
 
@@ -527,6 +523,10 @@ class Engine:
         except TrunklineError as error:
             work.session.fail(work.request_id, error)
             return
+        except Exception as error:  # noqa: BLE001 - _incident logs it
+            # A bug in one command is answered like any other failure; whoever asked must not wait for ever.
+            work.session.fail(work.request_id, _incident(name[:64], error))
+            return
         if answer is not None:
             work.session.document(work.request_id, answer)
 
@@ -602,6 +602,7 @@ class Engine:
         return self._describe(work.model, deployed) | {
             "graph": deployed.bundle.graph_digest,
             "node_count": len(deployed.bundle.graph.nodes),
+            "shared_node_count": self._graph.nodes_of(work.model)[1],
             "weight_count": len(self._weights(deployed)),
             "signature": deployed.signature.to_plain(),
         }
@@ -680,6 +681,12 @@ class _Nobody:
 
     def released(self) -> None:
         pass
+
+
+def _incident(what: str, error: Exception) -> SidecarFault:
+    incident = secrets.token_hex(4)
+    log.error("incident %s: %s failed", incident, what, exc_info=error)
+    return SidecarFault(f"the sidecar failed at {what}; its log has incident {incident}", incident=incident)
 
 
 def _draining() -> Draining:

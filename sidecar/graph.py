@@ -1,63 +1,89 @@
-"""The fused graph: every deployed model, and which weights they have in common. Pure bookkeeping, no I/O, no torch.
+"""The fused graph: every deployed model, and what they have in common. Pure bookkeeping, no I/O, no torch.
 
-In this form models share weights, found by the digest of their bytes and never declared: two models that were
-converted independently and hold one equal tensor name it by the same digest. Owned by the engine thread.
+Sharing is found by content and never declared. Two models that were converted independently and hold one equal tensor name it
+by the same digest; two that begin with equal computation have nodes of the same value id (``sidecar.merkle``). Owned by the
+engine thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from trunkline.errors import UnknownModel
 
 from sidecar.bundle import Bundle, Weight
+from sidecar.merkle import Identity, Tokens
+
+
+class _Entry(NamedTuple):
+    bundle: Bundle
+    # Of inputs, weights and nodes, each once.
+    identities: frozenset[Identity]
+    # Of the nodes alone: value ids.
+    nodes: frozenset[bytes]
 
 
 class FusedGraph:
-    """Bundles by model name, and the models that use each weight.
+    """Bundles by model name, and the models that use each weight and each node.
 
-    Adding a model never changes what another one consists of; removing it forgets exactly the weights nobody else uses.
+    Adding a model never changes what another one consists of; removing it forgets exactly what nobody else uses.
     """
 
     def __init__(self) -> None:
-        self._bundles: dict[str, Bundle] = {}
+        self._entries: dict[str, _Entry] = {}
         self._weights: dict[str, Weight] = {}
         self._users: dict[str, set[str]] = {}
+        self._node_users: dict[bytes, set[str]] = {}
+        self._tokens = Tokens()
 
     def add(self, bundle: Bundle) -> None:
         """Add a model, or replace the one of its name."""
-        if bundle.name in self._bundles:
+        if bundle.name in self._entries:
             self.remove(bundle.name)
-        self._bundles[bundle.name] = bundle
+        found = self._tokens.identify(bundle.graph)
+        entry = _Entry(
+            bundle,
+            frozenset((*found.inputs, *found.weights, *found.nodes)),
+            frozenset(identity.value for identity in found.nodes),
+        )
+        self._entries[bundle.name] = entry
         for weight in bundle.graph.weights:
             self._weights[weight.digest] = weight
             self._users.setdefault(weight.digest, set()).add(bundle.name)
+        for node in entry.nodes:
+            self._node_users.setdefault(node, set()).add(bundle.name)
 
     def remove(self, name: str) -> None:
         """Remove a model. Raises UnknownModel."""
         bundle = self.bundle(name)
-        del self._bundles[name]
+        entry = self._entries.pop(name)
         for digest in {weight.digest for weight in bundle.graph.weights}:
             self._users[digest].discard(name)
             if not self._users[digest]:
                 del self._users[digest]
                 del self._weights[digest]
+        for node in entry.nodes:
+            self._node_users[node].discard(name)
+            if not self._node_users[node]:
+                del self._node_users[node]
+        self._tokens.forget(_ids(entry) - set().union(*map(_ids, self._entries.values())))
 
     def bundle(self, name: str) -> Bundle:
         """Return the bundle of a model. Raises UnknownModel, listing what there is."""
-        if name not in self._bundles:
-            known = ", ".join(sorted(self._bundles)[:8]) or "none"
+        if name not in self._entries:
+            known = ", ".join(sorted(self._entries)[:8]) or "none"
             raise UnknownModel(
                 f"the sidecar holds no model {name[:64]!r}; it holds {known}; `trunkline push` adds one",
                 model=name[:64],
             )
-        return self._bundles[name]
+        return self._entries[name].bundle
 
     def __contains__(self, name: str) -> bool:
-        return name in self._bundles
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._bundles))
+        return iter(sorted(self._entries))
 
     def weights(self, name: str) -> dict[str, Weight]:
         """Return the weights of a model by digest, each once. Raises UnknownModel."""
@@ -81,11 +107,26 @@ class FusedGraph:
         shared_bytes = sum(weight.size_bytes for weight in weights if len(self._users[weight.digest]) > 1)
         return sum(weight.size_bytes for weight in weights), shared_bytes
 
+    def nodes_of(self, name: str) -> tuple[int, int]:
+        """Return how many different nodes a model computes, and how many of them some other model computes too."""
+        self.bundle(name)
+        nodes = self._entries[name].nodes
+        return len(nodes), sum(1 for node in nodes if len(self._node_users[node]) > 1)
+
     def check_invariants(self) -> None:
         """Raise AssertionError when users and bundles disagree."""
         expected: dict[str, set[str]] = {}
-        for name, bundle in self._bundles.items():
-            for weight in bundle.graph.weights:
+        expected_nodes: dict[bytes, set[str]] = {}
+        for name, entry in self._entries.items():
+            for weight in entry.bundle.graph.weights:
                 expected.setdefault(weight.digest, set()).add(name)
+            for node in entry.nodes:
+                expected_nodes.setdefault(node, set()).add(name)
         assert expected == self._users, "the users of weights disagree with the bundles"
         assert expected.keys() == self._weights.keys(), "the weights disagree with the bundles"
+        assert expected_nodes == self._node_users, "the users of nodes disagree with the bundles"
+        assert len(self._tokens) == len(set().union(*map(_ids, self._entries.values()))), "tokens are kept for nobody"
+
+
+def _ids(entry: _Entry) -> set[bytes]:
+    return {each for identity in entry.identities for each in (identity.structure, identity.value)}

@@ -102,6 +102,18 @@ def test_a_bug_that_a_frame_finds_ends_that_session_only(running: Running, monke
     bystander.close()
 
 
+def test_a_bug_that_a_command_finds_is_answered(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory() -> dict[str, int]:
+        raise RuntimeError("internal detail")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(running.device, "memory", memory)
+        with pytest.raises(errors.SidecarFault, match="failed at status; its log has incident") as caught:
+            admin(running).command("status")
+    assert "internal detail" not in str(caught.value)
+    assert admin(running).command("status")["engine"]["pid"]
+
+
 @pytest.mark.parametrize("operation", ["preadv", "pwrite"])
 def test_shared_memory_that_its_function_has_made_unusable_ends_that_session_only(
     tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch, operation: str

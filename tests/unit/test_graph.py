@@ -68,3 +68,12 @@ def test_an_unknown_model_is_told_with_those_there_are() -> None:
     for ask in (graph("age").bundle, graph("age").weights, graph("age").remove):
         with pytest.raises(UnknownModel, match="it holds age"):
             ask("nobody")
+
+
+def test_equal_computation_is_counted() -> None:
+    """The fake bundles compute the same one node, whatever their weights are called and hold."""
+    made = graph("age", "gender")
+    assert made.nodes_of("age") == made.nodes_of("gender") == (1, 1)
+    made.remove("gender")
+    made.check_invariants()
+    assert made.nodes_of("age") == (1, 0)
