@@ -20,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Table
 from trunkline.errors import TransportError, TrunklineError
 
+from sidecar import drawing
 from sidecar.admin_client import AdminClient
 from sidecar.bundle import MODEL_NAME
 from sidecar.config import load_settings
@@ -171,6 +172,23 @@ def status(ctx: click.Context, as_json: bool) -> None:
         f"{counts['waiting']} waiting"
     )
     _print_models(found["models"])
+
+
+@main.command()
+@click.option("--dot", type=click.Path(path_type=Path), help="Write the graph in Graphviz's language to this file.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Write a picture of it to this file.")
+@as_json
+@click.pass_context
+def graph(ctx: click.Context, dot: Path | None, svg: Path | None, as_json: bool) -> None:
+    """Show the fused graph: which blocks models have in common, and what that saves."""
+    found = _client(ctx).get("graph")
+    for path, drawn in ((dot, drawing.as_dot), (svg, drawing.as_svg)):
+        if path is not None:
+            path.write_text(drawn(found, size), encoding="utf-8")
+    if as_json:
+        _print_json(found)
+    elif dot is None and svg is None:
+        console.print(drawing.as_text(found, size))
 
 
 def _print_models(models: list[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ from trunkline.signature import Signature
 
 from sidecar.bundle import Bundle, Weight
 from sidecar.errors import BundleError, StoreError
-from sidecar.graph import FusedGraph
+from sidecar.graph import FusedBlock, FusedGraph
 from sidecar.logs import RateLimit
 from sidecar.mover import Mover
 from sidecar.pins import Pins
@@ -146,6 +146,7 @@ class Engine:
             "models": lambda work, arguments: {"models": self._models()},
             "model": self._model,
             "blocks": self._blocks,
+            "graph": lambda work, arguments: self._graph.tree(),
             "memory": lambda work, arguments: self._memory(),
             "load": self._load,
             "unload": self._evict,
@@ -608,20 +609,18 @@ class Engine:
         }
 
     def _blocks(self, work: Work, arguments: dict[str, Any]) -> object:
-        weights = sorted(self._graph.all_weights().items())
+        blocks = self._graph.blocks()
         offset, limit = int(arguments.get("offset", 0)), int(arguments.get("limit", 100))
-        return {
-            "total": len(weights),
-            "blocks": [
-                {
-                    "digest": digest,
-                    "size_bytes": weight.size_bytes,
-                    "tier": "device" if self._residency.is_resident(digest) else "disk",
-                    "models": self._graph.users(digest),
-                    "leases": sum(map(self._residency.lease_count, self._residency.plans_with(digest))),
-                }
-                for digest, weight in weights[offset : offset + limit]
-            ],
+        return {"total": len(blocks), "blocks": [self._describe_block(block) for block in blocks[offset : offset + limit]]}
+
+    def _describe_block(self, block: FusedBlock) -> dict[str, object]:
+        resident = [digest for digest in block.weights if self._residency.is_resident(digest)]
+        plans = [self._deployed[name].plan for name in block.models]
+        return block.to_plain() | {
+            "weights": len(block.weights),
+            "resident_bytes": sum(block.weights[digest] for digest in resident),
+            "tier": "device" if len(resident) == len(block.weights) else "disk",
+            "leases": sum(map(self._residency.lease_count, plans)),
         }
 
     def _load(self, work: Work, arguments: dict[str, Any]) -> None:

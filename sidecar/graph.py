@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from trunkline.errors import UnknownModel
 
+from sidecar.blocks import Block, block_id, cut
 from sidecar.bundle import Bundle, Weight
 from sidecar.merkle import Identity, Tokens
 
@@ -22,6 +23,32 @@ class _Entry(NamedTuple):
     identities: frozenset[Identity]
     # Of the nodes alone: value ids.
     nodes: frozenset[bytes]
+    # Ids of the blocks in order, and what belongs to each.
+    blocks: dict[str, Block]
+
+
+class FusedBlock(NamedTuple):
+    """One block of the fused DAG. ``parent`` is the id of the block it follows; ``models`` are all that run through it.
+
+    ``weights`` are the sizes in bytes, by digest, of those it is the first to use: in the whole DAG each digest counts once. A
+    sibling that was tuned in its last block has none of its own in the others, even where they compute something else.
+    """
+
+    id: str
+    parent: str | None
+    node_count: int
+    weights: dict[str, int]
+    models: list[str]
+
+    def to_plain(self) -> dict[str, object]:
+        """Return the block as plain values, for JSON."""
+        return {
+            "id": self.id,
+            "parent": self.parent,
+            "nodes": self.node_count,
+            "bytes": sum(self.weights.values()),
+            "models": self.models,
+        }
 
 
 class FusedGraph:
@@ -46,6 +73,7 @@ class FusedGraph:
             bundle,
             frozenset((*found.inputs, *found.weights, *found.nodes)),
             frozenset(identity.value for identity in found.nodes),
+            {block_id(block, found): block for block in cut(bundle.graph)},
         )
         self._entries[bundle.name] = entry
         for weight in bundle.graph.weights:
@@ -112,6 +140,39 @@ class FusedGraph:
         self.bundle(name)
         nodes = self._entries[name].nodes
         return len(nodes), sum(1 for node in nodes if len(self._node_users[node]) > 1)
+
+    def blocks(self) -> list[FusedBlock]:
+        """Return each block of the fused DAG once, after the block it follows; models in order of their names.
+
+        Blocks of two models are one exactly as far as the models begin alike, so together they form a tree.
+        """
+        found: dict[str, FusedBlock] = {}
+        counted: set[str] = set()
+        for name in self:
+            entry = self._entries[name]
+            weights = entry.bundle.graph.weights
+            parent: str | None = None
+            for each, block in entry.blocks.items():
+                if each not in found:
+                    own = {weights[index].digest: weights[index].size_bytes for index in block.weights}
+                    new = {digest: size_bytes for digest, size_bytes in own.items() if digest not in counted}
+                    counted |= new.keys()
+                    found[each] = FusedBlock(each, parent, block.end - block.first, new, [])
+                found[each].models.append(name)
+                parent = each
+        return list(found.values())
+
+    def tree(self) -> dict[str, object]:
+        """Return the fused DAG as plain values."""
+        logical_bytes = sum(self.bytes_of(name)[0] for name in self)
+        unique_bytes = sum(weight.size_bytes for weight in self._weights.values())
+        return {
+            "models": list(self),
+            "logical_bytes": logical_bytes,
+            "unique_bytes": unique_bytes,
+            "saved_bytes": logical_bytes - unique_bytes,
+            "blocks": [block.to_plain() for block in self.blocks()],
+        }
 
     def check_invariants(self) -> None:
         """Raise AssertionError when users and bundles disagree."""

@@ -172,6 +172,9 @@ def _expand(lines: dict[str, str]) -> frozenset[str]:
 # Arithmetic on sizes, on Python integers.
 SYMBOLIC = frozenset({"sym.add", "sym.sub", "sym.mul", "sym.floordiv", "sym.mod", "sym.neg", "sym.max", "sym.min"})
 
+# Everything whose result is a size, not a tensor.
+SIZES = SYMBOLIC | {"aten.sym_size.int", "aten.sym_numel.default"}
+
 ALLOWED: frozenset[str] = frozenset().union(*map(_expand, _GROUPS.values()), SYMBOLIC)
 
 # The only strings an operator may be given.

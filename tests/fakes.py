@@ -44,8 +44,11 @@ def bundle_of(
         inputs=inputs,
         outputs=outputs,
         weights=tuple(weight_of(content) for content in contents),
-        nodes=(Node("aten.add.Tensor", (Value("input", 0, None), 1), (), "test"),),
-        results=(Value("node", 0, None),) * len(outputs),
+        nodes=tuple(
+            Node("aten.add.Tensor", (Value("node", n - 1) if n else Value("input", 0), Value("weight", n)), (), "test")
+            for n in range(len(contents))
+        ),
+        results=(Value("node", len(contents) - 1),) * len(outputs),
     )
     digest = hashlib.sha256(f"{name} {version} {[w.digest for w in graph.weights]} {inputs}".encode()).hexdigest()
     return Bundle(name, version, graph, digest, "batch", 1e-4, {})

@@ -94,6 +94,11 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
         }
         return jsonify(engine.command("blocks", arguments))
 
+    @app.get("/admin/v1/graph")
+    def graph() -> Response:
+        """Return the fused DAG: every block once, the block it follows, and the models that run through it."""
+        return jsonify(engine.command("graph"))
+
     @app.get("/admin/v1/models")
     def models() -> Response:
         """Return every model with its state and bytes."""

@@ -111,6 +111,8 @@ def test_reading_asks_the_engine(http: flask.testing.FlaskClient, engine: FakeEn
 
 
 def test_blocks_come_in_pages(http: flask.testing.FlaskClient, engine: FakeEngine) -> None:
+    http.get("/admin/v1/graph")
+    assert engine.asked[-1][0] == "graph"
     http.get("/admin/v1/blocks?offset=5&limit=99999")
     assert engine.asked[-1] == ("blocks", {"offset": 5, "limit": 1000})
     for bad in ("offset=-1", "limit=x", "limit=99999999999"):

@@ -21,6 +21,7 @@ from sidecar.admin_client import AdminClient
 from sidecar.bundle import read_bundle
 from sidecar.config import Settings, flag_of
 from tests.bundles import write_adding_bundle
+from tests.unit.test_drawing import TREE
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -100,17 +101,30 @@ def test_what_a_model_says_of_itself_is_not_markup(answers: Answers) -> None:
     assert "field [/nodes] is [red]odd" in run("model", "ls").output
 
 
+def test_graph_draws_what_is_asked_for(answers: Answers, tmp_path: Path) -> None:
+    answers.table["graph"] = TREE
+    assert "3 models, 6 blocks, 600 B instead of 900 B" in run("graph").output
+    assert run("graph", "--dot", str(tmp_path / "g.dot"), "--svg", str(tmp_path / "g.svg")).output == ""
+    assert (tmp_path / "g.dot").read_text().startswith("digraph")
+    assert (tmp_path / "g.svg").read_text().startswith("<svg")
+    refused = run("graph", "--svg", str(tmp_path / "none" / "g.svg"))
+    assert refused.exit_code == cli.FAILED
+    assert "No such file" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["status"], STATUS),
         (["model", "ls"], [MODEL, CORRUPT]),
         (["model", "show", "m"], MODEL),
+        (["graph"], TREE),
         (["store", "verify"], {"corrupt": [], "broken": {}}),
     ],
 )
 def test_json_is_all_that_is_printed(answers: Answers, words: list[str], expected: Any) -> None:
     answers.table["store/verify"] = {"corrupt": [], "broken": {}}
+    answers.table["graph"] = TREE
     result = run(*words, "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout) == expected

@@ -252,6 +252,8 @@ def test_a_full_queue_refuses_with_its_length(tmp_path: Path, source: FakeSource
 
 
 def test_one_trunk_is_in_memory_once(running: Running) -> None:
+    blocks = {tuple(block["models"]): block for block in admin(running).command("blocks")["blocks"]}
+    assert [block["tier"] for block in blocks.values()] == ["disk"] * len(blocks)
     for name in ("age", "gender"):
         model(name)(np.zeros((1, 3), np.float32))
     memory = admin(running).command("memory")
@@ -260,8 +262,15 @@ def test_one_trunk_is_in_memory_once(running: Running) -> None:
     assert memory["saved_bytes"] == 100
     assert running.device.allocated_bytes == 109
     assert running.source.read_count == 3
-    blocks = admin(running).command("blocks")["blocks"]
-    assert [block["models"] for block in blocks if block["size_bytes"] == 100] == [["age", "gender"]]
+    page = admin(running).command("blocks", {"offset": 0, "limit": 2})
+    assert page["total"] == len(blocks) == 4
+    age, gender = page["blocks"]
+    # Too small to be cut, the two share bytes only; the first to use them owns them.
+    assert (age["models"], age["bytes"], age["resident_bytes"], age["weights"], age["tier"]) == (["age"], 103, 103, 2, "device")
+    assert (gender["models"], gender["bytes"], gender["resident_bytes"]) == (["gender"], 6, 6)
+    tree = admin(running).command("graph")
+    assert tree["models"] == ["age", "gender", "pair", "text"]
+    assert tree["saved_bytes"] == 100
 
 
 def test_an_idle_engine_gives_memory_back_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,9 +71,37 @@ def test_an_unknown_model_is_told_with_those_there_are() -> None:
 
 
 def test_equal_computation_is_counted() -> None:
-    """The fake bundles compute the same one node, whatever their weights are called and hold."""
+    """Both begin with the trunk's weight; what follows is each one's own."""
     made = graph("age", "gender")
-    assert made.nodes_of("age") == made.nodes_of("gender") == (1, 1)
+    assert made.nodes_of("age") == made.nodes_of("gender") == (2, 1)
     made.remove("gender")
     made.check_invariants()
-    assert made.nodes_of("age") == (1, 0)
+    assert made.nodes_of("age") == (2, 0)
+
+
+def test_blocks_of_models_that_begin_alike_are_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1)
+    made = graph("other", "gender", "age")
+    trunk, age, gender, other = made.blocks()
+    assert (trunk.parent, trunk.models, trunk.weights) == (None, ["age", "gender"], {weight_of(TRUNK).digest: 100})
+    assert (age.parent, age.models, gender.parent, gender.models) == (trunk.id, ["age"], trunk.id, ["gender"])
+    assert (other.parent, other.models, other.node_count) == (None, ["other"], 1)
+    plain = made.tree()
+    assert (plain["logical_bytes"], plain["unique_bytes"], plain["saved_bytes"]) == (212, 112, 100)
+    assert plain["blocks"][0] == {  # type: ignore[index]
+        "id": trunk.id,
+        "parent": None,
+        "nodes": 1,
+        "bytes": 100,
+        "models": ["age", "gender"],
+    }
+    made.remove("gender")
+    assert [block.id for block in made.blocks()] == [trunk.id, age.id, other.id]
+
+
+def test_equal_weights_under_different_computation_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1)
+    made = FusedGraph()
+    made.add(bundle_of("one", [b"first", TRUNK]))
+    made.add(bundle_of("two", [b"other", TRUNK]))
+    assert [sum(block.weights.values()) for block in made.blocks()] == [5, 100, 5, 0]

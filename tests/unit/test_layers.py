@@ -22,6 +22,7 @@ LAYERS = {
         "operators",
         "ir",
         "merkle",
+        "blocks",
         "graphfile",
         "strictjson",
         "processes",
@@ -47,7 +48,7 @@ LAYERS = {
     },
     4: {"engine", "mover", "ports"},
     5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.server"},
-    6: {"__main__", "wiring", "packing", "local"},
+    6: {"__main__", "wiring", "packing", "drawing", "local"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 MAY_IMPORT_TORCH = LAYERS[3]

@@ -1,0 +1,110 @@
+"""Blocks: a model cut into immutable parts at the narrow places of its graph.
+
+A block is a run of consecutive nodes. It ends where nearly everything computed so far is done with: where the nodes that
+follow take at most one tensor, be it out of the block or the one that came into it. That is after a residual unit or a
+transformer layer, not inside one.
+
+The rule looks at what lies before the cut and at a short window after it, and at nothing else: two models that begin
+alike are cut alike as far as they are alike, whatever follows and whatever else is deployed, and adding a model never cuts
+another one anew. Whether *exactly* one tensor is alive at a place cannot be asked: that depends on everything that
+follows, and hardly ever holds. A mask or a rotary table stays alive across all layers; it passes along as a further output
+of the block it comes from. Sizes are not tensors and do not count. Weights count where they are first used.
+
+Pure; must not import torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+from sidecar.ir import Graph, Value, node_values
+from sidecar.merkle import Identities
+from sidecar.operators import SIZES
+
+# Nodes after a place that are asked what they take from before it. Longer than the branches of a residual unit.
+WINDOW: Final = 48
+# A block has at least so many bytes of weights of its own, so that moving one pays; a cut is forced beyond the largest.
+SMALLEST_BYTES: Final = 256 * 1024
+LARGEST_BYTES: Final = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes ``first`` to ``end`` - 1 of a graph: what they take from before them, which weights, and what others take of them."""
+
+    first: int
+    end: int
+    inputs: tuple[Value, ...]
+    weights: tuple[int, ...]
+    outputs: tuple[Value, ...]
+
+
+def cut(graph: Graph) -> tuple[Block, ...]:
+    """Return the blocks of a graph in order; together they hold every node once."""
+    if not graph.nodes:
+        return ()
+    starts = (0, *_places(graph))
+    ends = (*starts[1:], len(graph.nodes))
+    # The last node that needs a value; a result is needed after all of them.
+    last_use: dict[Value, int] = {}
+    for number, node in enumerate(graph.nodes):
+        last_use.update(dict.fromkeys(node_values(node), number))
+    last_use.update(dict.fromkeys(graph.results, len(graph.nodes)))
+    outputs: dict[int, list[Value]] = {first: [] for first in starts}
+    for value, number in last_use.items():
+        if value.kind == "node":
+            here = bisect.bisect_right(starts, value.index) - 1
+            if number >= ends[here]:
+                outputs[starts[here]].append(value)
+    return tuple(_block(graph, first, end, outputs[first]) for first, end in zip(starts, ends, strict=True))
+
+
+def block_id(block: Block, identities: Identities) -> str:
+    """Return the name of what a block computes, in hexadecimal: equal for the same nodes on the same inputs, in any model."""
+    digest = hashlib.sha256(b"trunkline block 1")
+    for identity in identities.nodes[block.first : block.end]:
+        digest.update(identity.value)
+    return digest.hexdigest()
+
+
+def _places(graph: Graph) -> list[int]:
+    """Return the numbers of the nodes that begin a block, without the first."""
+    taken = [[value for value in node_values(node) if _is_tensor(graph, value)] for node in graph.nodes]
+    found: list[int] = []
+    first, own_bytes = 0, 0
+    # What the last cut let through: a unit whose shortcut starts there is not over while that is taken.
+    through: set[Value] = set()
+    counted: set[int] = set()
+    for place in range(1, len(graph.nodes)):
+        for value in node_values(graph.nodes[place - 1]):
+            if value.kind == "weight" and value.index not in counted:
+                counted.add(value.index)
+                own_bytes += graph.weights[value.index].size_bytes
+        if own_bytes < SMALLEST_BYTES:
+            continue
+        window = taken[place : place + WINDOW]
+        across = {value for values in window for value in values if first <= value.index < place or value in through}
+        if len(across) <= 1 or own_bytes >= LARGEST_BYTES:
+            found.append(place)
+            first, own_bytes, through = place, 0, across
+    return found
+
+
+def _is_tensor(graph: Graph, value: Value) -> bool:
+    return value.kind == "node" and graph.nodes[value.index].op not in SIZES
+
+
+def _block(graph: Graph, first: int, end: int, outputs: list[Value]) -> Block:
+    inputs: dict[Value, None] = {}
+    weights: dict[int, None] = {}
+    for node in graph.nodes[first:end]:
+        for value in node_values(node):
+            if value.kind == "weight":
+                weights[value.index] = None
+            elif value.kind == "input" or value.index < first:
+                inputs[value] = None
+    ordered = sorted(outputs, key=lambda value: (value.index, -1 if value.item is None else value.item))
+    return Block(first, end, tuple(inputs), tuple(weights), tuple(ordered))
