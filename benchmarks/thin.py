@@ -277,7 +277,7 @@ def added_latency(bench: Bench, count: int) -> None:
     bench.answers(url)
     session = requests.Session()
     plain = image.tolist()
-    times |= interleaved({"http_json": lambda: session.post(url + "json", json=plain).raise_for_status()}, max(5, count // 50))  # type: ignore[dict-item,return-value]
+    times |= interleaved({"http_json": lambda: session.post(url + "json", json=plain).raise_for_status()}, max(3, count // 50))  # type: ignore[dict-item,return-value]
     bench.stop(process)
     summaries = {name: summary(samples) for name, samples in times.items()}
     report.raw["added_latency_us"] = summaries
@@ -376,9 +376,9 @@ def memory(bench: Bench, sidecar: subprocess.Popen[bytes], names: list[str], cou
             report.figures[f"pss_per_function_mb_{size}"] = (
                 table[size]["functions_only"][many] - table[size]["functions_only"][few]
             ) / (many - few)
-    report.raw["pss_mb"] = {
-        size: {who: {str(n): v for n, v in row.items()} for who, row in rows.items()} for size, rows in table.items()
-    }
+    report.raw.setdefault("pss_mb", {}).update(
+        {size: {who: {str(n): v for n, v in row.items()} for who, row in rows.items()} for size, rows in table.items()}
+    )
     per_function = [value for name, value in report.figures.items() if name.startswith("pss_per_function_mb_")]
     if per_function:
         report.figures["pss_per_function_mb"] = max(per_function)
@@ -420,8 +420,8 @@ def main() -> None:
     report = Report("thin", chosen.quick, chosen.device)
     with prepared(report, chosen.seed) as bench:
         sidecar = bench.sidecar()
-        added_latency(bench, 100 if chosen.quick else 2000)
-        end_to_end(bench, 20 if chosen.quick else 300)
+        added_latency(bench, 60 if chosen.quick else 2000)
+        end_to_end(bench, 10 if chosen.quick else 300)
         if chosen.quick:
             memory(bench, sidecar, ["mobilenet"], [1, 2], ["private"])
             report.lack(
