@@ -40,6 +40,7 @@ from sidecar.bundle import Bundle, Weight
 from sidecar.errors import BundleError, StoreError
 from sidecar.graph import FusedBlock, FusedGraph
 from sidecar.logs import RateLimit
+from sidecar.merkle import skeleton_id
 from sidecar.mover import Mover
 from sidecar.pins import Pins
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
@@ -65,6 +66,7 @@ class Deployed:
     bundle: Bundle
     plan: str
     signature: Signature
+    skeleton: str
     program: Any = None
     bound: list[object] | None = None
     request_count: int = 0
@@ -123,6 +125,8 @@ class Engine:
         # Versions that were replaced while they were in use, by plan.
         self._retired: dict[str, Deployed] = {}
         self._handles: dict[str, object] = {}
+        # Prepared programs by skeleton, of the models that are deployed.
+        self._programs: dict[str, Any] = {}
         self._loads: dict[str, _Load] = {}
         # Weights that the mover was asked for and has not brought yet.
         self._in_flight: set[str] = set()
@@ -390,6 +394,7 @@ class Engine:
         self._blocked = False
         if deployed.plan in self._retired and not self._residency.lease_count(deployed.plan):
             del self._retired[deployed.plan]
+            self._drop_programs()
             self._drop(self._residency.remove_plan(deployed.plan))
 
     def _drop(self, digests: Sequence[str]) -> None:
@@ -444,6 +449,8 @@ class Engine:
         """Raise AssertionError when the engine's books do not balance. Only in the engine thread, or after it ended."""
         self._graph.check_invariants()
         self._residency.check_invariants()
+        used = {deployed.skeleton for deployed in (*self._deployed.values(), *self._retired.values())}
+        assert self._programs.keys() <= used, "programs are kept for nobody"
         for digest in self._handles:
             assert self._residency.is_resident(digest), f"weight {digest[:12]} is kept though it was evicted"
         for plan in {*self._retired, *(deployed.plan for deployed in self._deployed.values())}:
@@ -479,7 +486,7 @@ class Engine:
         was_pinned = name in self._deployed and self._residency.is_pinned(self._deployed[name].plan)
         self._withdraw(name)
         self._graph.add(bundle)
-        deployed = self._retired.pop(plan, None) or Deployed(bundle, plan, _signature(bundle))
+        deployed = self._retired.pop(plan, None) or Deployed(bundle, plan, _signature(bundle), skeleton_id(bundle.graph))
         self._residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in self._weights(deployed).items()})
         self._deployed[name] = deployed
         if was_pinned and not self._pin_if_possible(deployed):
@@ -505,13 +512,23 @@ class Engine:
         else:
             self._drop(self._residency.remove_plan(deployed.plan))
         self._graph.remove(name)
+        self._drop_programs()
 
     def _publish(self) -> None:
         self._published = {**self._broken, **{name: entry.signature for name, entry in self._deployed.items()}}
 
     def _prepare(self, deployed: Deployed) -> None:
-        if deployed.program is None:
-            deployed.program = self._device.prepare(deployed.bundle.graph)
+        if deployed.program is not None:
+            return
+        # Models that differ in nothing but the bytes of their weights are run by one program.
+        program = self._programs.get(deployed.skeleton)
+        if program is None:
+            program = self._programs[deployed.skeleton] = self._device.prepare(deployed.bundle.graph)
+        deployed.program = program
+
+    def _drop_programs(self) -> None:
+        used = {deployed.skeleton for deployed in (*self._deployed.values(), *self._retired.values())}
+        self._programs = {skeleton: program for skeleton, program in self._programs.items() if skeleton in used}
 
     # --- administrator's commands ------------------------------------------------------------------------------------
 

@@ -102,6 +102,23 @@ class Tokens:
         return self._both(structure, _token("weight", weight.dtype, list(weight.shape), bytes.fromhex(weight.digest)))
 
 
+def skeleton_id(graph: Graph) -> str:
+    """Return the name of a graph without the bytes of its weights, in hexadecimal.
+
+    Graphs of one skeleton are run by one prepared program, each with its own weights in the same places: a model and
+    all that were tuned from it. Ids of structure would not do here, because they do not tell which of two weights of one
+    shape comes first.
+    """
+    weights = [[weight.dtype, list(weight.shape)] for weight in graph.weights]
+    nodes = [_node_token(node, _place) for node in graph.nodes]
+    results = [[_place(value), value.item] for value in graph.results]
+    return hashlib.sha256(_token("skeleton", _input_tokens(graph.inputs), weights, nodes, results)).hexdigest()
+
+
+def _place(value: Value) -> bytes:
+    return f"{value.kind} {value.index}".encode()
+
+
 def _token(*fields: object) -> bytes:
     # msgpack writes every value of these types in one way only: integers as short as they go, floats as eight bytes.
     token: bytes = msgpack.packb([SCHEME, *fields], use_bin_type=True)

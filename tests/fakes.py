@@ -98,6 +98,7 @@ class FakeDevice:
         self.allocated_bytes = 0
         self.peak_bytes = 0
         self.trim_count = 0
+        self.prepare_count = 0
         self.on_run: Callable[[], None] = lambda: None
         self.capacity_bytes = 1 << 40
         self._live: dict[int, int] = {}
@@ -113,6 +114,7 @@ class FakeDevice:
         return held
 
     def prepare(self, graph: Graph) -> Any:
+        self.prepare_count += 1
         return graph
 
     def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:

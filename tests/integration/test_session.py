@@ -273,6 +273,25 @@ def test_one_trunk_is_in_memory_once(running: Running) -> None:
     assert tree["saved_bytes"] == 100
 
 
+def test_variants_of_one_model_need_one_program(running: Running) -> None:
+    for number in range(50):
+        contents = [TRUNK, b"%03d" % number]
+        running.source.put(bundle_of(f"variant-{number}", contents), contents)
+        admin(running).command("model_changed", {"name": f"variant-{number}"})
+    for number in range(50):
+        answer = model(f"variant-{number}")(np.zeros((1, 3), np.float32))
+        assert (answer == sum(TRUNK) + sum(b"%03d" % number)).all()
+    # "age" has as many bytes as a variant's own weight.
+    model("age")(np.zeros((1, 3), np.float32))
+    assert running.device.prepare_count == 1
+    model("gender")(np.zeros((1, 3), np.float32))
+    assert running.device.prepare_count == 2
+    for number in range(50):
+        running.source.bundles.pop(f"variant-{number}")
+        admin(running).command("model_removed", {"name": f"variant-{number}"})
+    assert len(running.engine._programs) == 2
+
+
 def test_an_idle_engine_gives_memory_back_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.engine._IDLE_S", 0.01)
     for calls in (1, 2):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trunkline.protocol import TensorSpec
 
 from sidecar.ir import Argument, Dtype, Enum, Graph, Node, Symbol, Value, Weight
-from sidecar.merkle import CollisionError, Identity, Tokens
+from sidecar.merkle import CollisionError, Identity, Tokens, skeleton_id
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "merkle" / "v1.json"
 
@@ -120,6 +120,18 @@ def test_an_input_is_known_by_its_place_among_its_likes() -> None:
     twins = graph(node("aten.linear.default", Value("input", 1), W0), inputs=(image, replace(image, name="other")))
     assert last(first) == last(second) == last(graph(LINEAR))
     assert last(twins) != last(first)
+
+
+def test_a_skeleton_is_the_graph_without_its_bytes() -> None:
+    one = graph(LINEAR, node("aten.add.Tensor", Value("node", 0), W1))
+    tuned = replace(one, weights=(weight(b"xyz"), weight(b"uvw")), symbols=(Symbol("rows", 1, 2),))
+    assert skeleton_id(one) == skeleton_id(tuned)
+    swapped = graph(node("aten.linear.default", X, W1), node("aten.add.Tensor", Value("node", 0), W0))
+    assert skeleton_id(swapped) != skeleton_id(one)
+    assert skeleton_id(replace(one, results=(Value("node", 0),))) != skeleton_id(one)
+    assert skeleton_id(replace(one, weights=(weight(b"xyz"), weight(b"uvwx")))) != skeleton_id(one)
+    assert skeleton_id(replace(one, inputs=(TensorSpec("x", "float32", ("rows", 3)),))) == skeleton_id(one)
+    assert skeleton_id(replace(one, inputs=(TensorSpec("x", "float32", (1, 3)),))) != skeleton_id(one)
 
 
 def test_ids_never_change() -> None:
