@@ -11,6 +11,7 @@ run; answered; lease returned.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import queue
@@ -18,7 +19,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ from trunkline.signature import Signature
 
 from sidecar.bundle import Bundle, Weight
 from sidecar.errors import BundleError, StoreError
+from sidecar.fuse import fuse
 from sidecar.graph import FusedBlock, FusedGraph
 from sidecar.logs import RateLimit
 from sidecar.merkle import skeleton_id
@@ -55,6 +57,11 @@ refusals.addFilter(RateLimit(20))
 # An engine that had nothing to do for so long gives back what its last runs left in the allocator.
 _IDLE_S: Final = 1.0
 _MOST_TAKEN: Final = 8
+# Between the names of models that are asked about together. No model's name may have it.
+JOINT: Final = "+"
+MAX_JOINT: Final = 8
+# Combinations of models that are kept ready.
+_MOST_JOINT: Final = 64
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
 
@@ -122,6 +129,8 @@ class Engine:
         self._queue: Queue[Work] = Queue(queue_limit)
         self._deployed: dict[str, Deployed] = {}
         self._broken: dict[str, TrunklineError] = {}
+        # Models that were asked about together, by their names with JOINT between them.
+        self._joint: dict[str, Deployed] = {}
         # Versions that were replaced while they were in use, by plan.
         self._retired: dict[str, Deployed] = {}
         self._handles: dict[str, object] = {}
@@ -145,6 +154,9 @@ class Engine:
         self._turned_away = 0
         # Replaced as a whole, never changed in place, so that other threads may read it without a lock.
         self._published: dict[str, Signature | TrunklineError] = {}
+        self._bundles: dict[str, Bundle] = {}
+        # What models asked about together take and give; made by whichever thread needs it first, from what is published.
+        self._fused: dict[str, tuple[tuple[Bundle, ...], Bundle, Signature]] = {}
         self._commands: dict[str, Callable[[Work, dict[str, Any]], object | None]] = {
             "status": self._status,
             "models": lambda work, arguments: {"models": self._models()},
@@ -170,10 +182,37 @@ class Engine:
             return found
         if found is not None:
             raise ModelCorrupt(f"{name} cannot be served: {found.message}", model=name)
+        if JOINT in name:
+            return self._fuse(name)[1]
         known = ", ".join(sorted(self._published)[:8]) or "none"
         raise UnknownModel(
             f"the sidecar holds no model {name[:64]!r}; it holds {known}; `trunkline push` adds one", model=name[:64]
         )
+
+    def _fuse(self, name: str) -> tuple[Bundle, Signature]:
+        """Return what several models are together. Raises UnknownModel, ModelCorrupt, InvalidInput. Any thread."""
+        names = name.split(JOINT)
+        if len(names) > MAX_JOINT or names != sorted(set(names)):
+            raise InvalidInput(f"{name[:64]!r} does not name up to {MAX_JOINT} models in the order of their names, each once")
+        for each in names:
+            self.signature(each)
+        published = self._bundles
+        try:
+            bundles = tuple(published[each] for each in names)
+        except KeyError as error:
+            raise UnknownModel(f"{error.args[0]} is being replaced; try again", model=str(error.args[0])) from error
+        known = self._fused.get(name)
+        if known is not None and all(one is other for one, other in zip(known[0], bundles, strict=True)):
+            return known[1:]
+        graph = fuse({bundle.name: bundle.graph for bundle in bundles})
+        digest = hashlib.sha256(" ".join(bundle.graph_digest for bundle in bundles).encode()).hexdigest()
+        version = JOINT.join(bundle.version for bundle in bundles)
+        tolerance = max(bundle.tolerance for bundle in bundles)
+        made = Bundle(name, version, graph, digest, None, tolerance, {})
+        while len(self._fused) >= _MOST_JOINT:
+            self._fused.pop(next(iter(self._fused)), None)
+        self._fused[name] = (bundles, made, _signature(made))
+        return made, self._fused[name][2]
 
     def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:
         """Return private bytes as the device takes its inputs and gives its outputs; they share the memory."""
@@ -289,7 +328,11 @@ class Engine:
         self._finish_if_drained()
 
     def _admit(self, work: Work) -> None:
-        deployed = self._deployed.get(work.model)
+        try:
+            deployed = self._deploy_joint(work.model) if JOINT in work.model else self._deployed.get(work.model)
+        except TrunklineError as error:
+            self._fail(work, error)
+            return
         if deployed is None:
             self._fail(work, UnknownModel(f"{work.model} was removed while the request was waiting", model=work.model))
             return
@@ -386,8 +429,11 @@ class Engine:
             (spec.name, *device.output_spec(output)) for spec, output in zip(deployed.signature.outputs, outputs, strict=True)
         )
         work.session.answer(work.request_id, specs, outputs, device.read_output)
-        deployed.request_count += 1
-        deployed.last_used_s = self._clock()
+        now = self._clock()
+        for used in (self._deployed.get(name) for name in work.model.split(JOINT)):
+            if used is not None:
+                used.request_count += 1
+                used.last_used_s = now
 
     def _release(self, deployed: Deployed) -> None:
         self._residency.release(deployed.plan)
@@ -406,7 +452,7 @@ class Engine:
             if digest in weights:
                 self._counts.evicted_bytes += weights[digest].size_bytes
         # A bound list would keep the dropped bytes alive.
-        for deployed in (*self._deployed.values(), *self._retired.values()):
+        for deployed in self._all():
             if deployed.bound is not None and not self._residency.is_held(deployed.plan):
                 deployed.bound = None
 
@@ -449,11 +495,11 @@ class Engine:
         """Raise AssertionError when the engine's books do not balance. Only in the engine thread, or after it ended."""
         self._graph.check_invariants()
         self._residency.check_invariants()
-        used = {deployed.skeleton for deployed in (*self._deployed.values(), *self._retired.values())}
+        used = {deployed.skeleton for deployed in self._all()}
         assert self._programs.keys() <= used, "programs are kept for nobody"
         for digest in self._handles:
             assert self._residency.is_resident(digest), f"weight {digest[:12]} is kept though it was evicted"
-        for plan in {*self._retired, *(deployed.plan for deployed in self._deployed.values())}:
+        for plan in {deployed.plan for deployed in self._all()}:
             ready = sum(1 for _, deployed in self._ready if deployed.plan == plan)
             load = self._loads.get(plan)
             expected = ready + (len(load.parked) + 1 if load else 0)
@@ -467,7 +513,11 @@ class Engine:
     def _by_plan(self, plan: str) -> Deployed:
         if plan in self._retired:
             return self._retired[plan]
-        return self._deployed[plan.rpartition("@")[0]]
+        name = plan.rpartition("@")[0]
+        return self._joint[name] if JOINT in name else self._deployed[name]
+
+    def _all(self) -> Iterator[Deployed]:
+        return itertools.chain(self._deployed.values(), self._joint.values(), self._retired.values())
 
     def _deploy(self, name: str) -> None:
         self._broken.pop(name, None)
@@ -506,15 +556,39 @@ class Engine:
         deployed = self._deployed.pop(name, None)
         if deployed is None:
             return
+        for joint in [joint for joint in self._joint if name in joint.split(JOINT)]:
+            self._retire(self._joint.pop(joint))
+        self._retire(deployed)
+        self._graph.remove(name)
+
+    def _retire(self, deployed: Deployed) -> None:
+        """Let go of what is deployed no more, once nobody uses it."""
         if self._residency.lease_count(deployed.plan):
             self._residency.unpin(deployed.plan)
             self._retired[deployed.plan] = deployed
         else:
             self._drop(self._residency.remove_plan(deployed.plan))
-        self._graph.remove(name)
         self._drop_programs()
 
+    def _deploy_joint(self, name: str) -> Deployed:
+        """Return several models as one, whose plan has the weights of all and whose program computes what is equal once."""
+        bundle, signature = self._fuse(name)
+        plan = f"{name}@{bundle.graph_digest}"
+        known = self._joint.pop(name, None)
+        if known is not None and known.plan != plan:
+            self._retire(known)
+            known = None
+        if known is None:
+            while len(self._joint) >= _MOST_JOINT:
+                self._retire(self._joint.pop(next(iter(self._joint))))
+            known = self._retired.pop(plan, None) or Deployed(bundle, plan, signature, skeleton_id(bundle.graph))
+            self._residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in self._weights(known).items()})
+        # The latest last: the first is the next to be let go.
+        self._joint[name] = known
+        return known
+
     def _publish(self) -> None:
+        self._bundles = {name: entry.bundle for name, entry in self._deployed.items()}
         self._published = {**self._broken, **{name: entry.signature for name, entry in self._deployed.items()}}
 
     def _prepare(self, deployed: Deployed) -> None:
@@ -527,7 +601,7 @@ class Engine:
         deployed.program = program
 
     def _drop_programs(self) -> None:
-        used = {deployed.skeleton for deployed in (*self._deployed.values(), *self._retired.values())}
+        used = {deployed.skeleton for deployed in self._all()}
         self._programs = {skeleton: program for skeleton, program in self._programs.items() if skeleton in used}
 
     # --- administrator's commands ------------------------------------------------------------------------------------
@@ -652,6 +726,9 @@ class Engine:
         if self._residency.is_pinned(deployed.plan):
             raise InvalidInput(f"{work.model} is pinned; unpin it first")
         before_bytes = self._residency.committed_bytes
+        for joint, entry in self._joint.items():
+            if work.model in joint.split(JOINT) and not self._residency.lease_count(entry.plan):
+                self._drop(self._residency.evict(entry.plan))
         self._drop(self._residency.evict(deployed.plan))
         freed_bytes = before_bytes - self._residency.committed_bytes
         return self._describe(work.model, deployed) | {"freed_bytes": freed_bytes}

@@ -22,6 +22,7 @@ LAYERS = {
         "operators",
         "ir",
         "merkle",
+        "fuse",
         "blocks",
         "graphfile",
         "strictjson",

@@ -11,18 +11,20 @@ def handle(event, context):
 """
 
 from trunkline import errors
-from trunkline.client import Model, Request, counters, model, ready, transport_name
+from trunkline.client import Model, Models, Request, counters, model, models, ready, transport_name
 from trunkline.protocol import TensorSpec
 from trunkline.signature import Signature
 
 __all__ = [
     "Model",
+    "Models",
     "Request",
     "Signature",
     "TensorSpec",
     "counters",
     "errors",
     "model",
+    "models",
     "ready",
     "transport_name",
 ]

@@ -41,6 +41,8 @@ T = TypeVar("T")
 _MAX_LOST = 5
 _READY_DEADLINE_S = 2.0
 _NAME: Final = re.compile(rf"[A-Za-z0-9._-]{{1,{protocol.MAX_NAME}}}")
+# Models that may be asked about together.
+MAX_JOINT: Final = 8
 # Layouts kept for each model. A model of texts meets many lengths.
 _MAX_LAYOUTS: Final = 256
 
@@ -81,6 +83,19 @@ def model(name: str) -> Model:
     if not context.call_id.get():
         _pool.expect(name)
     return Model(name, _pool)
+
+
+def models(*names: str) -> Models:
+    """Return several models as one that is asked about one input: what they have in common is computed once::
+
+        both = models("age", "gender")
+        answer = both(face)  # {"age": ..., "gender": ...}
+
+    Raises InvalidInput.
+    """
+    if not 2 <= len(set(names)) <= MAX_JOINT:
+        raise InvalidInput(f"models takes 2 to {MAX_JOINT} different names, got {len(set(names))}")
+    return Models([model(name) for name in dict.fromkeys(names)])
 
 
 def ready(deadline_s: float = _READY_DEADLINE_S) -> None:
@@ -264,6 +279,37 @@ class Model:
         return bound
 
 
+class Models:
+    """Several models that are asked about the same inputs. Instances are cheap and shared by threads."""
+
+    def __init__(self, parts: Sequence[Model]) -> None:
+        self.names = tuple(part.name for part in parts)
+        self._joint = Model("+".join(sorted(self.names)), parts[0]._pool)
+
+    @property
+    def signature(self) -> Signature:
+        """What all of them take together, and what they give: outputs are called ``model/output``."""
+        return self._joint.signature
+
+    def __call__(self, *arrays: ArrayLike, **named: ArrayLike) -> dict[str, Outputs]:
+        """Run the models: inputs in order or by name, as the first of them in the alphabet calls them. Returns by model."""
+        return self._split(self._joint(*arrays, **named))
+
+    def call(
+        self, inputs: Mapping[str, ArrayLike], *, deadline_s: float | None = None, call_id: str | None = None
+    ) -> dict[str, Outputs]:
+        """Run the models on ``inputs`` within ``deadline_s``, as ``Model.call`` does."""
+        return self._split(self._joint.call(inputs, deadline_s=deadline_s, call_id=call_id))
+
+    def _split(self, outputs: Outputs) -> dict[str, Outputs]:
+        assert isinstance(outputs, dict), "several models have several outputs"
+        found: dict[str, dict[str, Array]] = {name: {} for name in self.names}
+        for called, array in outputs.items():
+            name, _, output = called.partition("/")
+            found[name][output] = array
+        return {name: next(iter(answer.values())) if len(answer) == 1 else answer for name, answer in found.items()}
+
+
 class Request:
     """One call whose inputs lie in shared memory. Use as a context manager, in one thread.
 
@@ -366,4 +412,17 @@ def _repeated(pool: Pool, attempt: Callable[[], T]) -> T:
             pool.close()
 
 
-__all__ = ["Counters", "Layout", "Model", "Outputs", "Request", "TrunklineError", "counters", "model", "ready", "transport_name"]
+__all__ = [
+    "Counters",
+    "Layout",
+    "Model",
+    "Models",
+    "Outputs",
+    "Request",
+    "TrunklineError",
+    "counters",
+    "model",
+    "models",
+    "ready",
+    "transport_name",
+]

@@ -1,0 +1,137 @@
+"""Several models asked about one input: right answers, common parts computed once, and no way to get lost in between."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trunkline import client, errors, model, models
+from trunkline.admin import AdminConnection
+from trunkline.protocol import TensorSpec
+
+from tests.fakes import ADMIN_TOKEN, Running, bundle_of, running_server
+from tests.integration.conftest import TRUNK
+
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
+
+X = np.ones((2, 3), np.float32)
+
+
+def admin(running: Running) -> AdminConnection:
+    return AdminConnection(running.path, ADMIN_TOKEN)
+
+
+def change(running: Running, name: str, contents: list[bytes], **changed: object) -> None:
+    running.source.put(bundle_of(name, contents, **changed), contents)  # type: ignore[arg-type]
+    admin(running).command("model_changed", {"name": name})
+
+
+def test_answers_come_by_model_in_the_order_asked(running: Running) -> None:
+    answers = models("pair", "age", "gender")(X)
+    assert list(answers) == ["pair", "age", "gender"]
+    assert answers["age"].shape == (2, 3)  # type: ignore[union-attr]
+    assert answers["pair"].keys() == {"y", "z"}  # type: ignore[union-attr]
+    assert models("age", "gender").signature.outputs[0].name == "age/y"
+    # One program, one run, and the weights of all; the trunk's once.
+    assert running.device.prepare_count == 1
+    assert running.device.allocated_bytes == 100 + 3 + 6 + 1
+
+
+def test_each_model_counts_the_request(running: Running) -> None:
+    models("age", "gender")(X)
+    model("age")(X)
+    counts = {entry["name"]: entry["requests"] for entry in admin(running).command("models")["models"]}
+    assert (counts["age"], counts["gender"], counts["pair"]) == (2, 1, 0)
+
+
+def test_a_new_version_of_one_is_followed(running: Running) -> None:
+    both = models("age", "gender")
+    both(X)
+    wide = (TensorSpec("x", "float32", ("batch", 5)),)
+    for name in ("age", "gender"):
+        change(running, name, [TRUNK, b"new", name.encode()], version="2", inputs=wide, outputs=wide)
+    assert both(np.ones((1, 5), np.float32))["age"].shape == (1, 5)  # type: ignore[union-attr]
+    assert both.signature.version == "2+2"
+    with pytest.raises(errors.SignatureMismatch):
+        both(X)
+
+
+def test_what_is_asked_together_is_evicted_and_removed_with_its_parts(running: Running) -> None:
+    both = models("age", "gender")
+    both(X)
+    assert running.device.allocated_bytes == 109
+    admin(running).command("evict", {"name": "age"})
+    assert running.device.allocated_bytes == 0
+    both(X)
+    for name in ("gender", "age"):
+        del running.source.bundles[name]
+        admin(running).command("model_removed", {"name": name})
+        with pytest.raises(errors.UnknownModel, match=name):
+            both(X)
+    assert running.device.allocated_bytes == 0
+
+
+def test_a_part_that_is_replaced_during_a_run_is_let_go_afterwards(running: Running) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        leave.wait(20)
+
+    running.device.on_run = hold
+    answers: list[object] = []
+    thread = threading.Thread(target=lambda: answers.append(models("age", "gender")(X)))
+    thread.start()
+    assert entered.wait(20)
+    running.device.on_run = lambda: None
+    removal = threading.Thread(target=lambda: change(running, "age", [b"other"], version="2"))
+    removal.start()
+    leave.set()
+    thread.join()
+    removal.join()
+    assert answers
+    for name in ("age", "gender"):
+        admin(running).command("evict", {"name": name})
+    assert running.device.allocated_bytes == 0
+
+
+@pytest.mark.parametrize("names", [("age",), ("age", "age"), tuple(f"m{n}" for n in range(9))])
+def test_a_call_of_several_names_several(names: tuple[str, ...]) -> None:
+    with pytest.raises(errors.InvalidInput, match="2 to 8 different names"):
+        models(*names)
+
+
+@pytest.mark.parametrize("name", ["gender+age", "age+age", "+", "age+", "+".join(f"m{n}" for n in range(9))])
+def test_hand_made_combinations_are_refused(running: Running, name: str) -> None:
+    with pytest.raises(errors.InvalidInput, match="in the order of their names"):
+        client.Model(name, client._pool)(X)
+
+
+def test_models_that_do_not_exist_or_go_together_are_told(running: Running) -> None:
+    with pytest.raises(errors.UnknownModel, match="nobody"):
+        models("age", "nobody")(X)
+    with pytest.raises(errors.SignatureMismatch, match="is missing"):
+        models("age", "text")(X)
+
+
+def test_combinations_beyond_what_is_kept_push_out_the_oldest(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.engine._MOST_JOINT", 2)
+    for number in range(4):
+        change(running, f"m{number}", [TRUNK, b"%d" % number])
+    for number in range(4):
+        models("age", f"m{number}")(X)
+    assert list(running.engine._joint) == ["age+m2", "age+m3"]
+    assert len(running.engine._fused) <= 2
+
+
+def test_a_combination_over_the_budget_is_refused_with_the_numbers(
+    tmp_path: Path, source: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_server(tmp_path, source, budget_bytes=108) as running:  # type: ignore[arg-type]
+        monkeypatch.setenv("TRUNKLINE_SOCKET", running.path)
+        with pytest.raises(errors.BudgetExceeded, match="109 bytes, the memory budget is 108"):
+            models("age", "gender")(X)
+        assert model("age")(X) is not None
+        client._pool.close()
