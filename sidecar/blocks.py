@@ -1,14 +1,15 @@
 """Blocks: a model cut into immutable parts at the narrow places of its graph.
 
-A block is a run of consecutive nodes. It ends where nearly everything computed so far is done with: where the nodes that
-follow take at most one tensor, be it out of the block or the one that came into it. That is after a residual unit or a
-transformer layer, not inside one.
+A block is a run of consecutive nodes. It ends where nearly everything computed of late is done with: where the nodes that
+follow take at most one tensor from the nodes just before. That is after a residual unit or a transformer layer, not inside
+one.
 
-The rule looks at what lies before the cut and at a short window after it, and at nothing else: two models that begin
-alike are cut alike as far as they are alike, whatever follows and whatever else is deployed, and adding a model never cuts
-another one anew. Whether *exactly* one tensor is alive at a place cannot be asked: that depends on everything that
-follows, and hardly ever holds. A mask or a rotary table stays alive across all layers; it passes along as a further output
-of the block it comes from. Sizes are not tensors and do not count. Weights count where they are first used.
+The rule looks at a short window before the cut and one after it, and at nothing else: two models that begin alike are cut
+alike as far as they are alike, whatever follows and whatever else is deployed, and adding a model never cuts another
+one anew. Whether *exactly* one tensor is alive at a place cannot be asked: that depends on everything that follows, and
+hardly ever holds. A mask or a rotary table stays alive across all layers. Made long before, it does not count, and passes
+along as a further output of the block it comes from. Sizes are not tensors and do not count. Weights count where they are
+first used.
 
 Pure; must not import torch.
 """
@@ -24,7 +25,7 @@ from sidecar.ir import Graph, Value, node_values
 from sidecar.merkle import Identities
 from sidecar.operators import SIZES
 
-# Nodes after a place that are asked what they take from before it. Longer than the branches of a residual unit.
+# Nodes before and after a place that count. Longer than a residual unit, or a transformer layer as torch exports it.
 WINDOW: Final = 48
 # A block has at least so many bytes of weights of its own, so that moving one pays; a cut is forced beyond the largest.
 SMALLEST_BYTES: Final = 256 * 1024
@@ -74,9 +75,7 @@ def _places(graph: Graph) -> list[int]:
     """Return the numbers of the nodes that begin a block, without the first."""
     taken = [[value for value in node_values(node) if _is_tensor(graph, value)] for node in graph.nodes]
     found: list[int] = []
-    first, own_bytes = 0, 0
-    # What the last cut let through: a unit whose shortcut starts there is not over while that is taken.
-    through: set[Value] = set()
+    own_bytes = 0
     counted: set[int] = set()
     for place in range(1, len(graph.nodes)):
         for value in node_values(graph.nodes[place - 1]):
@@ -85,11 +84,11 @@ def _places(graph: Graph) -> list[int]:
                 own_bytes += graph.weights[value.index].size_bytes
         if own_bytes < SMALLEST_BYTES:
             continue
-        window = taken[place : place + WINDOW]
-        across = {value for values in window for value in values if first <= value.index < place or value in through}
+        after = taken[place : place + WINDOW]
+        across = {value for values in after for value in values if place - WINDOW <= value.index < place}
         if len(across) <= 1 or own_bytes >= LARGEST_BYTES:
             found.append(place)
-            first, own_bytes, through = place, 0, across
+            own_bytes = 0
     return found
 
 
