@@ -10,6 +10,7 @@ import pytest
 from trunkline import client, errors, model, models
 from trunkline.admin import AdminConnection
 from trunkline.protocol import TensorSpec
+from trunkline.testing import fake_models, signature
 
 from tests.fakes import ADMIN_TOKEN, Running, bundle_of, running_server
 from tests.integration.conftest import TRUNK
@@ -135,3 +136,24 @@ def test_a_combination_over_the_budget_is_refused_with_the_numbers(
             models("age", "gender")(X)
         assert model("age")(X) is not None
         client._pool.close()
+
+
+# --- the fake sidecar of handlers' tests ------------------------------------------------------------------------------
+
+
+def test_a_handler_s_tests_can_fake_models_asked_together() -> None:
+    face = {"face": ("float32", ("batch", 3))}
+    years = signature("age", inputs=face, outputs={"years": ("float32", ("batch",))})
+    kinds = signature(
+        "kind",
+        inputs={"x": ("float32", ("rows", 3))},
+        outputs={"a": ("float32", ("rows",)), "b": ("float32", ("rows",))},
+    )
+
+    def kind(x: np.ndarray) -> dict[str, np.ndarray]:
+        return {"a": x[:, 0], "b": x[:, 1]}
+
+    with fake_models({"age": (years, lambda face: face.sum(axis=1)), "kind": (kinds, kind)}):
+        answers = models("kind", "age")(X)
+    assert np.array_equal(answers["age"], [3, 3])  # type: ignore[arg-type]
+    assert np.array_equal(answers["kind"]["b"], [1, 1])  # type: ignore[index,call-overload]

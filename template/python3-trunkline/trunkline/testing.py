@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,9 +111,30 @@ class FakeConnection:
         return outputs
 
     def _find(self, model: str) -> tuple[Signature, Answer]:
+        if "+" in model:
+            return _together({name: self._find(name) for name in model.split("+")})
         if model not in self._models:
             raise UnknownModel(f"the fake sidecar has no model {model!r}; it has {', '.join(self._models) or 'none'}")
         return self._models[model]
 
     def close(self) -> None:
         self.closed = True
+
+
+def _together(parts: Mapping[str, tuple[Signature, Answer]]) -> tuple[Signature, Answer]:
+    """Return what ``models`` meets: all parts asked about the same inputs, which are told apart by their order alone."""
+    longest = max((known for known, _ in parts.values()), key=lambda known: len(known.inputs))
+    outputs = tuple(replace(spec, name=f"{name}/{spec.name}") for name, (known, _) in parts.items() for spec in known.outputs)
+    symbols = {axis: bounds for known, _ in parts.values() for axis, bounds in known.symbols.items()}
+
+    def answer(**arrays: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, (known, one) in parts.items():
+            given = {spec.name: arrays[other.name] for spec, other in zip(known.inputs, longest.inputs, strict=False)}
+            answered = one(**given)
+            if not isinstance(answered, Mapping):
+                answered = {known.outputs[0].name: answered}
+            found |= {f"{name}/{output}": array for output, array in answered.items()}
+        return found
+
+    return Signature("+".join(parts), "test", longest.inputs, outputs, symbols), answer
