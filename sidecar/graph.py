@@ -7,6 +7,7 @@ engine thread.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -63,6 +64,8 @@ class FusedGraph:
         self._users: dict[str, set[str]] = {}
         self._node_users: dict[bytes, set[str]] = {}
         self._tokens = Tokens()
+        # In how many models each id is.
+        self._id_counts: Counter[bytes] = Counter()
 
     def add(self, bundle: Bundle) -> None:
         """Add a model, or replace the one of its name."""
@@ -76,6 +79,7 @@ class FusedGraph:
             {block_id(block, found): block for block in cut(bundle.graph)},
         )
         self._entries[bundle.name] = entry
+        self._id_counts.update(_ids(entry))
         for weight in bundle.graph.weights:
             self._weights[weight.digest] = weight
             self._users.setdefault(weight.digest, set()).add(bundle.name)
@@ -95,7 +99,12 @@ class FusedGraph:
             self._node_users[node].discard(name)
             if not self._node_users[node]:
                 del self._node_users[node]
-        self._tokens.forget(_ids(entry) - set().union(*map(_ids, self._entries.values())))
+        ids = _ids(entry)
+        self._id_counts.subtract(ids)
+        unused = {each for each in ids if not self._id_counts[each]}
+        for each in unused:
+            del self._id_counts[each]
+        self._tokens.forget(unused)
 
     def bundle(self, name: str) -> Bundle:
         """Return the bundle of a model. Raises UnknownModel, listing what there is."""
@@ -186,7 +195,9 @@ class FusedGraph:
         assert expected == self._users, "the users of weights disagree with the bundles"
         assert expected.keys() == self._weights.keys(), "the weights disagree with the bundles"
         assert expected_nodes == self._node_users, "the users of nodes disagree with the bundles"
-        assert len(self._tokens) == len(set().union(*map(_ids, self._entries.values()))), "tokens are kept for nobody"
+        expected_counts = Counter(each for entry in self._entries.values() for each in _ids(entry))
+        assert expected_counts == self._id_counts, "the counts of ids disagree with the bundles"
+        assert len(self._tokens) == len(self._id_counts), "tokens are kept for nobody"
 
 
 def _ids(entry: _Entry) -> set[bytes]:
