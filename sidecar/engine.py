@@ -651,14 +651,22 @@ class Engine:
 
     def _memory(self) -> dict[str, int]:
         residency = self._residency
+        resident = [name for name, deployed in self._deployed.items() if self._is_resident(deployed)]
+        logical_bytes = sum(self._graph.bytes_of(name)[0] for name in resident)
         return {
             "budget_bytes": residency.budget_bytes,
             "resident_bytes": residency.committed_bytes,
-            "logical_bytes": residency.logical_bytes,
-            "saved_bytes": residency.logical_bytes - residency.committed_bytes,
+            "logical_bytes": logical_bytes,
+            # While a model is being loaded or let go, there may be bytes in memory that no whole model stands for.
+            "saved_bytes": max(0, logical_bytes - residency.committed_bytes),
             "pinned_bytes": residency.pinned_bytes,
             **self._device.memory(),
         }
+
+    def _is_resident(self, deployed: Deployed) -> bool:
+        # Whole in memory, be it by its own doing or by that of models it was asked with. One without weights once it was used.
+        weightless = not deployed.bundle.graph.weights
+        return self._residency.is_ready(deployed.plan) and (not weightless or self._residency.is_held(deployed.plan))
 
     def _models(self) -> list[dict[str, object]]:
         listed = [self._describe(name, deployed) for name, deployed in sorted(self._deployed.items())]
@@ -671,7 +679,7 @@ class Engine:
         plan = deployed.plan
         model_bytes, shared_bytes = self._graph.bytes_of(name) if name in self._graph else (0, 0)
         state = "stored"
-        if self._residency.is_ready(plan) and self._residency.is_held(plan):
+        if self._is_resident(deployed):
             state = "resident"
         elif plan in self._loads:
             state = "loading"

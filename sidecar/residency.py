@@ -195,11 +195,6 @@ class Residency:
         pinned = {digest for plan in self._pinned for digest in self._plans[plan]}
         return sum(self._committed.get(digest, 0) for digest in pinned)
 
-    @property
-    def logical_bytes(self) -> int:
-        """Bytes the held plans would take if nothing were shared."""
-        return sum(sum(self._plans[plan].values()) for plan in self._held)
-
     def check_invariants(self) -> None:
         """Raise AssertionError when the books do not balance."""
         assert self.committed_bytes == sum(self._committed.values()), "committed_bytes disagrees with the weights"

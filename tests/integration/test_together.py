@@ -35,6 +35,10 @@ def test_answers_come_by_model_in_the_order_asked(running: Running) -> None:
     assert answers["age"].shape == (2, 3)  # type: ignore[union-attr]
     assert answers["pair"].keys() == {"y", "z"}  # type: ignore[union-attr]
     assert models("age", "gender").signature.outputs[0].name == "age/y"
+    memory = admin(running).command("memory")
+    assert memory["resident_bytes"] == 100 + 3 + 6 + 1
+    assert memory["logical_bytes"] == 103 + 106 + 1
+    assert memory["saved_bytes"] == 100
     # One program, one run, and the weights of all; the trunk's once.
     assert running.device.prepare_count == 1
     assert running.device.allocated_bytes == 100 + 3 + 6 + 1
