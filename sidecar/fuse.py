@@ -24,8 +24,8 @@ def fuse(graphs: Mapping[str, Graph]) -> Graph:
     """Return one graph for all of ``graphs``, its outputs called ``model/output`` in the order of the mapping.
 
     Inputs of two graphs are one when they have the same dtype, the same shape and the same place among their likes; the
-    first graph names them. Values must suit every graph that takes them. Raises InvalidInput when the graphs cannot be asked
-    about the same inputs.
+    first graph names them. Where names say otherwise, nothing is guessed. Values must suit every graph that takes them.
+    Raises InvalidInput when the graphs cannot be asked about the same inputs.
     """
     fusion = _Fusion()
     for name, graph in graphs.items():
@@ -88,24 +88,30 @@ class _Fusion:
         """Add or find the inputs of a graph; return what its symbols are called here."""
         bounds = {symbol.name: symbol for symbol in graph.symbols}
         symbols: dict[str, str] = {}
-        for spec, identity in zip(graph.inputs, identities.inputs, strict=True):
+        before, own = {spec.name for spec in self.inputs.values()}, {spec.name for spec in graph.inputs}
+        pairs = list(zip(graph.inputs, identities.inputs, strict=True))
+        # First those that are there already: they say which of its symbols are whose.
+        for spec, identity in pairs:
             known = self.inputs.get(identity.value)
             if known is None:
-                if any(other.name == spec.name for other in self.inputs.values()):
-                    raise InvalidInput(
-                        f"{name} calls an input {spec.name}, and so do the others another one; ask them one by one"
-                    )
-                for axis in spec.shape:
-                    if isinstance(axis, str) and axis not in symbols:
-                        symbols[axis] = self._new_symbol(bounds[axis])
-                self.inputs[identity.value] = replace(spec, shape=_renamed(spec.shape, symbols))
                 continue
+            if spec.name != known.name and (spec.name in before or known.name in own):
+                raise InvalidInput(f"{name} means another input by {spec.name} than the others; ask them one by one")
             for axis, other in zip(spec.shape, known.shape, strict=True):
                 if isinstance(axis, str) and isinstance(other, str):
                     if symbols.setdefault(axis, other) != other:
                         raise InvalidInput(f"{name} ties the sizes of its inputs otherwise than the others; ask them one by one")
                     self._narrow_symbol(name, other, bounds[axis])
             self.inputs[identity.value] = _narrowed(name, known, spec)
+        for spec, identity in pairs:
+            if identity.value in self.inputs:
+                continue
+            if spec.name in before:
+                raise InvalidInput(f"{name} means another input by {spec.name} than the others; ask them one by one")
+            for axis in spec.shape:
+                if isinstance(axis, str) and axis not in symbols:
+                    symbols[axis] = self._new_symbol(bounds[axis])
+            self.inputs[identity.value] = replace(spec, shape=_renamed(spec.shape, symbols))
         return symbols
 
     def _new_symbol(self, symbol: Symbol) -> str:

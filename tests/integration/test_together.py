@@ -108,6 +108,11 @@ def test_a_call_of_several_names_several(names: tuple[str, ...]) -> None:
         models(*names)
 
 
+def test_names_too_long_for_one_message_are_refused_at_once() -> None:
+    with pytest.raises(errors.InvalidInput, match="have 161 characters together, at most 128"):
+        models("a" * 80, "b" * 80)
+
+
 @pytest.mark.parametrize("name", ["gender+age", "age+age", "+", "age+", "+".join(f"m{n}" for n in range(9))])
 def test_hand_made_combinations_are_refused(running: Running, name: str) -> None:
     with pytest.raises(errors.InvalidInput, match="in the order of their names"):

@@ -92,13 +92,33 @@ ONE = headed(b"a")
     ("other", "message"),
     [
         (replace(ONE, symbols=(Symbol("batch", 65, 70),)), "takes batch from 65 to 70, the others from 1 to 64"),
-        (replace(ONE, inputs=(TensorSpec("x", "float32", (3,)),)), "calls an input x"),
+        (replace(ONE, inputs=(TensorSpec("x", "float32", (3,)),)), "means another input by x"),
         (replace(ONE, outputs=(TensorSpec("y" * 127, "float32", (3,)),)), "name of 129 characters"),
     ],
 )
 def test_graphs_that_cannot_be_asked_together_are_refused(other: Graph, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         fuse({"a": ONE, "b": other})
+
+
+def test_where_names_and_places_disagree_nothing_is_guessed() -> None:
+    x, y = TensorSpec("x", "float32", ("batch", 3)), TensorSpec("y", "float32", ("batch", 3))
+    minus = replace(graph(op("sub.Tensor", X, Y)), inputs=(x, y))
+    swapped = replace(graph(op("sub.Tensor", Y, X)), inputs=(y, x))
+    only_y = replace(graph(op("relu.default", X)), inputs=(y,))
+    other = replace(minus, inputs=(replace(x, name="first"), replace(y, name="second")))
+    for graphs in ({"a": minus, "b": swapped}, {"a": minus, "b": only_y}, {"a": only_y, "b": minus}):
+        with pytest.raises(InvalidInput, match="means another input by"):
+            fuse(graphs)
+    # Names that have nothing to do with each other leave the place to decide.
+    assert len(fuse({"a": minus, "b": other}).nodes) == 1
+
+
+def test_the_order_of_inputs_does_not_untie_their_sizes() -> None:
+    x, z = TensorSpec("x", "float32", ("batch", 3)), TensorSpec("z", "float32", ("batch", 7))
+    both = replace(graph(op("relu.default", Y)), inputs=(z, x))
+    for graphs in ({"a": headed(b"a"), "b": both}, {"a": both, "b": headed(b"a")}):
+        assert {spec.shape[0] for spec in fuse(graphs).inputs} == {"batch"}
 
 
 def test_sizes_that_are_tied_otherwise_are_refused() -> None:

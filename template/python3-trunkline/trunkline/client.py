@@ -43,6 +43,8 @@ _READY_DEADLINE_S = 2.0
 _NAME: Final = re.compile(rf"[A-Za-z0-9._-]{{1,{protocol.MAX_NAME}}}")
 # Models that may be asked about together.
 MAX_JOINT: Final = 8
+# Between their names on the wire. No model's name may have it.
+JOINT: Final = "+"
 # Layouts kept for each model. A model of texts meets many lengths.
 _MAX_LAYOUTS: Final = 256
 
@@ -95,6 +97,8 @@ def models(*names: str) -> Models:
     """
     if not 2 <= len(set(names)) <= MAX_JOINT:
         raise InvalidInput(f"models takes 2 to {MAX_JOINT} different names, got {len(set(names))}")
+    if len(joined := JOINT.join(names)) > protocol.MAX_NAME:
+        raise InvalidInput(f"the names of the models have {len(joined)} characters together, at most {protocol.MAX_NAME} travel")
     return Models([model(name) for name in dict.fromkeys(names)])
 
 
@@ -284,7 +288,7 @@ class Models:
 
     def __init__(self, parts: Sequence[Model]) -> None:
         self.names = tuple(part.name for part in parts)
-        self._joint = Model("+".join(sorted(self.names)), parts[0]._pool)
+        self._joint = Model(JOINT.join(sorted(self.names)), parts[0]._pool)
 
     @property
     def signature(self) -> Signature:
