@@ -63,9 +63,12 @@ def cut(graph: Graph) -> tuple[Block, ...]:
     return tuple(_block(graph, first, end, outputs[first]) for first, end in zip(starts, ends, strict=True))
 
 
-def block_id(block: Block, identities: Identities) -> str:
-    """Return the name of what a block computes, in hexadecimal: equal for the same nodes on the same inputs, in any model."""
-    digest = hashlib.sha256(b"trunkline block 1")
+def block_id(block: Block, identities: Identities, parent: str = "") -> str:
+    """Return the name of a block that follows ``parent``, in hexadecimal.
+
+    Equal for the same nodes on the same inputs after the same blocks, in any model: blocks of one name form a tree.
+    """
+    digest = hashlib.sha256(f"trunkline block 1 {parent}".encode())
     for identity in identities.nodes[block.first : block.end]:
         digest.update(identity.value)
     return digest.hexdigest()

@@ -62,6 +62,8 @@ JOINT: Final = "+"
 MAX_JOINT: Final = 8
 # Combinations of models that are kept ready.
 _MOST_JOINT: Final = 64
+# Fusing takes some 50 us for each operator, in a thread that others wait for.
+_MOST_JOINT_NODES: Final = 20_000
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
 
@@ -204,15 +206,24 @@ class Engine:
         known = self._fused.get(name)
         if known is not None and all(one is other for one, other in zip(known[0], bundles, strict=True)):
             return known[1:]
+        node_count = sum(len(bundle.graph.nodes) for bundle in bundles)
+        if node_count > _MOST_JOINT_NODES:
+            raise InvalidInput(
+                f"{name[:64]} have {node_count} operators together, at most {_MOST_JOINT_NODES} are asked together",
+                node_count=node_count,
+                limit_count=_MOST_JOINT_NODES,
+            )
         graph = fuse({bundle.name: bundle.graph for bundle in bundles})
         digest = hashlib.sha256(" ".join(bundle.graph_digest for bundle in bundles).encode()).hexdigest()
         version = JOINT.join(bundle.version for bundle in bundles)
         tolerance = max(bundle.tolerance for bundle in bundles)
         made = Bundle(name, version, graph, digest, None, tolerance, {})
-        while len(self._fused) >= _MOST_JOINT:
-            self._fused.pop(next(iter(self._fused)), None)
-        self._fused[name] = (bundles, made, _signature(made))
-        return made, self._fused[name][2]
+        signature = _signature(made)
+        # Two threads may be here; a copy of the keys is taken at one stroke.
+        for oldest in list(self._fused)[: len(self._fused) - _MOST_JOINT + 1]:
+            self._fused.pop(oldest, None)
+        self._fused[name] = (bundles, made, signature)
+        return made, signature
 
     def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:
         """Return private bytes as the device takes its inputs and gives its outputs; they share the memory."""
@@ -589,6 +600,9 @@ class Engine:
 
     def _publish(self) -> None:
         self._bundles = {name: entry.bundle for name, entry in self._deployed.items()}
+        for joint, (bundles, _, _) in list(self._fused.items()):
+            if any(self._bundles.get(bundle.name) is not bundle for bundle in bundles):
+                self._fused.pop(joint, None)
         self._published = {**self._broken, **{name: entry.signature for name, entry in self._deployed.items()}}
 
     def _prepare(self, deployed: Deployed) -> None:
@@ -623,6 +637,8 @@ class Engine:
             work.session.document(work.request_id, answer)
 
     def _known(self, name: str) -> Deployed:
+        if JOINT in name:
+            raise InvalidInput(f"{name[:64]} names several models; commands are for one")
         self.signature(name)
         return self._deployed[name]
 

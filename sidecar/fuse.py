@@ -27,12 +27,14 @@ def fuse(graphs: Mapping[str, Graph]) -> Graph:
     first graph names them. Where names say otherwise, nothing is guessed. Values must suit every graph that takes them.
     Raises InvalidInput when the graphs cannot be asked about the same inputs.
     """
+    count = sum(len(graph.outputs) for graph in graphs.values())
+    if count > MAX_TENSORS:
+        raise InvalidInput(f"{', '.join(graphs)} have {count} outputs together, one call has at most {MAX_TENSORS}")
     fusion = _Fusion()
     for name, graph in graphs.items():
         fusion.add(name, graph)
-    for kind, count in (("inputs", len(fusion.inputs)), ("outputs", len(fusion.outputs))):
-        if count > MAX_TENSORS:
-            raise InvalidInput(f"{', '.join(graphs)} have {count} {kind} together, one call has at most {MAX_TENSORS}")
+    if (count := len(fusion.inputs)) > MAX_TENSORS:
+        raise InvalidInput(f"{', '.join(graphs)} have {count} inputs together, one call has at most {MAX_TENSORS}")
     return Graph(
         symbols=tuple(fusion.symbols.values()),
         inputs=tuple(fusion.inputs.values()),

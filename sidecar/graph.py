@@ -15,7 +15,8 @@ from trunkline.errors import UnknownModel
 
 from sidecar.blocks import Block, block_id, cut
 from sidecar.bundle import Bundle, Weight
-from sidecar.merkle import Identity, Tokens
+from sidecar.ir import Graph
+from sidecar.merkle import Identities, Identity, Tokens
 
 
 class _Entry(NamedTuple):
@@ -76,7 +77,7 @@ class FusedGraph:
             bundle,
             frozenset((*found.inputs, *found.weights, *found.nodes)),
             frozenset(identity.value for identity in found.nodes),
-            {block_id(block, found): block for block in cut(bundle.graph)},
+            _blocks(bundle.graph, found),
         )
         self._entries[bundle.name] = entry
         self._id_counts.update(_ids(entry))
@@ -198,6 +199,15 @@ class FusedGraph:
         expected_counts = Counter(each for entry in self._entries.values() for each in _ids(entry))
         assert expected_counts == self._id_counts, "the counts of ids disagree with the bundles"
         assert len(self._tokens) == len(self._id_counts), "tokens are kept for nobody"
+
+
+def _blocks(graph: Graph, identities: Identities) -> dict[str, Block]:
+    named: dict[str, Block] = {}
+    parent = ""
+    for block in cut(graph):
+        parent = block_id(block, identities, parent)
+        named[parent] = block
+    return named
 
 
 def _ids(entry: _Entry) -> set[bytes]:

@@ -39,14 +39,17 @@ class Mover:
         self._post(lambda: arrived(weight, outcome))
 
     def _read(self, weight: Weight) -> object:
+        # Errors are made anew, without trace, cause or context: the frames those hold on to hold the bytes that were read,
+        # which are outside the budget from here on.
+        failed: TrunklineError
         try:
             return self._device.new_weight(weight, lambda target: self._source.read_blob(weight.digest, target, weight.crc32))
-        except (BlobMissing, BlobCorrupt) as error:
-            return ModelCorrupt(
-                f"weight {weight.digest[:12]} is damaged or missing in the store; push the model again",
-                digest=weight.digest,
-            ).with_traceback(error.__traceback__)
+        except (BlobMissing, BlobCorrupt):
+            message = f"weight {weight.digest[:12]} is damaged or missing in the store; push the model again"
+            failed = ModelCorrupt(message, digest=weight.digest)
         except TrunklineError as error:
-            return error
+            failed = type(error)(error.message, **error.details)
         except OSError as error:
-            return SidecarFault(f"the store cannot be read ({os.strerror(error.errno or 0)})", digest=weight.digest)
+            failed = SidecarFault(f"the store cannot be read ({os.strerror(error.errno or 0)})", digest=weight.digest)
+        failed.__context__ = None
+        return failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
@@ -388,6 +389,24 @@ def test_damaged_weights_are_never_computed_with(running: Running) -> None:
     assert model("gender")(np.zeros((1, 3), np.float32)) is not None
     running.source.blobs[digest] = good
     assert (model("age")(np.zeros((1, 3), np.float32)) == offset_of("age")).all()
+
+
+def test_the_bytes_of_a_failed_read_are_freed_at_once(running: Running) -> None:
+    """Without the garbage collector: they are outside the budget."""
+    digest = running.source.bundles["age"].graph.weights[0].digest
+    running.source.blobs[digest] = b"xxx"
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            with pytest.raises(errors.ModelCorrupt):
+                model("age")(np.zeros((1, 3), np.float32))
+        deadline = time.monotonic() + 5
+        while running.device.allocated_bytes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert running.device.allocated_bytes == 0
+    finally:
+        gc.enable()
 
 
 def test_missing_weights_and_unreadable_disks_are_told_apart(running: Running) -> None:

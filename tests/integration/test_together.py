@@ -147,6 +147,27 @@ def test_a_combination_over_the_budget_is_refused_with_the_numbers(
         client._pool.close()
 
 
+def test_commands_are_for_one_model(running: Running) -> None:
+    models("age", "gender")(X)
+    for command in ("model", "load", "evict", "pin", "unpin"):
+        with pytest.raises(errors.InvalidInput, match="commands are for one"):
+            admin(running).command(command, {"name": "age+gender"})
+
+
+def test_too_many_operators_are_not_asked_together(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.engine._MOST_JOINT_NODES", 3)
+    with pytest.raises(errors.InvalidInput, match="4 operators together, at most 3"):
+        models("age", "gender")(X)
+
+
+def test_combinations_of_models_that_are_gone_are_forgotten(running: Running) -> None:
+    models("age", "gender")(X)
+    assert running.engine._fused
+    del running.source.bundles["age"]
+    admin(running).command("model_removed", {"name": "age"})
+    assert not running.engine._fused
+
+
 # --- the fake sidecar of handlers' tests ------------------------------------------------------------------------------
 
 

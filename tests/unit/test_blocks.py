@@ -166,3 +166,4 @@ def test_a_block_is_named_by_its_nodes(field: str) -> None:
     block = cut(made)[1]
     moved = replace(block, **{field: getattr(block, field) + 1})
     assert block_id(block, identities) != block_id(moved, identities)
+    assert block_id(block, identities) != block_id(block, identities, "another before it")
