@@ -35,6 +35,7 @@ from trunkline.errors import (
     TrunklineError,
     UnknownModel,
 )
+from trunkline.protocol import JOINT, MAX_JOINT
 from trunkline.signature import Signature
 
 from sidecar.bundle import Bundle, Weight
@@ -56,10 +57,8 @@ refusals.addFilter(RateLimit(20))
 
 # An engine that had nothing to do for so long gives back what its last runs left in the allocator.
 _IDLE_S: Final = 1.0
+# Commands and requests that are taken from the inbox before a request must be started.
 _MOST_TAKEN: Final = 8
-# Between the names of models that are asked about together. No model's name may have it.
-JOINT: Final = "+"
-MAX_JOINT: Final = 8
 # Combinations of models that are kept ready.
 _MOST_JOINT: Final = 64
 # Fusing takes some 50 us for each operator, in a thread that others wait for.

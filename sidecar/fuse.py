@@ -11,13 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from trunkline.errors import InvalidInput
-from trunkline.protocol import MAX_NAME, MAX_TENSORS, TensorSpec
+from trunkline.protocol import JOINT_OUTPUT, MAX_NAME, MAX_TENSORS, TensorSpec
 
 from sidecar.ir import Argument, Graph, Node, Symbol, Value, Weight
 from sidecar.merkle import Identities, Tokens
-
-# Between a model's name and its output's in the name of a fused output.
-SEPARATOR = "/"
 
 
 def fuse(graphs: Mapping[str, Graph]) -> Graph:
@@ -78,7 +75,7 @@ class _Fusion:
                 keywords = tuple((key, _moved(argument, moved)) for key, argument in node.kwargs)
                 self.nodes[identity.value] = replace(node, args=arguments, kwargs=keywords)
         for spec, result in zip(graph.outputs, graph.results, strict=True):
-            called = f"{name}{SEPARATOR}{spec.name}"
+            called = f"{name}{JOINT_OUTPUT}{spec.name}"
             if len(called) > MAX_NAME:
                 raise InvalidInput(
                     f"the output {called[:40]}... would have a name of {len(called)} characters, at most {MAX_NAME}"

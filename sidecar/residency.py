@@ -144,10 +144,6 @@ class Residency:
         assert digest in self._committed, "a weight arrived that nobody ordered"
         self._arrived.add(digest)
 
-    def plans_with(self, digest: str) -> list[str]:
-        """Return the held plans that need a weight."""
-        return [plan for plan in self._held if digest in self._plans[plan]]
-
     def release(self, plan: str) -> None:
         """Give one lease back."""
         assert self._leases.get(plan, 0) > 0, "a lease was given back twice"

@@ -31,7 +31,7 @@ from trunkline.errors import (
     TrunklineError,
 )
 from trunkline.pool import Pool
-from trunkline.protocol import Placement
+from trunkline.protocol import JOINT, JOINT_OUTPUT, MAX_JOINT, Placement
 from trunkline.signature import Signature
 
 Outputs = Array | dict[str, Array]
@@ -41,10 +41,6 @@ T = TypeVar("T")
 _MAX_LOST = 5
 _READY_DEADLINE_S = 2.0
 _NAME: Final = re.compile(rf"[A-Za-z0-9._-]{{1,{protocol.MAX_NAME}}}")
-# Models that may be asked about together.
-MAX_JOINT: Final = 8
-# Between their names on the wire. No model's name may have it.
-JOINT: Final = "+"
 # Layouts kept for each model. A model of texts meets many lengths.
 _MAX_LAYOUTS: Final = 256
 
@@ -309,7 +305,7 @@ class Models:
         assert isinstance(outputs, dict), "several models have several outputs"
         found: dict[str, dict[str, Array]] = {name: {} for name in self.names}
         for called, array in outputs.items():
-            name, _, output = called.partition("/")
+            name, _, output = called.partition(JOINT_OUTPUT)
             found[name][output] = array
         return {name: next(iter(answer.values())) if len(answer) == 1 else answer for name, answer in found.items()}
 

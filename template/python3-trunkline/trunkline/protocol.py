@@ -28,6 +28,11 @@ MAX_MODELS: Final = 8
 MAX_NAME: Final = 128
 MAX_MESSAGE: Final = 1024
 MAX_TOKEN_BYTES: Final = 64
+# Models that are asked about together are named by their names, in order, with this between them. No model's name has it.
+JOINT: Final = "+"
+MAX_JOINT: Final = 8
+# Between the model's name and the output's in the name of an output of such a call.
+JOINT_OUTPUT: Final = "/"
 MAX_ID: Final = 2**63 - 1
 MAX_ARENA_BYTES: Final = 2**40
 MAX_DEADLINE_US: Final = 24 * 3600 * 1_000_000

@@ -111,8 +111,8 @@ class FakeConnection:
         return outputs
 
     def _find(self, model: str) -> tuple[Signature, Answer]:
-        if "+" in model:
-            return _together({name: self._find(name) for name in model.split("+")})
+        if protocol.JOINT in model:
+            return _together({name: self._find(name) for name in model.split(protocol.JOINT)})
         if model not in self._models:
             raise UnknownModel(f"the fake sidecar has no model {model!r}; it has {', '.join(self._models) or 'none'}")
         return self._models[model]
@@ -124,7 +124,11 @@ class FakeConnection:
 def _together(parts: Mapping[str, tuple[Signature, Answer]]) -> tuple[Signature, Answer]:
     """Return what ``models`` meets: all parts asked about the same inputs, which are told apart by their order alone."""
     longest = max((known for known, _ in parts.values()), key=lambda known: len(known.inputs))
-    outputs = tuple(replace(spec, name=f"{name}/{spec.name}") for name, (known, _) in parts.items() for spec in known.outputs)
+    outputs = tuple(
+        replace(spec, name=f"{name}{protocol.JOINT_OUTPUT}{spec.name}")
+        for name, (known, _) in parts.items()
+        for spec in known.outputs
+    )
     symbols = {axis: bounds for known, _ in parts.values() for axis, bounds in known.symbols.items()}
 
     def answer(**arrays: Any) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def _together(parts: Mapping[str, tuple[Signature, Answer]]) -> tuple[Signature,
             answered = one(**given)
             if not isinstance(answered, Mapping):
                 answered = {known.outputs[0].name: answered}
-            found |= {f"{name}/{output}": array for output, array in answered.items()}
+            found |= {f"{name}{protocol.JOINT_OUTPUT}{output}": array for output, array in answered.items()}
         return found
 
-    return Signature("+".join(parts), "test", longest.inputs, outputs, symbols), answer
+    return Signature(protocol.JOINT.join(parts), "test", longest.inputs, outputs, symbols), answer
