@@ -2,7 +2,7 @@
 
 A block is a run of consecutive nodes. It ends where nearly everything computed of late is done with: where the nodes that
 follow take at most one tensor from the nodes just before. That is after a residual unit or a transformer layer, not inside
-one.
+one. A normalisation or an activation stays with the operator it finishes.
 
 The rule looks at a short window before the cut and one after it, and at nothing else: two models that begin alike are cut
 alike as far as they are alike, whatever follows and whatever else is deployed, and adding a model never cuts another
@@ -21,9 +21,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.ir import Graph, Value, node_values
+from sidecar.ir import Graph, Node, Value, node_values
 from sidecar.merkle import Identities
-from sidecar.operators import SIZES
+from sidecar.operators import FINISHING, SIZES
 
 # Nodes before and after a place that count. Longer than a residual unit, or a transformer layer as torch exports it.
 WINDOW: Final = 48
@@ -68,7 +68,7 @@ def block_id(block: Block, identities: Identities, parent: str = "") -> str:
 
     Equal for the same nodes on the same inputs after the same blocks, in any model: blocks of one name form a tree.
     """
-    digest = hashlib.sha256(f"trunkline block 1 {parent}".encode())
+    digest = hashlib.sha256(f"trunkline block 2 {parent}".encode())
     for identity in identities.nodes[block.first : block.end]:
         digest.update(identity.value)
     return digest.hexdigest()
@@ -85,7 +85,7 @@ def _places(graph: Graph) -> list[int]:
             if value.kind == "weight" and value.index not in counted:
                 counted.add(value.index)
                 own_bytes += graph.weights[value.index].size_bytes
-        if own_bytes < SMALLEST_BYTES:
+        if own_bytes < SMALLEST_BYTES or _finishes(graph.nodes[place], place - 1):
             continue
         after = taken[place : place + WINDOW]
         across = {value for values in after for value in values if place - WINDOW <= value.index < place}
@@ -93,6 +93,10 @@ def _places(graph: Graph) -> list[int]:
             found.append(place)
             own_bytes = 0
     return found
+
+
+def _finishes(node: Node, before: int) -> bool:
+    return node.op in FINISHING and Value("node", before) in node_values(node)
 
 
 def _is_tensor(graph: Graph, value: Value) -> bool:

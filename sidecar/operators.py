@@ -172,6 +172,9 @@ def _expand(lines: dict[str, str]) -> frozenset[str]:
 # Arithmetic on sizes, on Python integers.
 SYMBOLIC = frozenset({"sym.add", "sym.sub", "sym.mul", "sym.floordiv", "sym.mod", "sym.neg", "sym.max", "sym.min"})
 
+# Operators that finish what the one before them began: they are run together with it, where that is possible.
+FINISHING = _expand({"batch_norm layer_norm group_norm instance_norm rms_norm": "default"}) | _expand(_GROUPS["activations"])
+
 # Everything whose result is a size, not a tensor.
 SIZES = SYMBOLIC | {"aten.sym_size.int", "aten.sym_numel.default"}
 

@@ -167,3 +167,15 @@ def test_a_block_is_named_by_its_nodes(field: str) -> None:
     moved = replace(block, **{field: getattr(block, field) + 1})
     assert block_id(block, identities) != block_id(moved, identities)
     assert block_id(block, identities) != block_id(block, identities, "another before it")
+
+
+def test_a_norm_and_an_activation_stay_with_what_they_finish() -> None:
+    nodes: list[Node] = []
+    last = X
+    for layer in range(4):
+        nodes.append(Node("aten.conv2d.default", (last, Value("weight", layer))))
+        nodes.append(Node("aten.batch_norm.default", (Value("node", len(nodes) - 1),)))
+        nodes.append(Node("aten.relu.default", (Value("node", len(nodes) - 1),)))
+        last = Value("node", len(nodes) - 1)
+    found = cut(graph(nodes, [blocks.SMALLEST_BYTES] * 4))
+    assert [block.end for block in found] == [3, 6, 9, 12]
