@@ -133,6 +133,32 @@ class TorchDevice:
             inputs = [tensor.to(self._device, non_blocking=True) for tensor in inputs]
         return program.run(weights, inputs)
 
+    # --- between stages ---------------------------------------------------------------------------------------------
+
+    def join(self, tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+        """Return tensors one after the other along an axis. Raises DeviceFault when there is no memory."""
+        try:
+            with torch.inference_mode():
+                return torch.cat([tensor.to(self._device) for tensor in tensors], axis)
+        except RuntimeError as error:
+            raise DeviceFault(f"{len(tensors)} tensors could not be joined on {self.name}: {type(error).__name__}") from error
+
+    def part(self, tensor: torch.Tensor, axis: int, start: int, length: int) -> torch.Tensor:
+        """Return a part of a tensor along an axis; it shares memory with the whole."""
+        with torch.inference_mode():
+            return tensor.narrow(axis, start, length)
+
+    def same(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Say whether two inputs, contiguous in host memory, are alike in shape, dtype and every bit."""
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        # Bytes, because numbers that compare equal can differ: zeros have a sign.
+        return one.data_ptr() == other.data_ptr() or torch.equal(_bytes(one), _bytes(other))
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a tensor."""
+        return tensor.clone()
+
     # --- inputs and outputs -----------------------------------------------------------------------------------------
 
     def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -177,3 +203,7 @@ class TorchDevice:
 def _read_as(flat: torch.Tensor, weight: Weight) -> Any:
     """Return flat bytes as a tensor of the weight's dtype and shape, sharing memory."""
     return flat.view(getattr(torch, weight.dtype)).view(weight.shape)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

@@ -1,54 +1,47 @@
-"""The engine: one thread that owns graph, residency and queue, and gives the device its work.
+"""The engine: one thread that owns graph, residency, queue and wavefront, and gives the device its work.
 
 Everybody else posts a command to its inbox and is told the outcome through the session the command came from. Nothing
 here waits for a disk: a mover thread reads weights and posts them to the same inbox. Devices and the store
 come in as arguments; this module imports neither torch nor the store.
 
-Life of a request: queued; leased (its model's weights may no longer be evicted); parked while missing weights are read;
-run; answered; lease returned.
+Life of a request: queued; leased (the weights of its models may no longer be evicted); parked while missing weights are read;
+in the wavefront, which is run stage by stage; answered; leases returned.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
-import os
 import queue
 import secrets
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from trunkline.errors import (
-    BudgetExceeded,
     DeadlineExceeded,
     Draining,
-    InvalidInput,
-    ModelCorrupt,
     QueueFull,
     SidecarFault,
     SignatureMismatch,
     TrunklineError,
-    UnknownModel,
 )
-from trunkline.protocol import JOINT, MAX_JOINT
+from trunkline.protocol import JOINT
 from trunkline.signature import Signature
 
-from sidecar.bundle import Bundle, Weight
-from sidecar.errors import BundleError, StoreError
-from sidecar.fuse import fuse
-from sidecar.graph import FusedBlock, FusedGraph
+from sidecar.catalog import Catalog, Deployed, Step
+from sidecar.commands import Commands
+from sidecar.costs import BatchCosts
+from sidecar.loads import Loads, Parked
 from sidecar.logs import RateLimit
-from sidecar.merkle import skeleton_id
 from sidecar.mover import Mover
 from sidecar.pins import Pins
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Residency
 from sidecar.scheduler import Queue
+from sidecar.wavefront import Group, Ticket, Wavefront
 
 log = logging.getLogger("trunkline.engine")
 # One line a refused request, as long as there are not too many of them.
@@ -57,28 +50,10 @@ refusals.addFilter(RateLimit(20))
 
 # An engine that had nothing to do for so long gives back what its last runs left in the allocator.
 _IDLE_S: Final = 1.0
-# Commands and requests that are taken from the inbox before a request must be started.
+# Commands and requests that are taken from the inbox before a stage must be run.
 _MOST_TAKEN: Final = 8
-# Combinations of models that are kept ready.
-_MOST_JOINT: Final = 64
-# Fusing takes some 50 us for each operator, in a thread that others wait for.
-_MOST_JOINT_NODES: Final = 20_000
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
-
-
-@dataclass(slots=True)
-class Deployed:
-    """A deployed version of a model and what the engine prepared for it."""
-
-    bundle: Bundle
-    plan: str
-    signature: Signature
-    skeleton: str
-    program: Any = None
-    bound: list[object] | None = None
-    request_count: int = 0
-    last_used_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -88,17 +63,22 @@ class Counts:
     answered: int = 0
     failed: int = 0
     expired: int = 0
-    fetched_bytes: int = 0
     evicted_bytes: int = 0
+    # Stages run, the rows they were run on, and the requests that each stage was run for: what nobody shares has one of each.
+    stages: int = 0
+    stage_rows: int = 0
+    stage_requests: int = 0
 
 
-@dataclass(slots=True)
-class _Load:
-    """Weights still on their way for a plan, the requests that wait for them, and what went wrong so far."""
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A request in the wavefront: one ticket for each of its models, and the results that are there already."""
 
-    waiting: set[str]
-    parked: list[Work] = field(default_factory=list)
-    error: TrunklineError | None = None
+    work: Work
+    parts: tuple[Deployed, ...]
+    signature: Signature
+    tickets: list[Ticket[_Call]] = field(default_factory=list)
+    results: dict[Ticket[_Call], list[Any]] = field(default_factory=dict)
 
 
 class Engine:
@@ -112,39 +92,28 @@ class Engine:
         *,
         budget_bytes: int,
         queue_limit: int,
+        batch_limit: int = 8,
+        compute_once: bool = True,
         generation: int = 0,
         facts: dict[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
-        self._source = source
-        self._pins = pins
         self._clock = clock
-        self._generation = generation
-        self._facts = facts or {}
-        self._started_s = clock()
+        self._batch_limit = batch_limit
+        self._compute_once = compute_once
         self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
         self._mover = Mover(device, source, self._post)
-        self._graph = FusedGraph()
         self._residency = Residency(budget_bytes)
+        self._catalog = Catalog(source, device, self._residency, pins)
+        self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
         self._queue: Queue[Work] = Queue(queue_limit)
-        self._deployed: dict[str, Deployed] = {}
-        self._broken: dict[str, TrunklineError] = {}
-        # Models that were asked about together, by their names with JOINT between them.
-        self._joint: dict[str, Deployed] = {}
-        # Versions that were replaced while they were in use, by plan.
-        self._retired: dict[str, Deployed] = {}
-        self._handles: dict[str, object] = {}
-        # Prepared programs by skeleton, of the models that are deployed.
-        self._programs: dict[str, Any] = {}
-        self._loads: dict[str, _Load] = {}
-        # Weights that the mover was asked for and has not brought yet.
-        self._in_flight: set[str] = set()
-        self._ready: deque[tuple[Work, Deployed]] = deque()
+        self._costs = BatchCosts()
+        self._wavefront: Wavefront[_Call] = Wavefront(device, self._costs, batch_limit)
         # Set while the head of the queue waits for a lease of somebody else to end.
         self._blocked = False
         self._untrimmed = False
-        # Commands and requests taken from the inbox since a request was last started.
+        # Commands and requests taken from the inbox since a stage was last run.
         self._taken = 0
         self._draining = False
         self._drained: Callable[[], None] | None = None
@@ -153,76 +122,23 @@ class Engine:
         self._session_count = 0
         # Written by the server's thread alone.
         self._turned_away = 0
-        # Replaced as a whole, never changed in place, so that other threads may read it without a lock.
-        self._published: dict[str, Signature | TrunklineError] = {}
-        self._bundles: dict[str, Bundle] = {}
-        # What models asked about together take and give; made by whichever thread needs it first, from what is published.
-        self._fused: dict[str, tuple[tuple[Bundle, ...], Bundle, Signature]] = {}
-        self._commands: dict[str, Callable[[Work, dict[str, Any]], object | None]] = {
-            "status": self._status,
-            "models": lambda work, arguments: {"models": self._models()},
-            "model": self._model,
-            "blocks": self._blocks,
-            "graph": lambda work, arguments: self._graph.tree(),
-            "memory": lambda work, arguments: self._memory(),
-            "load": self._load,
-            "unload": self._evict,
-            "evict": self._evict,
-            "pin": self._pin,
-            "unpin": self._unpin,
-            "model_changed": self._model_changed,
-            "model_removed": self._model_removed,
-        }
+        self._commands = Commands(
+            self._catalog,
+            self._loads,
+            accept=self._accept,
+            drop=self._drop,
+            unblock=self._unblock,
+            requests=self._request_counts,
+            facts={"generation": generation, "device": device.name, **(facts or {})},
+            started_s=clock(),
+            clock=clock,
+        )
 
     # --- called from other threads -----------------------------------------------------------------------------------
 
     def signature(self, name: str) -> Signature:
-        """Return the signature of a deployed model. Raises UnknownModel, ModelCorrupt."""
-        found = self._published.get(name)
-        if isinstance(found, Signature):
-            return found
-        if found is not None:
-            raise ModelCorrupt(f"{name} cannot be served: {found.message}", model=name)
-        if JOINT in name:
-            return self._fuse(name)[1]
-        known = ", ".join(sorted(self._published)[:8]) or "none"
-        raise UnknownModel(
-            f"the sidecar holds no model {name[:64]!r}; it holds {known}; `trunkline push` adds one", model=name[:64]
-        )
-
-    def _fuse(self, name: str) -> tuple[Bundle, Signature]:
-        """Return what several models are together. Raises UnknownModel, ModelCorrupt, InvalidInput. Any thread."""
-        names = name.split(JOINT)
-        if len(names) > MAX_JOINT or names != sorted(set(names)):
-            raise InvalidInput(f"{name[:64]!r} does not name up to {MAX_JOINT} models in the order of their names, each once")
-        for each in names:
-            self.signature(each)
-        published = self._bundles
-        try:
-            bundles = tuple(published[each] for each in names)
-        except KeyError as error:
-            raise UnknownModel(f"{error.args[0]} is being replaced; try again", model=str(error.args[0])) from error
-        known = self._fused.get(name)
-        if known is not None and all(one is other for one, other in zip(known[0], bundles, strict=True)):
-            return known[1:]
-        node_count = sum(len(bundle.graph.nodes) for bundle in bundles)
-        if node_count > _MOST_JOINT_NODES:
-            raise InvalidInput(
-                f"{name[:64]} have {node_count} operators together, at most {_MOST_JOINT_NODES} are asked together",
-                node_count=node_count,
-                limit_count=_MOST_JOINT_NODES,
-            )
-        graph = fuse({bundle.name: bundle.graph for bundle in bundles})
-        digest = hashlib.sha256(" ".join(bundle.graph_digest for bundle in bundles).encode()).hexdigest()
-        version = JOINT.join(bundle.version for bundle in bundles)
-        tolerance = max(bundle.tolerance for bundle in bundles)
-        made = Bundle(name, version, graph, digest, None, tolerance, {})
-        signature = _signature(made)
-        # Two threads may be here; a copy of the keys is taken at one stroke.
-        for oldest in list(self._fused)[: len(self._fused) - _MOST_JOINT + 1]:
-            self._fused.pop(oldest, None)
-        self._fused[name] = (bundles, made, signature)
-        return made, signature
+        """Return the signature of a deployed model. Raises UnknownModel, ModelCorrupt, InvalidInput."""
+        return self._catalog.signature(name)
 
     def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:
         """Return private bytes as the device takes its inputs and gives its outputs; they share the memory."""
@@ -268,19 +184,13 @@ class Engine:
 
     def deploy_stored(self) -> None:
         """Deploy every model of the store. Call once, before ``run`` starts; a broken model does not stop the others."""
-        for name in self._source.models():
-            self._deploy(name)
-        for name in self._pins.names():
-            if name in self._deployed:
-                self._pin_if_possible(self._deployed[name])
-        self._publish()
+        self._catalog.deploy_stored()
 
     def run(self) -> None:
         """Serve until drained. The engine thread's body."""
         threading.Thread(target=self._mover.run, name="mover", daemon=True).start()
-        for name in self._pins.names():
-            if name in self._deployed:
-                self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
+        for name in self._catalog.pinned():
+            self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
         while not self._finished:
             try:
                 self._step()
@@ -293,12 +203,12 @@ class Engine:
 
     def _step(self) -> None:
         # Work goes on while there is some, but what has been posted meanwhile comes first.
-        busy = bool(self._ready) or (len(self._queue) > 0 and not self._blocked)
+        busy = len(self._wavefront) > 0 or (len(self._queue) > 0 and not self._blocked)
         try:
             command = self._inbox.get(block=not busy, timeout=_IDLE_S if self._untrimmed else None)
         except queue.Empty:
             if busy:
-                self._start_next()
+                self._go_on()
             else:
                 self._device.trim()
                 self._untrimmed = False
@@ -309,11 +219,11 @@ class Engine:
         else:
             command()
         self._taken += 1
-        # All that has been posted is seen before the next request is chosen; but a flood of what is only refused must not
+        # All that has been posted is seen before the next stage is chosen; but a flood of what is only refused must not
         # keep the chosen ones waiting.
         if self._inbox.empty() or self._taken >= _MOST_TAKEN:
             self._taken = 0
-            self._start_next()
+            self._go_on()
 
     def _accept(self, work: Work) -> None:
         if self._draining:
@@ -325,36 +235,35 @@ class Engine:
         except TrunklineError as error:
             self._fail(work, error)
 
-    def _start_next(self) -> None:
-        if self._ready:
-            self._run(*self._ready.popleft())
-        elif not self._blocked:
+    def _go_on(self) -> None:
+        # Enough are taken up for the largest batch, and for another to form meanwhile; the others keep their deadlines.
+        while len(self._queue) and not self._blocked and len(self._wavefront) < 2 * self._batch_limit:
             expired, work = self._queue.take(self._clock())
             for late in expired:
                 self._counts.expired += 1
                 self._fail(late, self._late(late, "waiting"))
             if work is not None:
                 self._admit(work)
+        if len(self._wavefront):
+            self._run_stage()
         self._finish_if_drained()
 
     def _admit(self, work: Work) -> None:
         try:
-            deployed = self._deploy_joint(work.model) if JOINT in work.model else self._deployed.get(work.model)
+            signature = self.signature(work.model)
+            parts = self._catalog.parts(work.model)
         except TrunklineError as error:
             self._fail(work, error)
             return
-        if deployed is None:
-            self._fail(work, UnknownModel(f"{work.model} was removed while the request was waiting", model=work.model))
-            return
-        if work.signature is not None and not _takes_the_same(deployed.signature, work.signature):
+        if work.signature is not None and not _takes_the_same(work.signature, signature):
             # What was checked is what is computed: these inputs were another version's.
-            version = deployed.signature.version
-            self._fail(work, SignatureMismatch(f"{work.model} became version {version} while the request was waiting"))
+            message = f"{work.model} became version {signature.version} while the request was waiting"
+            self._fail(work, SignatureMismatch(message))
             return
         try:
-            self._prepare(deployed)
-            was_held = self._residency.is_held(deployed.plan)
-            grant = self._residency.lease(deployed.plan)
+            for deployed in parts:
+                self._catalog.prepare(deployed)
+            grant = self._residency.lease(*(deployed.plan for deployed in parts))
         except TrunklineError as error:
             self._fail(work, error)
             return
@@ -362,109 +271,114 @@ class Engine:
             self._queue.put_back(work)
             self._blocked = True
             return
-        if not was_held:
-            self._drop(grant.evict)
-            self._fetch(deployed)
-        if deployed.plan in self._loads:
-            self._loads[deployed.plan].parked.append(work)
+        self._drop(grant.evict)
+        self._loads.want(work, parts)
+
+    def _enter(self, parked: Parked) -> None:
+        """Let a request whose weights are in memory into the wavefront."""
+        work, parts = parked.work, parked.parts
+        if work.inputs is None:
+            self._conclude(work, parts, lambda: work.session.document(work.request_id, self._commands.describe(parts[0])))
+        elif work.deadline <= self._clock():
+            self._conclude(work, parts, lambda: self._fail(work, self._late(work, "waiting for its model to be loaded")))
         else:
-            self._run(work, deployed)
+            self._wavefront.add(self._call(work, parts, work.inputs).tickets)
 
-    def _fetch(self, deployed: Deployed) -> None:
-        weights = self._weights(deployed)
-        waiting = {digest for digest in weights if not self._residency.is_resident(digest)}
-        if not waiting:
+    def _call(self, work: Work, parts: tuple[Deployed, ...], inputs: Sequence[Any]) -> _Call:
+        joint = self._catalog.joint(work.model) if JOINT in work.model else None
+        names = parts[0].staged.inputs if joint is None else joint.interface.values
+        call = _Call(work, parts, parts[0].signature if joint is None else joint.signature)
+        named = dict(zip(names, inputs, strict=True))
+        independent = all(deployed.layouts is not None for deployed in parts)
+        extent = inputs[0].shape[0] if independent else 1
+        for deployed in parts:
+            own = {key: named[key] for key in deployed.staged.inputs} if joint is None else named
+            layouts = deployed.layouts if independent else None
+            results = deployed.staged.results
+            call.tickets.append(Ticket(call, deployed.steps, results, own, extent, layouts, self._compute_once))
+        return call
+
+    def _run_stage(self) -> None:
+        group = self._wavefront.choose()
+        if group is None:
             return
-        # The load itself holds a lease: bytes that are being read must not be taken for evictable. Some of them may
-        # be on their way already, for another model.
-        self._residency.lease(deployed.plan)
-        self._loads[deployed.plan] = _Load(waiting)
-        # Those on their way for another model are waited for; those that failed on it are tried again.
-        for digest in waiting - self._in_flight:
-            self._in_flight.add(digest)
-            self._mover.fetch(weights[digest], self._arrived)
-
-    def _arrived(self, weight: Weight, outcome: object) -> None:
-        error = outcome if isinstance(outcome, TrunklineError) else None
-        self._in_flight.discard(weight.digest)
-        if error is None:
-            self._handles[weight.digest] = outcome
-            self._residency.arrived(weight.digest)
-            self._counts.fetched_bytes += weight.size_bytes
-        else:
-            log.error("weight %s could not be loaded: %s", weight.digest[:12], error.message)
-        for plan, load in list(self._loads.items()):
-            if weight.digest in load.waiting:
-                load.waiting.discard(weight.digest)
-                load.error = load.error or error
-                if not load.waiting:
-                    self._finish_load(plan)
-
-    def _finish_load(self, plan: str) -> None:
-        load = self._loads.pop(plan)
-        deployed = self._by_plan(plan)
-        if load.error is None:
-            self._ready.extend((work, deployed) for work in load.parked)
-            self._release(deployed)
-            return
-        for work in load.parked:
-            self._fail(work, load.error)
-            self._release(deployed)
-        self._release(deployed)
-        # What did arrive goes too, so that the next request starts the load afresh.
-        self._drop(self._residency.evict(plan))
-
-    def _run(self, work: Work, deployed: Deployed) -> None:
+        step = group.step
+        assert isinstance(step, Step)
+        self._counts.stages += 1
+        self._counts.stage_rows += len(group.rows)
+        self._counts.stage_requests += sum(1 for _ in group.tickets())
+        started_s = self._clock()
         try:
-            if work.inputs is None:
-                work.session.document(work.request_id, self._describe(work.model, deployed))
-            else:
-                if work.deadline <= self._clock():
-                    raise self._late(work, "waiting for its model to be loaded")
-                self._compute(work, deployed, work.inputs)
-                self._counts.answered += 1
+            outputs = self._device.run(step.program, self._loads.bind(step), group.takes())
+            self._costs.record(step.key, group.extent, self._clock() - started_s)
+            finished = self._wavefront.advance(group, outputs)
+        except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
+            self._stage_failed(group, error)
+            return
+        for ticket, results in finished:
+            call = ticket.call
+            call.results[ticket] = results
+            if len(call.results) == len(call.tickets):
+                self._conclude(call.work, call.parts, lambda call=call: self._answer(call))  # type: ignore[misc]
+                # Call and tickets know each other; results would stay until the collector comes round.
+                call.results.clear()
+                call.tickets.clear()
+
+    def _stage_failed(self, group: Group[_Call], error: Exception) -> None:
+        failed = self._wavefront.fail(group)
+        for call in dict.fromkeys(ticket.call for ticket in failed):
+            self._wavefront.drop(lambda ticket, call=call: ticket.call is call)  # type: ignore[misc]
+            work = call.work
+            told = error if isinstance(error, TrunklineError) else _incident(f"{work.model} (call {work.call_id})", error)
+            self._conclude(work, call.parts, lambda work=work, told=told: self._fail(work, told))  # type: ignore[misc]
+
+    def _answer(self, call: _Call) -> None:
+        outputs = [output for ticket in call.tickets for output in call.results[ticket]]
+        specs = tuple(
+            (spec.name, *self._device.output_spec(output)) for spec, output in zip(call.signature.outputs, outputs, strict=True)
+        )
+        call.work.session.answer(call.work.request_id, specs, outputs, self._device.read_output)
+        self._counts.answered += 1
+        now = self._clock()
+        for deployed in call.parts:
+            deployed.request_count += 1
+            deployed.last_used_s = now
+
+    def _conclude(self, work: Work, parts: tuple[Deployed, ...], tell: Callable[[], None]) -> None:
+        """Tell a request's session the outcome, whatever happens on the way, and return its leases."""
+        try:
+            tell()
         except TrunklineError as error:
             self._fail(work, error)
         except Exception as error:  # noqa: BLE001 - _incident logs it
             self._fail(work, _incident(f"{work.model} (call {work.call_id})", error))
         finally:
-            self._release(deployed)
+            for deployed in parts:
+                self._release(deployed)
 
-    def _compute(self, work: Work, deployed: Deployed, inputs: Sequence[object]) -> None:
-        device = self._device
-        if deployed.bound is None:
-            deployed.bound = [device.as_weight(self._handles[weight.digest], weight) for weight in deployed.bundle.graph.weights]
-        outputs = device.run(deployed.program, deployed.bound, inputs)
-        specs = tuple(
-            (spec.name, *device.output_spec(output)) for spec, output in zip(deployed.signature.outputs, outputs, strict=True)
-        )
-        work.session.answer(work.request_id, specs, outputs, device.read_output)
-        now = self._clock()
-        for used in (self._deployed.get(name) for name in work.model.split(JOINT)):
-            if used is not None:
-                used.request_count += 1
-                used.last_used_s = now
+    def _load_failed(self, deployed: Deployed, concerned: Sequence[Parked], error: TrunklineError) -> None:
+        for parked in concerned:
+            self._conclude(parked.work, parked.parts, lambda work=parked.work: self._fail(work, error))  # type: ignore[misc]
+        self._release(deployed)
+        # What did arrive goes too, so that the next request starts the load afresh.
+        if not self._residency.lease_count(deployed.plan) and deployed in self._catalog.all():
+            self._drop(self._residency.evict(deployed.plan))
 
     def _release(self, deployed: Deployed) -> None:
         self._residency.release(deployed.plan)
         self._blocked = False
-        if deployed.plan in self._retired and not self._residency.lease_count(deployed.plan):
-            del self._retired[deployed.plan]
-            self._drop_programs()
-            self._drop(self._residency.remove_plan(deployed.plan))
+        self._drop(self._catalog.let_go(deployed))
+
+    def _unblock(self) -> None:
+        self._blocked = False
 
     def _drop(self, digests: Sequence[str]) -> None:
         if not digests:
             return
-        weights = self._graph.all_weights()
-        for digest in digests:
-            self._handles.pop(digest, None)
-            if digest in weights:
-                self._counts.evicted_bytes += weights[digest].size_bytes
-        # A bound list would keep the dropped bytes alive.
-        for deployed in self._all():
-            if deployed.bound is not None and not self._residency.is_held(deployed.plan):
-                deployed.bound = None
+        weights = self._catalog.graph.all_weights()
+        self._counts.evicted_bytes += sum(weights[digest].size_bytes for digest in digests if digest in weights)
+        self._loads.drop(digests)
+        self._catalog.unbind()
 
     def _late(self, work: Work, doing: str) -> DeadlineExceeded:
         late_s = self._clock() - work.deadline
@@ -482,14 +396,13 @@ class Engine:
     def _forget(self, session: Session) -> None:
         self._session_count -= 1
         self._queue.drop(lambda work: work.session is session)
-        for plan, load in self._loads.items():
-            kept = [work for work in load.parked if work.session is not session]
-            for _ in range(len(load.parked) - len(kept)):
-                self._release(self._by_plan(plan))
-            load.parked = kept
-        for entry in [entry for entry in self._ready if entry[0].session is session]:
-            self._ready.remove(entry)
-            self._release(entry[1])
+        gone = [parked for parked in self._loads.parked if parked.work.session is session]
+        self._loads.parked = [parked for parked in self._loads.parked if parked not in gone]
+        calls = {ticket.call: None for ticket in self._wavefront.tickets() if ticket.call.work.session is session}
+        self._wavefront.drop(lambda ticket: ticket.call in calls)
+        for parts in itertools.chain((parked.parts for parked in gone), (call.parts for call in calls)):
+            for deployed in parts:
+                self._release(deployed)
         session.released()
 
     def _start_drain(self, drained: Callable[[], None]) -> None:
@@ -498,133 +411,12 @@ class Engine:
         self._finish_if_drained()
 
     def _finish_if_drained(self) -> None:
-        waiting = bool(self._ready) or len(self._queue) > 0 or any(load.parked for load in self._loads.values())
+        waiting = len(self._wavefront) > 0 or len(self._queue) > 0 or bool(self._loads.parked)
         self._finished = self._draining and not waiting
 
-    def check_invariants(self) -> None:
-        """Raise AssertionError when the engine's books do not balance. Only in the engine thread, or after it ended."""
-        self._graph.check_invariants()
-        self._residency.check_invariants()
-        used = {deployed.skeleton for deployed in self._all()}
-        assert self._programs.keys() <= used, "programs are kept for nobody"
-        for digest in self._handles:
-            assert self._residency.is_resident(digest), f"weight {digest[:12]} is kept though it was evicted"
-        for plan in {deployed.plan for deployed in self._all()}:
-            ready = sum(1 for _, deployed in self._ready if deployed.plan == plan)
-            load = self._loads.get(plan)
-            expected = ready + (len(load.parked) + 1 if load else 0)
-            assert self._residency.lease_count(plan) == expected, f"{plan}: leases do not match the requests under way"
-
-    # --- deployed models ---------------------------------------------------------------------------------------------
-
-    def _weights(self, deployed: Deployed) -> dict[str, Weight]:
-        return {weight.digest: weight for weight in deployed.bundle.graph.weights}
-
-    def _by_plan(self, plan: str) -> Deployed:
-        if plan in self._retired:
-            return self._retired[plan]
-        name = plan.rpartition("@")[0]
-        return self._joint[name] if JOINT in name else self._deployed[name]
-
-    def _all(self) -> Iterator[Deployed]:
-        return itertools.chain(self._deployed.values(), self._joint.values(), self._retired.values())
-
-    def _deploy(self, name: str) -> None:
-        self._broken.pop(name, None)
-        try:
-            bundle = self._source.model(name)
-        except (BundleError, StoreError, ModelCorrupt) as error:
-            log.error("%s cannot be served: %s", name, error.message)
-            self._withdraw(name)
-            self._broken[name] = error
-            return
-        plan = f"{name}@{bundle.graph_digest}"
-        if name in self._deployed and self._deployed[name].plan == plan:
-            # The same graph under another version, perhaps.
-            self._deployed[name].bundle, self._deployed[name].signature = bundle, _signature(bundle)
-            return
-        was_pinned = name in self._deployed and self._residency.is_pinned(self._deployed[name].plan)
-        self._withdraw(name)
-        self._graph.add(bundle)
-        deployed = self._retired.pop(plan, None) or Deployed(bundle, plan, _signature(bundle), skeleton_id(bundle.graph))
-        self._residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in self._weights(deployed).items()})
-        self._deployed[name] = deployed
-        if was_pinned and not self._pin_if_possible(deployed):
-            # After a restart, too: its pin could come before those of others, and keep them out.
-            self._pins.discard(name)
-
-    def _pin_if_possible(self, deployed: Deployed) -> bool:
-        """Pin again what was pinned before a restart or a push. A pin is a preference: without it the model still serves."""
-        try:
-            self._residency.pin(deployed.plan)
-        except BudgetExceeded as error:
-            log.error("%s is not pinned any more: %s", deployed.bundle.name, error.message)
-            return False
-        return True
-
-    def _withdraw(self, name: str) -> None:
-        deployed = self._deployed.pop(name, None)
-        if deployed is None:
-            return
-        for joint in [joint for joint in self._joint if name in joint.split(JOINT)]:
-            self._retire(self._joint.pop(joint))
-        self._retire(deployed)
-        self._graph.remove(name)
-
-    def _retire(self, deployed: Deployed) -> None:
-        """Let go of what is deployed no more, once nobody uses it."""
-        if self._residency.lease_count(deployed.plan):
-            self._residency.unpin(deployed.plan)
-            self._retired[deployed.plan] = deployed
-        else:
-            self._drop(self._residency.remove_plan(deployed.plan))
-        self._drop_programs()
-
-    def _deploy_joint(self, name: str) -> Deployed:
-        """Return several models as one, whose plan has the weights of all and whose program computes what is equal once."""
-        bundle, signature = self._fuse(name)
-        plan = f"{name}@{bundle.graph_digest}"
-        known = self._joint.pop(name, None)
-        if known is not None and known.plan != plan:
-            self._retire(known)
-            known = None
-        if known is None:
-            while len(self._joint) >= _MOST_JOINT:
-                self._retire(self._joint.pop(next(iter(self._joint))))
-            known = self._retired.pop(plan, None) or Deployed(bundle, plan, signature, skeleton_id(bundle.graph))
-            self._residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in self._weights(known).items()})
-        # The latest last: the first is the next to be let go.
-        self._joint[name] = known
-        return known
-
-    def _publish(self) -> None:
-        self._bundles = {name: entry.bundle for name, entry in self._deployed.items()}
-        for joint, (bundles, _, _) in list(self._fused.items()):
-            if any(self._bundles.get(bundle.name) is not bundle for bundle in bundles):
-                self._fused.pop(joint, None)
-        self._published = {**self._broken, **{name: entry.signature for name, entry in self._deployed.items()}}
-
-    def _prepare(self, deployed: Deployed) -> None:
-        if deployed.program is not None:
-            return
-        # Models that differ in nothing but the bytes of their weights are run by one program.
-        program = self._programs.get(deployed.skeleton)
-        if program is None:
-            program = self._programs[deployed.skeleton] = self._device.prepare(deployed.bundle.graph)
-        deployed.program = program
-
-    def _drop_programs(self) -> None:
-        used = {deployed.skeleton for deployed in self._all()}
-        self._programs = {skeleton: program for skeleton, program in self._programs.items() if skeleton in used}
-
-    # --- administrator's commands ------------------------------------------------------------------------------------
-
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
-        command = self._commands.get(name)
         try:
-            if command is None:
-                raise InvalidInput(f"there is no command {name[:64]!r}")
-            answer = command(work, arguments)
+            answer = self._commands.run(work, name, arguments)
         except TrunklineError as error:
             work.session.fail(work.request_id, error)
             return
@@ -635,152 +427,38 @@ class Engine:
         if answer is not None:
             work.session.document(work.request_id, answer)
 
-    def _known(self, name: str) -> Deployed:
-        if JOINT in name:
-            raise InvalidInput(f"{name[:64]} names several models; commands are for one")
-        self.signature(name)
-        return self._deployed[name]
-
-    def _status(self, work: Work, arguments: dict[str, Any]) -> object:
+    def _request_counts(self) -> dict[str, object]:
         return {
-            "engine": {
-                "pid": os.getpid(),
-                "generation": self._generation,
-                "uptime_s": round(self._clock() - self._started_s, 3),
-                "draining": self._draining,
-                "device": self._device.name,
-                **self._facts,
-            },
-            "memory": self._memory(),
-            "models": self._models(),
+            "draining": self._draining,
             "sessions": self._session_count,
             "requests": {
                 "answered": self._counts.answered,
                 "failed": self._counts.failed + self._turned_away,
                 "expired": self._counts.expired,
                 "waiting": len(self._queue),
-                "fetched_bytes": self._counts.fetched_bytes,
+                "running": len(self._wavefront),
+                "fetched_bytes": self._loads.fetched_bytes,
                 "evicted_bytes": self._counts.evicted_bytes,
+            },
+            "sharing": {
+                "stages": self._counts.stages,
+                "stage_rows": self._counts.stage_rows,
+                "stage_requests": self._counts.stage_requests,
+                "programs": len(self._catalog.programs),
             },
         }
 
-    def _memory(self) -> dict[str, int]:
-        residency = self._residency
-        resident = [name for name, deployed in self._deployed.items() if self._is_resident(deployed)]
-        logical_bytes = sum(self._graph.bytes_of(name)[0] for name in resident)
-        return {
-            "budget_bytes": residency.budget_bytes,
-            "resident_bytes": residency.committed_bytes,
-            "logical_bytes": logical_bytes,
-            # While a model is being loaded or let go, there may be bytes in memory that no whole model stands for.
-            "saved_bytes": max(0, logical_bytes - residency.committed_bytes),
-            "pinned_bytes": residency.pinned_bytes,
-            **self._device.memory(),
-        }
-
-    def _is_resident(self, deployed: Deployed) -> bool:
-        # Whole in memory, be it by its own doing or by that of models it was asked with. One without weights once it was used.
-        weightless = not deployed.bundle.graph.weights
-        return self._residency.is_ready(deployed.plan) and (not weightless or self._residency.is_held(deployed.plan))
-
-    def _models(self) -> list[dict[str, object]]:
-        listed = [self._describe(name, deployed) for name, deployed in sorted(self._deployed.items())]
-        broken: list[dict[str, object]] = [
-            {"name": name, "state": "corrupt", "error": error.to_dict()} for name, error in sorted(self._broken.items())
-        ]
-        return listed + broken
-
-    def _describe(self, name: str, deployed: Deployed) -> dict[str, object]:
-        plan = deployed.plan
-        model_bytes, shared_bytes = self._graph.bytes_of(name) if name in self._graph else (0, 0)
-        state = "stored"
-        if self._is_resident(deployed):
-            state = "resident"
-        elif plan in self._loads:
-            state = "loading"
-        return {
-            "name": name,
-            "version": deployed.bundle.version,
-            "state": state,
-            "bytes": model_bytes,
-            "shared_bytes": shared_bytes,
-            "unique_bytes": model_bytes - shared_bytes,
-            "shared_with": self._graph.sharers(name) if name in self._graph else [],
-            "pinned": self._residency.is_pinned(plan),
-            "leases": self._residency.lease_count(plan),
-            "requests": deployed.request_count,
-            "last_used_s": None if deployed.last_used_s is None else round(self._clock() - deployed.last_used_s, 3),
-        }
-
-    def _model(self, work: Work, arguments: dict[str, Any]) -> object:
-        deployed = self._known(work.model)
-        return self._describe(work.model, deployed) | {
-            "graph": deployed.bundle.graph_digest,
-            "node_count": len(deployed.bundle.graph.nodes),
-            "shared_node_count": self._graph.nodes_of(work.model)[1],
-            "weight_count": len(self._weights(deployed)),
-            "signature": deployed.signature.to_plain(),
-        }
-
-    def _blocks(self, work: Work, arguments: dict[str, Any]) -> object:
-        blocks = self._graph.blocks()
-        offset, limit = int(arguments.get("offset", 0)), int(arguments.get("limit", 100))
-        return {"total": len(blocks), "blocks": [self._describe_block(block) for block in blocks[offset : offset + limit]]}
-
-    def _describe_block(self, block: FusedBlock) -> dict[str, object]:
-        resident = [digest for digest in block.weights if self._residency.is_resident(digest)]
-        plans = [self._deployed[name].plan for name in block.models]
-        return block.to_plain() | {
-            "weights": len(block.weights),
-            "resident_bytes": sum(block.weights[digest] for digest in resident),
-            "tier": "device" if len(resident) == len(block.weights) else "disk",
-            "leases": sum(map(self._residency.lease_count, plans)),
-        }
-
-    def _load(self, work: Work, arguments: dict[str, Any]) -> None:
-        # Answered when the weights are there, by the same path as a request.
-        self._known(work.model)
-        self._accept(work)
-
-    def _evict(self, work: Work, arguments: dict[str, Any]) -> object:
-        deployed = self._known(work.model)
-        if leases := self._residency.lease_count(deployed.plan):
-            raise InvalidInput(f"{work.model} is in use by {leases} requests; try again", leases=leases)
-        if self._residency.is_pinned(deployed.plan):
-            raise InvalidInput(f"{work.model} is pinned; unpin it first")
-        before_bytes = self._residency.committed_bytes
-        for joint, entry in self._joint.items():
-            if work.model in joint.split(JOINT) and not self._residency.lease_count(entry.plan):
-                self._drop(self._residency.evict(entry.plan))
-        self._drop(self._residency.evict(deployed.plan))
-        freed_bytes = before_bytes - self._residency.committed_bytes
-        return self._describe(work.model, deployed) | {"freed_bytes": freed_bytes}
-
-    def _pin(self, work: Work, arguments: dict[str, Any]) -> None:
-        deployed = self._known(work.model)
-        self._residency.pin(deployed.plan)
-        self._pins.add(work.model)
-        self._accept(work)
-
-    def _unpin(self, work: Work, arguments: dict[str, Any]) -> object:
-        deployed = self._known(work.model)
-        self._residency.unpin(deployed.plan)
-        self._pins.discard(work.model)
-        self._blocked = False
-        return self._describe(work.model, deployed)
-
-    def _model_changed(self, work: Work, arguments: dict[str, Any]) -> object:
-        self._deploy(work.model)
-        self._publish()
-        deployed = self._known(work.model)
-        return self._describe(work.model, deployed)
-
-    def _model_removed(self, work: Work, arguments: dict[str, Any]) -> object:
-        self._broken.pop(work.model, None)
-        self._withdraw(work.model)
-        self._pins.discard(work.model)
-        self._publish()
-        return {"name": work.model}
+    def check_invariants(self) -> None:
+        """Raise AssertionError when the engine's books do not balance. Only in the engine thread, or after it ended."""
+        self._catalog.check_invariants()
+        self._residency.check_invariants()
+        self._loads.check_invariants()
+        calls = dict.fromkeys(ticket.call for ticket in self._wavefront.tickets())
+        for deployed in self._catalog.all():
+            running = sum(1 for call in calls if deployed in call.parts)
+            expected = running + self._loads.count(deployed.plan)
+            found = self._residency.lease_count(deployed.plan)
+            assert found == expected, f"{deployed.plan}: {found} leases, {expected} requests under way"
 
 
 class _Nobody:
@@ -807,18 +485,6 @@ def _incident(what: str, error: Exception) -> SidecarFault:
 
 def _draining() -> Draining:
     return Draining("the sidecar is shutting down; the next one will answer")
-
-
-def _signature(bundle: Bundle) -> Signature:
-    graph = bundle.graph
-    return Signature(
-        bundle.name,
-        bundle.version,
-        graph.inputs,
-        graph.outputs,
-        {symbol.name: (symbol.minimum, symbol.maximum) for symbol in graph.symbols},
-        hashlib.sha256(f"{bundle.version} {bundle.graph_digest}".encode()).hexdigest()[:16],
-    )
 
 
 def _takes_the_same(one: Signature, other: Signature) -> bool:

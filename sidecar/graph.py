@@ -17,6 +17,7 @@ from sidecar.blocks import Block, block_id, cut
 from sidecar.bundle import Bundle, Weight
 from sidecar.ir import Graph
 from sidecar.merkle import Identities, Identity, Tokens
+from sidecar.stages import Staged, split
 
 
 class _Entry(NamedTuple):
@@ -27,6 +28,7 @@ class _Entry(NamedTuple):
     nodes: frozenset[bytes]
     # Ids of the blocks in order, and what belongs to each.
     blocks: dict[str, Block]
+    staged: Staged
 
 
 class FusedBlock(NamedTuple):
@@ -73,11 +75,13 @@ class FusedGraph:
         if bundle.name in self._entries:
             self.remove(bundle.name)
         found = self._tokens.identify(bundle.graph)
+        blocks = _blocks(bundle.graph, found)
         entry = _Entry(
             bundle,
             frozenset((*found.inputs, *found.weights, *found.nodes)),
             frozenset(identity.value for identity in found.nodes),
-            _blocks(bundle.graph, found),
+            blocks,
+            split(bundle.graph, found, blocks),
         )
         self._entries[bundle.name] = entry
         self._id_counts.update(_ids(entry))
@@ -116,6 +120,11 @@ class FusedGraph:
                 model=name[:64],
             )
         return self._entries[name].bundle
+
+    def staged(self, name: str) -> Staged:
+        """Return the stages of a model. Raises UnknownModel."""
+        self.bundle(name)
+        return self._entries[name].staged
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries

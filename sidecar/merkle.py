@@ -102,6 +102,12 @@ class Tokens:
         return self._both(structure, _token("weight", weight.dtype, list(weight.shape), bytes.fromhex(weight.digest)))
 
 
+def input_values(inputs: tuple[TensorSpec, ...]) -> tuple[bytes, ...]:
+    """Return the value ids of a graph's inputs."""
+    tokens = Tokens()
+    return tuple(tokens.name(_token("value", token)) for token in _input_tokens(inputs))
+
+
 def skeleton_id(graph: Graph) -> str:
     """Return the name of a graph without the bytes of its weights, in hexadecimal.
 

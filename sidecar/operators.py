@@ -175,6 +175,9 @@ SYMBOLIC = frozenset({"sym.add", "sym.sub", "sym.mul", "sym.floordiv", "sym.mod"
 # Operators that finish what the one before them began: they are run together with it, where that is possible.
 FINISHING = _expand({"batch_norm layer_norm group_norm instance_norm rms_norm": "default"}) | _expand(_GROUPS["activations"])
 
+# Operators that give a list of tensors, which share memory with their argument.
+LISTS = _expand({"split": "Tensor sizes", "split_with_sizes chunk": "default", "unbind": "int", "meshgrid": "default indexing"})
+
 # Everything whose result is a size, not a tensor.
 SIZES = SYMBOLIC | {"aten.sym_size.int", "aten.sym_numel.default"}
 

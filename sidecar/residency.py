@@ -11,7 +11,7 @@ missing, so the bytes in memory never pass the budget. Owned by the engine threa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trunkline.errors import BudgetExceeded
@@ -58,39 +58,40 @@ class Residency:
         del self._plans[plan]
         return freed
 
-    def lease(self, plan: str) -> Grant | None:
-        """Take a lease; None when the plan would fit but for leases that others hold now.
+    def lease(self, *plans: str) -> Grant | None:
+        """Take a lease on each of ``plans`` at one stroke; None when they would fit but for leases that others hold now.
 
-        Raises BudgetExceeded when it cannot fit even with every other lease returned.
+        Raises BudgetExceeded when they cannot fit even with every other lease returned. Leases of one call that were taken
+        one by one could wait for each other without end.
         """
-        if plan in self._held:
-            # All of it is committed; the plan only moves to the recent end.
-            del self._held[plan]
-            self._held[plan] = None
-            self._leases[plan] = self._leases.get(plan, 0) + 1
-            return _NOTHING_TO_DO
-        weights = self._plans[plan]
+        weights: dict[str, int] = {}
+        for plan in plans:
+            if plan not in self._held:
+                weights |= self._plans[plan]
         missing = [digest for digest in weights if digest not in self._committed]
         shortfall = self.committed_bytes + sum(weights[digest] for digest in missing) - self.budget_bytes
-        victims = self._choose_victims(shortfall, plan)
+        victims = self._choose_victims(shortfall, plans)
         if victims is None:
-            self._refuse_the_impossible(plan)
+            self._refuse_the_impossible(plans)
             return None
         evicted = self._let_go(victims, keep=weights.keys())
         for digest in missing:
             self._committed[digest] = weights[digest]
             self.committed_bytes += weights[digest]
-        self._held[plan] = None
-        self._leases[plan] = self._leases.get(plan, 0) + 1
-        return Grant(evicted, tuple(missing))
+        for plan in plans:
+            # To the recent end.
+            self._held.pop(plan, None)
+            self._held[plan] = None
+            self._leases[plan] = self._leases.get(plan, 0) + 1
+        return Grant(evicted, tuple(missing)) if evicted or missing else _NOTHING_TO_DO
 
-    def _refuse_the_impossible(self, plan: str) -> None:
-        weights = self._plans[plan]
+    def _refuse_the_impossible(self, plans: Sequence[str]) -> None:
+        weights = {digest: size for plan in plans for digest, size in self._plans[plan].items()}
         plan_bytes = sum(weights.values())
         if plan_bytes > self.budget_bytes:
             raise BudgetExceeded(
-                f"the model's weights take {plan_bytes} bytes, the memory budget is {self.budget_bytes}; start the sidecar "
-                "with a larger memory budget, or deploy a smaller model",
+                f"the weights of {_named(plans)} take {plan_bytes} bytes, the memory budget is {self.budget_bytes}; start the "
+                "sidecar with a larger memory budget, or deploy a smaller model",
                 needed_bytes=plan_bytes,
                 budget_bytes=self.budget_bytes,
             )
@@ -100,22 +101,21 @@ class Residency:
         together_bytes = sum(pinned.values())
         if together_bytes > self.budget_bytes:
             raise BudgetExceeded(
-                f"the model and the pinned models take {together_bytes} bytes together, the memory budget is "
+                f"{_named(plans)} and the pinned models take {together_bytes} bytes together, the memory budget is "
                 f"{self.budget_bytes}; unpin a model or raise the budget",
                 needed_bytes=together_bytes,
                 budget_bytes=self.budget_bytes,
             )
 
-    def _choose_victims(self, shortfall: int, wanted: str) -> list[str] | None:
+    def _choose_victims(self, shortfall: int, wanted: Sequence[str]) -> list[str] | None:
         """Return the plans to let go, least recently leased first, or None when that would not free enough."""
         victims: list[str] = []
         if shortfall <= 0:
             return victims
-        staying = dict.fromkeys(self._held)
-        staying[wanted] = None
+        staying = dict.fromkeys((*self._held, *wanted))
         freed = 0
         for plan in list(self._held):
-            if plan == wanted or self._leases.get(plan) or plan in self._pinned:
+            if plan in wanted or self._leases.get(plan) or plan in self._pinned:
                 continue
             del staying[plan]
             victims.append(plan)
@@ -161,7 +161,7 @@ class Residency:
 
         Raises BudgetExceeded when the pinned plans would not fit together.
         """
-        self._refuse_the_impossible(plan)
+        self._refuse_the_impossible([plan])
         self._pinned.add(plan)
 
     def unpin(self, plan: str) -> None:
@@ -202,3 +202,7 @@ class Residency:
         assert self._arrived <= self._committed.keys(), "a weight is in memory that is not committed"
         assert self._leases.keys() <= self._held.keys(), "a leased plan is not held"
         assert all(count > 0 for count in self._leases.values())
+
+
+def _named(plans: Sequence[str]) -> str:
+    return "the model" if len(plans) == 1 else f"the {len(plans)} models"

@@ -125,6 +125,18 @@ class FakeDevice:
         total = sum(int(np.frombuffer(weight.memory, np.uint8).sum()) for weight in weights)
         return [inputs[0] + inputs[0].dtype.type(total) for _ in program.outputs]
 
+    def join(self, tensors: Sequence[Any], axis: int) -> Any:
+        return np.concatenate(tensors, axis)
+
+    def part(self, tensor: Any, axis: int, start: int, length: int) -> Any:
+        return tensor[(slice(None),) * axis + (slice(start, start + length),)]
+
+    def same(self, one: Any, other: Any) -> bool:
+        return bool(one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes())
+
+    def copy(self, tensor: Any) -> Any:
+        return tensor.copy()
+
     def output_spec(self, tensor: Any) -> tuple[str, tuple[int, ...]]:
         return tensor.dtype.name, tensor.shape
 

@@ -206,7 +206,7 @@ def test_what_was_checked_for_one_version_is_not_computed_by_the_next(running: R
         # Checked by the server's thread, and not yet seen by the engine's.
         until(lambda: not running.engine._inbox.empty())
         running.source.put(bundle_of("two", [b"w"], inputs=(b, a), outputs=one, version="2"), [b"w"])
-        running.engine._post(lambda: (running.engine._deploy("two"), running.engine._publish()))
+        running.engine._post(lambda: (running.engine._catalog.deploy("two"), running.engine._catalog.publish()))
         held.release()
         answer = protocol.decode(raw._channel.receive(soon()))
     assert isinstance(answer, protocol.Fault)

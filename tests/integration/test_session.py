@@ -290,7 +290,7 @@ def test_variants_of_one_model_need_one_program(running: Running) -> None:
     for number in range(50):
         running.source.bundles.pop(f"variant-{number}")
         admin(running).command("model_removed", {"name": f"variant-{number}"})
-    assert len(running.engine._programs) == 2
+    assert len(running.engine._catalog.programs) == 2
 
 
 def test_an_idle_engine_gives_memory_back_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

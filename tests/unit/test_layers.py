@@ -22,7 +22,9 @@ LAYERS = {
         "operators",
         "ir",
         "merkle",
-        "fuse",
+        "together",
+        "stages",
+        "costs",
         "blocks",
         "graphfile",
         "strictjson",
@@ -32,7 +34,7 @@ LAYERS = {
         "machine",
         "probe",
     },
-    2: {"store", "graph", "residency", "scheduler"},
+    2: {"store", "graph", "residency", "scheduler", "wavefront"},
     3: {
         "calls",
         "devices",
@@ -47,7 +49,7 @@ LAYERS = {
         "rewrites",
         "recurrent",
     },
-    4: {"engine", "mover", "ports"},
+    4: {"engine", "catalog", "commands", "loads", "mover", "ports"},
     5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.server"},
     6: {"__main__", "wiring", "packing", "drawing", "local"},
 }

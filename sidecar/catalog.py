@@ -1,0 +1,299 @@
+"""The catalog: which models are deployed, in which version, and what the engine prepared for each.
+
+Owned by the engine thread, which changes it; other threads read what is *published*: signatures, of single models and of several
+asked together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from trunkline.errors import BudgetExceeded, InvalidInput, ModelCorrupt, TrunklineError, UnknownModel
+from trunkline.protocol import JOINT, MAX_JOINT
+from trunkline.signature import Signature
+
+from sidecar.bundle import Bundle, Weight
+from sidecar.errors import BundleError, StoreError
+from sidecar.graph import FusedGraph
+from sidecar.ir import Graph
+from sidecar.merkle import skeleton_id
+from sidecar.pins import Pins
+from sidecar.ports import Device, Source
+from sidecar.residency import Residency
+from sidecar.stages import Key, Staged
+from sidecar.together import Interface, join
+from sidecar.wavefront import Layouts
+
+log = logging.getLogger("trunkline.engine")
+
+# Combinations of models whose signature is kept.
+_MOST_JOINT: Final = 64
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A stage as one deployed model runs it: its graph, the weights it needs, and once prepared, the program.
+
+    ``bound`` are the handles of its weights, while they are known to be in memory.
+    """
+
+    key: str
+    takes: tuple[Key, ...]
+    gives: tuple[Key, ...]
+    alive: frozenset[Key]
+    graph: Graph
+    program: Any = None
+    bound: list[object] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Deployed:
+    """A deployed version of a model. ``plan`` names the weights it needs, ``weights``, to the residency."""
+
+    bundle: Bundle
+    plan: str
+    signature: Signature
+    staged: Staged
+    steps: tuple[Step, ...]
+    weights: dict[str, Weight]
+    # Where the rows of a batch lie, once rows were seen to be independent.
+    layouts: Layouts | None = None
+    # Whether all weights were seen to be in memory; until it lets go of any.
+    loaded: bool = False
+    request_count: int = 0
+    last_used_s: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.bundle.name
+
+    def unbind(self) -> None:
+        """Forget the handles of the weights; they would keep the bytes alive."""
+        self.loaded = False
+        for step in self.steps:
+            step.bound = None
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Several models in one call: what they take and give, and the names of the inputs as stages know them."""
+
+    bundles: tuple[Bundle, ...]
+    interface: Interface
+    signature: Signature
+
+
+@dataclass(slots=True)
+class Catalog:
+    """Models by name. Methods that change it return the weights nobody needs any more; the engine drops them."""
+
+    source: Source
+    device: Device
+    residency: Residency
+    pins: Pins
+    graph: FusedGraph = field(default_factory=FusedGraph)
+    deployed: dict[str, Deployed] = field(default_factory=dict)
+    broken: dict[str, TrunklineError] = field(default_factory=dict)
+    # Versions that were replaced while they were in use, by plan.
+    retired: dict[str, Deployed] = field(default_factory=dict)
+    # Prepared programs by skeleton, of the models that are deployed.
+    programs: dict[str, Any] = field(default_factory=dict)
+    # Replaced as a whole, never changed in place, so that other threads may read it without a lock.
+    _published: dict[str, Signature | TrunklineError] = field(default_factory=dict)
+    _bundles: dict[str, Bundle] = field(default_factory=dict)
+    # Made by whichever thread needs it first, from what is published.
+    _joint: dict[str, Joint] = field(default_factory=dict)
+
+    # --- any thread --------------------------------------------------------------------------------------------------
+
+    def signature(self, name: str) -> Signature:
+        """Return the signature of a model, or of several with JOINT between their names.
+
+        Raises UnknownModel, ModelCorrupt, InvalidInput.
+        """
+        found = self._published.get(name)
+        if isinstance(found, Signature):
+            return found
+        if found is not None:
+            raise ModelCorrupt(f"{name} cannot be served: {found.message}", model=name)
+        if JOINT in name:
+            return self.joint(name).signature
+        known = ", ".join(sorted(self._published)[:8]) or "none"
+        raise UnknownModel(
+            f"the sidecar holds no model {name[:64]!r}; it holds {known}; `trunkline push` adds one", model=name[:64]
+        )
+
+    def joint(self, name: str) -> Joint:
+        """Return what several models take and give in one call. Raises UnknownModel, ModelCorrupt, InvalidInput."""
+        names = name.split(JOINT)
+        if len(names) > MAX_JOINT or names != sorted(set(names)):
+            raise InvalidInput(f"{name[:64]!r} does not name up to {MAX_JOINT} models in the order of their names, each once")
+        for each in names:
+            self.signature(each)
+        published = self._bundles
+        try:
+            bundles = tuple(published[each] for each in names)
+        except KeyError as error:
+            raise UnknownModel(f"{error.args[0]} is being replaced; try again", model=str(error.args[0])) from error
+        known = self._joint.get(name)
+        if known is not None and all(one is other for one, other in zip(known.bundles, bundles, strict=True)):
+            return known
+        interface = join({bundle.name: bundle.graph for bundle in bundles})
+        signature = Signature(
+            name,
+            JOINT.join(bundle.version for bundle in bundles),
+            interface.inputs,
+            interface.outputs,
+            {symbol.name: (symbol.minimum, symbol.maximum) for symbol in interface.symbols},
+            _signature_id(*bundles),
+        )
+        # Two threads may be here; a copy of the keys is taken at one stroke.
+        for oldest in list(self._joint)[: len(self._joint) - _MOST_JOINT + 1]:
+            self._joint.pop(oldest, None)
+        made = self._joint[name] = Joint(bundles, interface, signature)
+        return made
+
+    # --- the engine thread -------------------------------------------------------------------------------------------
+
+    def deploy_stored(self) -> None:
+        """Deploy every model of the store; a broken one does not stop the others."""
+        for name in self.source.models():
+            self.deploy(name)
+        for name in self.pinned():
+            self.pin_if_possible(self.deployed[name])
+        self.publish()
+
+    def pinned(self) -> list[str]:
+        """Return the names of deployed models that an operator pinned, before a restart perhaps."""
+        return [name for name in self.pins.names() if name in self.deployed]
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when something is kept for nobody."""
+        self.graph.check_invariants()
+        assert self.programs.keys() <= self._skeletons(), "programs are kept for nobody"
+
+    def _skeletons(self) -> set[str]:
+        used = {id(step.program) for entry in self.all() for step in entry.steps}
+        return {skeleton for skeleton, program in self.programs.items() if id(program) in used}
+
+    def all(self) -> Iterator[Deployed]:
+        """Yield every version there is, retired ones too."""
+        return itertools.chain(self.deployed.values(), self.retired.values())
+
+    def parts(self, name: str) -> tuple[Deployed, ...]:
+        """Return the models that ``name`` stands for, one or several. Raises KeyError for one that is not deployed."""
+        return tuple(self.deployed[each] for each in name.split(JOINT))
+
+    def deploy(self, name: str) -> Sequence[str]:
+        """Deploy the version of a model that the store has now. What is wrong with it is kept in ``broken``."""
+        self.broken.pop(name, None)
+        try:
+            bundle = self.source.model(name)
+        except (BundleError, StoreError, ModelCorrupt) as error:
+            log.error("%s cannot be served: %s", name, error.message)
+            freed = self.withdraw(name)
+            self.broken[name] = error
+            return freed
+        plan = f"{name}@{bundle.graph_digest}"
+        if name in self.deployed and self.deployed[name].plan == plan:
+            # The same graph under another version, perhaps.
+            self.deployed[name].bundle, self.deployed[name].signature = bundle, _signature(bundle)
+            return ()
+        was_pinned = name in self.deployed and self.residency.is_pinned(self.deployed[name].plan)
+        freed = self.withdraw(name)
+        self.graph.add(bundle)
+        deployed = self.retired.pop(plan, None) or _deployed(bundle, plan, self.graph.staged(name))
+        self.residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in deployed.weights.items()})
+        self.deployed[name] = deployed
+        if was_pinned and not self.pin_if_possible(deployed):
+            # After a restart, too: its pin could come before those of others, and keep them out.
+            self.pins.discard(name)
+        return freed
+
+    def pin_if_possible(self, deployed: Deployed) -> bool:
+        """Pin again what was pinned before a restart or a push. A pin is a preference: without it the model still serves."""
+        try:
+            self.residency.pin(deployed.plan)
+        except BudgetExceeded as error:
+            log.error("%s is not pinned any more: %s", deployed.name, error.message)
+            return False
+        return True
+
+    def withdraw(self, name: str) -> Sequence[str]:
+        """Deploy a model no more. A version in use is kept until ``let_go``."""
+        deployed = self.deployed.pop(name, None)
+        if deployed is None:
+            return ()
+        self.graph.remove(name)
+        if self.residency.lease_count(deployed.plan):
+            self.residency.unpin(deployed.plan)
+            self.retired[deployed.plan] = deployed
+            return ()
+        return self._remove(deployed)
+
+    def let_go(self, deployed: Deployed) -> Sequence[str]:
+        """Forget a retired version when its last lease was returned."""
+        if deployed.plan not in self.retired or self.residency.lease_count(deployed.plan):
+            return ()
+        del self.retired[deployed.plan]
+        return self._remove(deployed)
+
+    def _remove(self, deployed: Deployed) -> Sequence[str]:
+        freed = self.residency.remove_plan(deployed.plan)
+        deployed.unbind()
+        kept = self._skeletons()
+        self.programs = {skeleton: program for skeleton, program in self.programs.items() if skeleton in kept}
+        return freed
+
+    def publish(self) -> None:
+        """Let other threads see what is deployed."""
+        self._bundles = {name: entry.bundle for name, entry in self.deployed.items()}
+        for name, joint in list(self._joint.items()):
+            if any(self._bundles.get(bundle.name) is not bundle for bundle in joint.bundles):
+                self._joint.pop(name, None)
+        self._published = {**self.broken, **{name: entry.signature for name, entry in self.deployed.items()}}
+
+    def prepare(self, deployed: Deployed) -> None:
+        """Prepare the programs of a model. Raises BundleError when this device cannot run an operator."""
+        for step in deployed.steps:
+            if step.program is None:
+                # Stages that differ in nothing but the bytes of their weights are run by one program.
+                skeleton = skeleton_id(step.graph)
+                program = self.programs.get(skeleton)
+                if program is None:
+                    program = self.programs[skeleton] = self.device.prepare(step.graph)
+                step.program = program
+
+    def unbind(self) -> None:
+        """Forget the handles of weights that may have left."""
+        for deployed in self.all():
+            if not self.residency.is_held(deployed.plan):
+                deployed.unbind()
+
+
+def _deployed(bundle: Bundle, plan: str, staged: Staged) -> Deployed:
+    steps = tuple(Step(stage.id, stage.takes, stage.gives, stage.alive, stage.graph) for stage in staged.stages)
+    weights = {weight.digest: weight for weight in bundle.graph.weights}
+    return Deployed(bundle, plan, _signature(bundle), staged, steps, weights)
+
+
+def _signature(bundle: Bundle) -> Signature:
+    graph = bundle.graph
+    return Signature(
+        bundle.name,
+        bundle.version,
+        graph.inputs,
+        graph.outputs,
+        {symbol.name: (symbol.minimum, symbol.maximum) for symbol in graph.symbols},
+        _signature_id(bundle),
+    )
+
+
+def _signature_id(*bundles: Bundle) -> str:
+    versions = " ".join(f"{bundle.version} {bundle.graph_digest}" for bundle in bundles)
+    return hashlib.sha256(versions.encode()).hexdigest()[:16]

@@ -1,0 +1,205 @@
+"""What operators ask the engine for: to tell what there is, and to load, evict, pin, unpin and follow the store.
+
+Every command runs in the engine thread. Its answer is a plain document; None when the answer comes later, as that of a request.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from trunkline.errors import InvalidInput
+from trunkline.protocol import JOINT
+
+from sidecar.catalog import Catalog, Deployed
+from sidecar.graph import FusedBlock
+from sidecar.loads import Loads
+from sidecar.ports import Work
+
+
+class Commands:
+    """Commands by name. ``accept``, ``drop`` and ``unblock`` are the engine's; ``requests`` gives its counts."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        loads: Loads,
+        *,
+        accept: Callable[[Work], None],
+        drop: Callable[[Sequence[str]], None],
+        unblock: Callable[[], None],
+        requests: Callable[[], Mapping[str, object]],
+        facts: Mapping[str, object],
+        started_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._catalog = catalog
+        self._residency = catalog.residency
+        self._loads = loads
+        self._accept = accept
+        self._drop = drop
+        self._unblock = unblock
+        self._requests = requests
+        self._facts = facts
+        self._started_s = started_s
+        self._clock = clock
+        self._commands: dict[str, Callable[[Work, dict[str, Any]], object | None]] = {
+            "status": self._status,
+            "models": lambda work, arguments: {"models": self._models()},
+            "model": self._model,
+            "blocks": self._blocks,
+            "graph": lambda work, arguments: self._catalog.graph.tree(),
+            "memory": lambda work, arguments: self._memory(),
+            "load": self._load,
+            "unload": self._evict,
+            "evict": self._evict,
+            "pin": self._pin,
+            "unpin": self._unpin,
+            "model_changed": self._model_changed,
+            "model_removed": self._model_removed,
+        }
+
+    def run(self, work: Work, name: str, arguments: dict[str, Any]) -> object | None:
+        """Run a command. Raises TrunklineError."""
+        command = self._commands.get(name)
+        if command is None:
+            raise InvalidInput(f"there is no command {name[:64]!r}")
+        return command(work, arguments)
+
+    def _known(self, name: str) -> Deployed:
+        if JOINT in name:
+            raise InvalidInput(f"{name[:64]} names several models; commands are for one")
+        self._catalog.signature(name)
+        return self._catalog.deployed[name]
+
+    # --- what there is -----------------------------------------------------------------------------------------------
+
+    def _status(self, work: Work, arguments: dict[str, Any]) -> object:
+        requests = dict(self._requests())
+        return {
+            "engine": {
+                "pid": os.getpid(),
+                "uptime_s": round(self._clock() - self._started_s, 3),
+                "draining": requests.pop("draining"),
+                **self._facts,
+            },
+            "memory": self._memory(),
+            "models": self._models(),
+            **requests,
+        }
+
+    def _memory(self) -> dict[str, int]:
+        residency, graph = self._residency, self._catalog.graph
+        resident = [name for name, deployed in self._catalog.deployed.items() if self._is_resident(deployed)]
+        logical_bytes = sum(graph.bytes_of(name)[0] for name in resident)
+        return {
+            "budget_bytes": residency.budget_bytes,
+            "resident_bytes": residency.committed_bytes,
+            "logical_bytes": logical_bytes,
+            # While a model is being loaded or let go, there may be bytes in memory that no whole model stands for.
+            "saved_bytes": max(0, logical_bytes - residency.committed_bytes),
+            "pinned_bytes": residency.pinned_bytes,
+            **self._catalog.device.memory(),
+        }
+
+    def _is_resident(self, deployed: Deployed) -> bool:
+        # Whole in memory, be it by its own doing or by that of others. One without weights once it was used.
+        return self._residency.is_ready(deployed.plan) and (bool(deployed.weights) or self._residency.is_held(deployed.plan))
+
+    def _models(self) -> list[dict[str, object]]:
+        listed = [self.describe(deployed) for _, deployed in sorted(self._catalog.deployed.items())]
+        broken: list[dict[str, object]] = [
+            {"name": name, "state": "corrupt", "error": error.to_dict()} for name, error in sorted(self._catalog.broken.items())
+        ]
+        return listed + broken
+
+    def describe(self, deployed: Deployed) -> dict[str, object]:
+        """Return what an operator wants to know of a model."""
+        name, plan, graph = deployed.name, deployed.plan, self._catalog.graph
+        model_bytes, shared_bytes = graph.bytes_of(name) if name in graph else (0, 0)
+        state = "stored"
+        if self._is_resident(deployed):
+            state = "resident"
+        elif deployed in self._loads:
+            state = "loading"
+        return {
+            "name": name,
+            "version": deployed.bundle.version,
+            "state": state,
+            "bytes": model_bytes,
+            "shared_bytes": shared_bytes,
+            "unique_bytes": model_bytes - shared_bytes,
+            "shared_with": graph.sharers(name) if name in graph else [],
+            "pinned": self._residency.is_pinned(plan),
+            "leases": self._residency.lease_count(plan),
+            "requests": deployed.request_count,
+            "last_used_s": None if deployed.last_used_s is None else round(self._clock() - deployed.last_used_s, 3),
+        }
+
+    def _model(self, work: Work, arguments: dict[str, Any]) -> object:
+        deployed = self._known(work.model)
+        return self.describe(deployed) | {
+            "graph": deployed.bundle.graph_digest,
+            "node_count": len(deployed.bundle.graph.nodes),
+            "shared_node_count": self._catalog.graph.nodes_of(work.model)[1],
+            "weight_count": len(deployed.weights),
+            "signature": deployed.signature.to_plain(),
+        }
+
+    def _blocks(self, work: Work, arguments: dict[str, Any]) -> object:
+        blocks = self._catalog.graph.blocks()
+        offset, limit = int(arguments.get("offset", 0)), int(arguments.get("limit", 100))
+        return {"total": len(blocks), "blocks": [self._describe_block(block) for block in blocks[offset : offset + limit]]}
+
+    def _describe_block(self, block: FusedBlock) -> dict[str, object]:
+        resident = [digest for digest in block.weights if self._residency.is_resident(digest)]
+        plans = [self._catalog.deployed[name].plan for name in block.models]
+        return block.to_plain() | {
+            "weights": len(block.weights),
+            "resident_bytes": sum(block.weights[digest] for digest in resident),
+            "tier": "device" if len(resident) == len(block.weights) else "disk",
+            "leases": sum(map(self._residency.lease_count, plans)),
+        }
+
+    # --- what is to change -------------------------------------------------------------------------------------------
+
+    def _load(self, work: Work, arguments: dict[str, Any]) -> None:
+        # Answered when the weights are there, by the same path as a request.
+        self._known(work.model)
+        self._accept(work)
+
+    def _evict(self, work: Work, arguments: dict[str, Any]) -> object:
+        deployed = self._known(work.model)
+        if leases := self._residency.lease_count(deployed.plan):
+            raise InvalidInput(f"{work.model} is in use by {leases} requests; try again", leases=leases)
+        if self._residency.is_pinned(deployed.plan):
+            raise InvalidInput(f"{work.model} is pinned; unpin it first")
+        before_bytes = self._residency.committed_bytes
+        self._drop(self._residency.evict(deployed.plan))
+        return self.describe(deployed) | {"freed_bytes": before_bytes - self._residency.committed_bytes}
+
+    def _pin(self, work: Work, arguments: dict[str, Any]) -> None:
+        deployed = self._known(work.model)
+        self._residency.pin(deployed.plan)
+        self._catalog.pins.add(work.model)
+        self._accept(work)
+
+    def _unpin(self, work: Work, arguments: dict[str, Any]) -> object:
+        deployed = self._known(work.model)
+        self._residency.unpin(deployed.plan)
+        self._catalog.pins.discard(work.model)
+        self._unblock()
+        return self.describe(deployed)
+
+    def _model_changed(self, work: Work, arguments: dict[str, Any]) -> object:
+        self._drop(self._catalog.deploy(work.model))
+        self._catalog.publish()
+        return self.describe(self._known(work.model))
+
+    def _model_removed(self, work: Work, arguments: dict[str, Any]) -> object:
+        self._catalog.broken.pop(work.model, None)
+        self._drop(self._catalog.withdraw(work.model))
+        self._catalog.pins.discard(work.model)
+        self._catalog.publish()
+        return {"name": work.model}

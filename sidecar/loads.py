@@ -1,0 +1,147 @@
+"""Loads: weights on their way into memory, and the requests that wait for them. Owned by the engine thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trunkline.errors import TrunklineError
+
+from sidecar.bundle import Weight
+from sidecar.catalog import Deployed, Step
+from sidecar.mover import Mover
+from sidecar.ports import Device, Work
+from sidecar.residency import Residency
+
+log = logging.getLogger("trunkline.engine")
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """Weights still on their way for a model, and what went wrong so far."""
+
+    deployed: Deployed
+    waiting: set[str]
+    error: TrunklineError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Parked:
+    """A request that waits for the weights of some of its ``parts``."""
+
+    work: Work
+    parts: tuple[Deployed, ...]
+    waiting: set[str]
+
+
+class Loads:
+    """Handles of the weights in memory, and the loads under way.
+
+    ``ready`` is called with a request whose weights are all there; ``failed`` with a model whose load failed, the requests
+    that waited for it, and the error.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        residency: Residency,
+        mover: Mover,
+        ready: Callable[[Parked], None],
+        failed: Callable[[Deployed, Sequence[Parked], TrunklineError], None],
+        done: Callable[[Deployed], None],
+    ) -> None:
+        self._device = device
+        self._residency = residency
+        self._mover = mover
+        self._ready = ready
+        self._failed = failed
+        self._done = done
+        self._handles: dict[str, object] = {}
+        self._loads: dict[str, _Load] = {}
+        # Weights that the mover was asked for and has not brought yet.
+        self._in_flight: set[str] = set()
+        self.parked: list[Parked] = []
+        self.fetched_bytes = 0
+
+    def __contains__(self, deployed: Deployed) -> bool:
+        return deployed.plan in self._loads
+
+    def want(self, work: Work, parts: tuple[Deployed, ...]) -> None:
+        """Have the weights of leased models loaded; the request is ready, at once or later."""
+        for deployed in parts:
+            if deployed.plan not in self._loads:
+                self._start(deployed)
+        parked = Parked(work, parts, {deployed.plan for deployed in parts if deployed.plan in self._loads})
+        if parked.waiting:
+            self.parked.append(parked)
+        else:
+            self._ready(parked)
+
+    def _start(self, deployed: Deployed) -> None:
+        if deployed.loaded:
+            return
+        waiting = {digest for digest in deployed.weights if not self._residency.is_resident(digest)}
+        if not waiting:
+            deployed.loaded = True
+            return
+        # The load itself holds a lease: bytes that are being read must not be taken for evictable. Some of them may
+        # be on their way already, for another model.
+        self._residency.lease(deployed.plan)
+        self._loads[deployed.plan] = _Load(deployed, waiting)
+        # Those on their way for another model are waited for; those that failed on it are tried again.
+        for digest in waiting - self._in_flight:
+            self._in_flight.add(digest)
+            self._mover.fetch(deployed.weights[digest], self._arrived)
+
+    def _arrived(self, weight: Weight, outcome: object) -> None:
+        error = outcome if isinstance(outcome, TrunklineError) else None
+        self._in_flight.discard(weight.digest)
+        if error is None:
+            self._handles[weight.digest] = outcome
+            self._residency.arrived(weight.digest)
+            self.fetched_bytes += weight.size_bytes
+        else:
+            log.error("weight %s could not be loaded: %s", weight.digest[:12], error.message)
+        for load in list(self._loads.values()):
+            if weight.digest in load.waiting:
+                load.waiting.discard(weight.digest)
+                load.error = load.error or error
+                if not load.waiting:
+                    self._finish(load)
+
+    def _finish(self, load: _Load) -> None:
+        deployed = load.deployed
+        del self._loads[deployed.plan]
+        concerned = [parked for parked in self.parked if deployed.plan in parked.waiting]
+        if load.error is not None:
+            self.parked = [parked for parked in self.parked if parked not in concerned]
+            self._failed(deployed, concerned, load.error)
+            return
+        deployed.loaded = True
+        for parked in concerned:
+            parked.waiting.discard(deployed.plan)
+            if not parked.waiting:
+                self.parked.remove(parked)
+                self._ready(parked)
+        self._done(deployed)
+
+    def bind(self, step: Step) -> list[object]:
+        """Return the handles of a step's weights, which are in memory."""
+        if step.bound is None:
+            step.bound = [self._device.as_weight(self._handles[weight.digest], weight) for weight in step.graph.weights]
+        return step.bound
+
+    def drop(self, digests: Sequence[str]) -> None:
+        """Forget the handles of weights that were evicted."""
+        for digest in digests:
+            self._handles.pop(digest, None)
+
+    def count(self, plan: str) -> int:
+        """Return how many leases on a plan are held from here."""
+        return (plan in self._loads) + sum(1 for parked in self.parked for deployed in parked.parts if deployed.plan == plan)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when a handle is kept of a weight that is not in memory."""
+        for digest in self._handles:
+            assert self._residency.is_resident(digest), f"weight {digest[:12]} is kept though it was evicted"

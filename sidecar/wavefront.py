@@ -1,0 +1,341 @@
+"""The wavefront: requests that are being computed, each standing before some stage of its model, and which stage runs next.
+
+Requests that stand before the same stage are run through it as one *group*: of different functions, as far as their models are
+the same, and one after the other where their models part. A group has *rows*, one per different input; a row has the *tickets*
+of all who asked about that input. So a stage is run once for those who ask the same, and as a batch for those who ask something
+else:
+
+- A call about several models is one row with several tickets.
+- A request whose input is, byte for byte, that of a row under way joins that row, if its model has run through the same stages.
+- Other requests join as further rows, where measurements say that a batch pays, and never wait while the device is idle. A group
+  that has just begun lets later ones catch up with it, once: the work they do meanwhile has to be done anyway.
+
+Which rows may stand beside each other is not known here: a ticket comes with the layouts of its model's tensors if rows were seen
+not to touch each other, and without any otherwise; then it is alone in its group. Continuous batching by iteration is Orca's
+(Yu et al., 2022), here by stage. Pure: tensors are only handed to ``Arrays``. Owned by the engine thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+
+from trunkline.errors import DeviceFault
+
+from sidecar.costs import BatchCosts
+from sidecar.stages import Key
+
+
+class Layout(NamedTuple):
+    """Where the rows of a batch lie in a tensor: along ``axis``, ``per_row`` places for each."""
+
+    axis: int
+    per_row: int
+
+
+# None for a tensor that is the same for every row.
+Layouts = Mapping[Key, Layout | None]
+INPUT: Final = Layout(0, 1)
+
+
+class Step(Protocol):
+    """A stage as the wavefront sees it. Equal keys: the same computation after the same computations."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def takes(self) -> tuple[Key, ...]: ...
+    @property
+    def gives(self) -> tuple[Key, ...]: ...
+    @property
+    def alive(self) -> frozenset[Key]: ...
+
+
+class Arrays(Protocol):
+    """What is done with tensors between stages."""
+
+    def join(self, tensors: Sequence[Any], axis: int) -> Any: ...
+    def part(self, tensor: Any, axis: int, start: int, length: int) -> Any: ...
+    def same(self, one: Any, other: Any) -> bool: ...
+    def copy(self, tensor: Any) -> Any: ...
+
+
+C = TypeVar("C")
+
+
+@dataclass(slots=True, eq=False)
+class Ticket(Generic[C]):
+    """One model's answer to one call. ``inputs`` are the call's, by name, ``extent`` their size along the batch axis.
+
+    ``shares`` says whether it may be computed together with the same input of somebody else.
+    """
+
+    call: C
+    steps: Sequence[Step]
+    results: tuple[Key, ...]
+    inputs: Mapping[Key, Any]
+    extent: int
+    layouts: Layouts | None
+    shares: bool = True
+    order: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Row(Generic[C]):
+    tickets: list[Ticket[C]]
+    extent: int
+
+
+@dataclass(slots=True, eq=False)
+class Group(Generic[C]):
+    """Rows that stand before the same stage, number ``index`` of each of their models; ``values`` are the tensors they have."""
+
+    index: int
+    rows: list[_Row[C]]
+    values: dict[Key, Any]
+    # Of a group that failed, which was split into its rows.
+    apart: bool = False
+    # It lets others catch up with it, or has done so; ``awaited`` is one of their tickets.
+    waited: bool = False
+    awaited: Ticket[C] | None = None
+    order: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = min((ticket.order for ticket in self.tickets()), default=0)
+
+    def tickets(self) -> Iterator[Ticket[C]]:
+        """Yield all tickets, row by row."""
+        for row in self.rows:
+            yield from row.tickets
+
+    @property
+    def first(self) -> Ticket[C]:
+        """Return a ticket of the group; before this stage it has what all of them have."""
+        return next(self.tickets())
+
+    @property
+    def step(self) -> Step:
+        return self.first.steps[self.index]
+
+    @property
+    def extent(self) -> int:
+        """Return how many rows of the batch axis the group has."""
+        return sum(row.extent for row in self.rows)
+
+    def takes(self) -> list[Any]:
+        """Return the tensors that the stage is run on."""
+        return [self.values[key] for key in self.step.takes]
+
+    def layout(self, key: Key) -> Layout | None:
+        """Return where the rows lie in a tensor of the group."""
+        for ticket in self.tickets():
+            if ticket.layouts is not None and key in ticket.layouts:
+                return ticket.layouts[key]
+        return INPUT
+
+    def place(self) -> tuple[object, ...]:
+        """Return what groups must have in common to be run as one."""
+        if self.apart or any(ticket.layouts is None for ticket in self.tickets()):
+            return (id(self),)
+        shapes = []
+        for key in sorted(self.values):
+            shape, layout = tuple(self.values[key].shape), self.layout(key)
+            shapes.append((key, shape if layout is None else shape[: layout.axis] + shape[layout.axis + 1 :]))
+        return (self.step.key, *shapes)
+
+
+class Wavefront(Generic[C]):
+    """All groups under way. ``most_rows`` bounds the batch that is made of several requests; 1 for none."""
+
+    def __init__(self, arrays: Arrays, costs: BatchCosts, most_rows: int) -> None:
+        self._arrays = arrays
+        self._costs = costs
+        self._most_rows = most_rows
+        self._groups: list[Group[C]] = []
+        self._orders = itertools.count(1)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.tickets())
+
+    def tickets(self) -> Iterator[Ticket[C]]:
+        """Yield the tickets that are not finished."""
+        for group in self._groups:
+            yield from group.tickets()
+
+    def add(self, tickets: Sequence[Ticket[C]]) -> None:
+        """Let the tickets of one call, which have the same inputs, stand before their first stages."""
+        order = next(self._orders)
+        starts: dict[str, list[Ticket[C]]] = {}
+        for ticket in tickets:
+            ticket.order = order
+            if not self._join_row(ticket):
+                starts.setdefault(ticket.steps[0].key, []).append(ticket)
+        for members in starts.values():
+            self._groups.append(Group(0, [_Row(members, members[0].extent)], dict(members[0].inputs)))
+
+    def _join_row(self, ticket: Ticket[C]) -> bool:
+        for group in self._groups if ticket.shares else ():
+            if not _passes(ticket, group) or (ticket.layouts is None and len(group.rows) > 1):
+                continue
+            needed = ticket.steps[group.index - 1].alive if group.index else ticket.inputs.keys()
+            if not needed <= group.values.keys():
+                continue
+            for row in group.rows:
+                other = row.tickets[0] if row.tickets else None
+                if other is not None and other.shares and self._same(ticket.inputs, other.inputs):
+                    # What the row was made of belongs to the other, and is written to again when the other is answered.
+                    for key, value in group.values.items():
+                        if value is other.inputs.get(key):
+                            group.values[key] = self._arrays.copy(value)
+                    row.tickets.append(ticket)
+                    return True
+        return False
+
+    def _same(self, inputs: Mapping[Key, Any], others: Mapping[Key, Any]) -> bool:
+        return inputs.keys() == others.keys() and all(self._arrays.same(value, others[key]) for key, value in inputs.items())
+
+    def choose(self) -> Group[C] | None:
+        """Return the group to run next; None when nothing is under way."""
+        self._groups = [group for group in map(self._alive, self._groups) if group is not None]
+        if not self._groups:
+            return None
+        chosen = min(self._groups, key=lambda group: group.order)
+        if (behind := self._behind(chosen)) is not None:
+            chosen = behind
+        if len(self._groups) == 1 or self._most_rows == 1:
+            return chosen
+        place = chosen.place()
+        mates = [group for group in self._groups if group is not chosen and group.place() == place]
+        try:
+            for mate in sorted(mates, key=lambda group: group.order):
+                if self._pays(chosen, mate):
+                    chosen = self._merge(chosen, mate)
+        except DeviceFault:
+            # No room for a batch: what there is runs in smaller ones.
+            chosen.apart = True
+        return chosen
+
+    def _behind(self, group: Group[C]) -> Group[C] | None:
+        """Return a group that catches up with this one, if it should be waited for."""
+        if group.awaited is None and not group.waited and 0 < 2 * group.index <= len(group.first.steps):
+            for other in self._groups:
+                if other.index < group.index and _together(other, group) and self._pays(group, other):
+                    group.waited, group.awaited = True, other.first
+                    break
+        if group.awaited is not None:
+            for other in self._groups:
+                if other.index < group.index and group.awaited in list(other.tickets()) and _together(other, group):
+                    return other
+        group.awaited = None
+        return None
+
+    def _pays(self, one: Group[C], other: Group[C]) -> bool:
+        together = one.extent + other.extent
+        if together > self._most_rows:
+            return False
+        keys = [step.key for step in one.first.steps[one.index :]]
+        return self._costs.pays(keys, max(one.extent, other.extent), together)
+
+    def _merge(self, one: Group[C], other: Group[C]) -> Group[C]:
+        values = {}
+        for key, value in one.values.items():
+            layout = one.layout(key)
+            values[key] = value if layout is None else self._arrays.join([value, other.values[key]], layout.axis)
+        merged = Group(one.index, one.rows + other.rows, values, waited=one.waited or other.waited)
+        self._groups = [group for group in self._groups if group not in (one, other)] + [merged]
+        return merged
+
+    def _alive(self, group: Group[C]) -> Group[C] | None:
+        """Return the group without rows that nobody waits for any more; None when none is left."""
+        rows = [row for row in group.rows if row.tickets]
+        if len(rows) == len(group.rows):
+            return group
+        return self._pick(group, rows) if rows else None
+
+    def advance(self, group: Group[C], outputs: Sequence[Any]) -> list[tuple[Ticket[C], list[Any]]]:
+        """Note what a group's stage gave; return the tickets that are finished, with their results."""
+        group.values.update(zip(group.step.gives, outputs, strict=True))
+        finished: list[tuple[Ticket[C], list[Any]]] = []
+        onward: dict[str, list[tuple[_Row[C], Ticket[C]]]] = {}
+        for row in group.rows:
+            for ticket in row.tickets:
+                if group.index + 1 == len(ticket.steps):
+                    finished.append((ticket, [self._slice(group, [row], key) for key in ticket.results]))
+                else:
+                    onward.setdefault(ticket.steps[group.index + 1].key, []).append((row, ticket))
+        moved = [self._onward(group, pairs) for pairs in onward.values()]
+        # Nothing has changed so far: a failure on the way here is one of the whole group.
+        self._groups.remove(group)
+        self._groups += moved
+        return finished
+
+    def _onward(self, group: Group[C], pairs: Sequence[tuple[_Row[C], Ticket[C]]]) -> Group[C]:
+        """Return those of a group that go on to the same stage."""
+        alive = frozenset[Key]().union(*(ticket.steps[group.index].alive for _, ticket in pairs))
+        tickets: dict[int, list[Ticket[C]]] = {}
+        for row, ticket in pairs:
+            tickets.setdefault(id(row), []).append(ticket)
+        rows = [row for row in group.rows if id(row) in tickets]
+        values = {key: self._slice(group, rows, key) for key in alive}
+        own = [_Row(tickets[id(row)], row.extent) for row in rows]
+        return Group(group.index + 1, own, values, group.apart, group.waited, group.awaited)
+
+    def _pick(self, group: Group[C], rows: list[_Row[C]]) -> Group[C]:
+        """Return some rows of a group as a group."""
+        values = {key: self._slice(group, rows, key) for key in group.values}
+        return Group(group.index, rows, values, group.apart, group.waited, group.awaited)
+
+    def _slice(self, group: Group[C], rows: Sequence[_Row[C]], key: Key) -> Any:
+        """Return the part of a tensor that belongs to some rows of a group."""
+        value = group.values[key]
+        if len(rows) == len(group.rows) or (layout := group.layout(key)) is None:
+            return value
+        parts: list[tuple[int, int]] = []
+        start = 0
+        for row in group.rows:
+            if any(row is other for other in rows):
+                if parts and sum(parts[-1]) == start:
+                    parts[-1] = (parts[-1][0], parts[-1][1] + row.extent)
+                else:
+                    parts.append((start, row.extent))
+            start += row.extent
+        axis, per_row = layout
+        pieces = [self._arrays.part(value, axis, first * per_row, length * per_row) for first, length in parts]
+        return pieces[0] if len(pieces) == 1 else self._arrays.join(pieces, axis)
+
+    def fail(self, group: Group[C]) -> list[Ticket[C]]:
+        """Note that a group's stage failed; return the tickets that fail with it.
+
+        None do, where it had several rows: each of them is run once more by itself, so that only the guilty one fails.
+        """
+        alone = [self._pick(group, [row]) for row in group.rows]
+        self._groups.remove(group)
+        if len(alone) == 1:
+            return list(group.tickets())
+        for each in alone:
+            each.apart = True
+        self._groups += alone
+        return []
+
+    def drop(self, belongs: Callable[[Ticket[C]], bool]) -> list[Ticket[C]]:
+        """Forget the tickets of which ``belongs`` says so; return them. Rows that nobody else asked about are not run on."""
+        dropped: list[Ticket[C]] = []
+        for group in self._groups:
+            for row in group.rows:
+                dropped += [ticket for ticket in row.tickets if belongs(ticket)]
+                row.tickets = [ticket for ticket in row.tickets if not belongs(ticket)]
+        return dropped
+
+
+def _passes(ticket: Ticket[Any], group: Group[Any]) -> bool:
+    """Say whether a ticket would stand where the group stands, had it begun with it."""
+    other = next(group.tickets(), None)
+    index = group.index
+    return other is not None and index < len(ticket.steps) and ticket.steps[index].key == other.steps[index].key
+
+
+def _together(behind: Group[Any], ahead: Group[Any]) -> bool:
+    apart = behind.apart or ahead.apart
+    return not apart and all(ticket.layouts is not None and _passes(ticket, ahead) for ticket in behind.tickets())
