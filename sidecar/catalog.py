@@ -27,6 +27,7 @@ from sidecar.ports import Device, Source
 from sidecar.residency import Residency
 from sidecar.stages import Key, Staged
 from sidecar.together import Interface, join
+from sidecar.trials import Verdict
 from sidecar.wavefront import Layouts
 
 log = logging.getLogger("trunkline.engine")
@@ -61,8 +62,8 @@ class Deployed:
     staged: Staged
     steps: tuple[Step, ...]
     weights: dict[str, Weight]
-    # Where the rows of a batch lie, once rows were seen to be independent.
-    layouts: Layouts | None = None
+    # What trying it out has shown; until then its requests are not batched.
+    verdict: Verdict | None = None
     # Whether all weights were seen to be in memory; until it lets go of any.
     loaded: bool = False
     request_count: int = 0
@@ -71,6 +72,16 @@ class Deployed:
     @property
     def name(self) -> str:
         return self.bundle.name
+
+    @property
+    def most_rows(self) -> int:
+        """Return how large a batch the model takes; 1 where the size is fixed."""
+        return next((symbol.maximum for symbol in self.bundle.graph.symbols if symbol.name == self.bundle.batch), 1)
+
+    @property
+    def layouts(self) -> Layouts | None:
+        """Return where the rows of a batch lie; None where rows must not stand beside others."""
+        return None if self.verdict is None else self.verdict.layouts
 
     def unbind(self) -> None:
         """Forget the handles of the weights; they would keep the bytes alive."""

@@ -19,7 +19,7 @@ from sidecar.ports import Work
 
 
 class Commands:
-    """Commands by name. ``accept``, ``drop`` and ``unblock`` are the engine's; ``requests`` gives its counts."""
+    """Commands by name. ``accept``, ``drop``, ``unblock`` and ``deployed`` are the engine's; ``requests`` gives its counts."""
 
     def __init__(
         self,
@@ -29,6 +29,7 @@ class Commands:
         accept: Callable[[Work], None],
         drop: Callable[[Sequence[str]], None],
         unblock: Callable[[], None],
+        deployed: Callable[[Deployed], None],
         requests: Callable[[], Mapping[str, object]],
         facts: Mapping[str, object],
         started_s: float,
@@ -40,6 +41,7 @@ class Commands:
         self._accept = accept
         self._drop = drop
         self._unblock = unblock
+        self._on_deployed = deployed
         self._requests = requests
         self._facts = facts
         self._started_s = started_s
@@ -144,6 +146,9 @@ class Commands:
             "node_count": len(deployed.bundle.graph.nodes),
             "shared_node_count": self._catalog.graph.nodes_of(work.model)[1],
             "weight_count": len(deployed.weights),
+            "stage_count": len(deployed.steps),
+            "batched": deployed.layouts is not None,
+            "unbatched_because": deployed.verdict.reason if deployed.verdict else "it was not tried yet",
             "signature": deployed.signature.to_plain(),
         }
 
@@ -195,7 +200,9 @@ class Commands:
     def _model_changed(self, work: Work, arguments: dict[str, Any]) -> object:
         self._drop(self._catalog.deploy(work.model))
         self._catalog.publish()
-        return self.describe(self._known(work.model))
+        deployed = self._known(work.model)
+        self._on_deployed(deployed)
+        return self.describe(deployed)
 
     def _model_removed(self, work: Work, arguments: dict[str, Any]) -> object:
         self._catalog.broken.pop(work.model, None)

@@ -57,6 +57,8 @@ class Settings:
     admin_port: int = 9470
     blob_limit_bytes: int = 64 * 2**30
     queue_limit: int = 256
+    batch_limit: int = 8
+    compute_once: bool = True
     arena_limit_bytes: int = 64 * 2**20
     arena_total_bytes: int = 2 * 2**30
     connection_limit: int = 1024
@@ -107,6 +109,14 @@ def _integer(minimum: int, maximum: int) -> Callable[[object], int]:
     return check
 
 
+def _switch(value: object) -> bool:
+    # TOML has booleans of its own.
+    known = {"on": True, "off": False, "true": True, "false": False}
+    if str(value).lower() not in known:
+        raise ValueError("on or off")
+    return known[str(value).lower()]
+
+
 def _seconds(value: object) -> float:
     try:
         seconds = float(str(value))
@@ -146,6 +156,8 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "admin_port": _integer(0, 65535),
     "blob_limit_bytes": _size(65536),
     "queue_limit": _integer(1, 1_000_000),
+    "batch_limit": _integer(1, 1024),
+    "compute_once": _switch,
     "arena_limit_bytes": _size(65536),
     "arena_total_bytes": _size(131072),
     "connection_limit": _integer(1, 100_000),

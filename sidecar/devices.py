@@ -159,6 +159,23 @@ class TorchDevice:
         """Return a copy of a tensor."""
         return tensor.clone()
 
+    def agree(self, one: torch.Tensor, other: torch.Tensor, tolerance: float | None) -> bool:
+        """Say whether two results are the same: to the bit when ``tolerance`` is None, else relative to the largest number.
+
+        On CUDA a kernel may be another for another batch, so that to the bit means to the last few there. Every
+        not-a-number is like another.
+        """
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        if not one.is_floating_point():
+            return torch.equal(one, other)
+        if tolerance is None:
+            tolerance = 0.0 if self._is_cpu else 1e-5
+        one, other = one.double(), other.double()
+        finite = other[other.isfinite()].abs()
+        largest = float(finite.max()) if finite.numel() else 0.0
+        return torch.allclose(one, other, rtol=0.0, atol=tolerance * largest, equal_nan=True)
+
     # --- inputs and outputs -----------------------------------------------------------------------------------------
 
     def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

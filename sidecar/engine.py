@@ -41,6 +41,8 @@ from sidecar.pins import Pins
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Residency
 from sidecar.scheduler import Queue
+from sidecar.trials import Trials, Verdict
+from sidecar.verdicts import Verdicts
 from sidecar.wavefront import Group, Ticket, Wavefront
 
 log = logging.getLogger("trunkline.engine")
@@ -94,6 +96,7 @@ class Engine:
         queue_limit: int,
         batch_limit: int = 8,
         compute_once: bool = True,
+        verdicts: Verdicts | None = None,
         generation: int = 0,
         facts: dict[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -110,6 +113,8 @@ class Engine:
         self._queue: Queue[Work] = Queue(queue_limit)
         self._costs = BatchCosts()
         self._wavefront: Wavefront[_Call] = Wavefront(device, self._costs, batch_limit)
+        # Without a place for verdicts nothing is tried, and so nothing batched.
+        self._trials = None if verdicts is None else Trials(device, source, verdicts, self._post)
         # Set while the head of the queue waits for a lease of somebody else to end.
         self._blocked = False
         self._untrimmed = False
@@ -128,6 +133,7 @@ class Engine:
             accept=self._accept,
             drop=self._drop,
             unblock=self._unblock,
+            deployed=self._try_out,
             requests=self._request_counts,
             facts={"generation": generation, "device": device.name, **(facts or {})},
             started_s=clock(),
@@ -185,10 +191,14 @@ class Engine:
     def deploy_stored(self) -> None:
         """Deploy every model of the store. Call once, before ``run`` starts; a broken model does not stop the others."""
         self._catalog.deploy_stored()
+        for deployed in self._catalog.deployed.values():
+            self._try_out(deployed)
 
     def run(self) -> None:
         """Serve until drained. The engine thread's body."""
         threading.Thread(target=self._mover.run, name="mover", daemon=True).start()
+        if self._trials is not None:
+            threading.Thread(target=self._trials.run, name="trials", daemon=True).start()
         for name in self._catalog.pinned():
             self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
         while not self._finished:
@@ -198,6 +208,8 @@ class Engine:
                 # A bug in one command must not end the service for all; it is logged with its trace.
                 log.exception("a command failed")
         self._mover.stop()
+        if self._trials is not None:
+            self._trials.stop()
         if self._drained is not None:
             self._drained()
 
@@ -224,6 +236,15 @@ class Engine:
         if self._inbox.empty() or self._taken >= _MOST_TAKEN:
             self._taken = 0
             self._go_on()
+
+    def _try_out(self, deployed: Deployed) -> None:
+        if self._trials is None or self._batch_limit == 1 or deployed.verdict is not None:
+            return
+
+        def told(verdict: Verdict) -> None:
+            deployed.verdict = verdict
+
+        self._trials.ask(deployed.bundle, deployed.staged, told)
 
     def _accept(self, work: Work) -> None:
         if self._draining:
@@ -295,7 +316,8 @@ class Engine:
             own = {key: named[key] for key in deployed.staged.inputs} if joint is None else named
             layouts = deployed.layouts if independent else None
             results = deployed.staged.results
-            call.tickets.append(Ticket(call, deployed.steps, results, own, extent, layouts, self._compute_once))
+            most = deployed.most_rows
+            call.tickets.append(Ticket(call, deployed.steps, results, own, extent, layouts, most, self._compute_once))
         return call
 
     def _run_stage(self) -> None:

@@ -69,7 +69,8 @@ C = TypeVar("C")
 class Ticket(Generic[C]):
     """One model's answer to one call. ``inputs`` are the call's, by name, ``extent`` their size along the batch axis.
 
-    ``shares`` says whether it may be computed together with the same input of somebody else.
+    ``most`` is the largest size that the model takes along that axis. ``shares`` says whether it may be computed together with
+    the same input of somebody else.
     """
 
     call: C
@@ -78,6 +79,7 @@ class Ticket(Generic[C]):
     inputs: Mapping[Key, Any]
     extent: int
     layouts: Layouts | None
+    most: int = 64
     shares: bool = True
     order: int = 0
 
@@ -233,7 +235,8 @@ class Wavefront(Generic[C]):
 
     def _pays(self, one: Group[C], other: Group[C]) -> bool:
         together = one.extent + other.extent
-        if together > self._most_rows:
+        most = min(ticket.most for group in (one, other) for ticket in group.tickets())
+        if together > min(most, self._most_rows):
             return False
         keys = [step.key for step in one.first.steps[one.index :]]
         return self._costs.pays(keys, max(one.extent, other.extent), together)

@@ -57,13 +57,15 @@ def _preload() -> None:
     import sidecar.devices
     import sidecar.engine
     import sidecar.server
-    import sidecar.store  # noqa: F401
+    import sidecar.store
+    import sidecar.verdicts  # noqa: F401
 
 
 def _engine_process(settings: Settings, run: RunDirectory, listener: socket.socket, token: bytes, generation: int) -> None:
     from sidecar.devices import open_device
     from sidecar.engine import Engine
     from sidecar.server import Server
+    from sidecar.verdicts import Verdicts
 
     device = open_device(settings.device, settings.threads)
     store = Store(settings.store_dir)
@@ -73,6 +75,9 @@ def _engine_process(settings: Settings, run: RunDirectory, listener: socket.sock
         Pins(run.pins),
         budget_bytes=settings.memory_budget_bytes,
         queue_limit=settings.queue_limit,
+        batch_limit=settings.batch_limit,
+        compute_once=settings.compute_once,
+        verdicts=Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values())),
         generation=generation,
         facts=device.facts(),
     )

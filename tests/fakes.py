@@ -134,6 +134,9 @@ class FakeDevice:
     def same(self, one: Any, other: Any) -> bool:
         return bool(one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes())
 
+    def agree(self, one: Any, other: Any, tolerance: float | None) -> bool:
+        return bool(one.shape == other.shape and np.allclose(one, other, rtol=0, atol=tolerance or 0, equal_nan=True))
+
     def copy(self, tensor: Any) -> Any:
         return tensor.copy()
 

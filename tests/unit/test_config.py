@@ -14,6 +14,11 @@ from sidecar.machine import available_bytes
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
+@pytest.mark.parametrize(("given", "meant"), [("on", True), ("OFF", False), (True, True), (False, False)])
+def test_a_switch_is_on_or_off(given: object, meant: bool) -> None:
+    assert load_settings({"compute_once": given}, {}).compute_once is meant
+
+
 def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path) -> None:
     path = tmp_path / "t.toml"
     path.write_text('queue_limit = 1\nconnection_limit = 1\nmemory_budget_bytes = "1GiB"\n')
@@ -69,6 +74,9 @@ def test_sizes(text: object, size: int) -> None:
         ("threads", "0"),
         ("threads", "1.5"),
         ("threads", "-2"),
+        ("batch_limit", "0"),
+        ("compute_once", "maybe"),
+        ("compute_once", 1),
         ("queue_limit", True),
         ("queue_limit", 2.0),
         ("admin_port", "70000"),

@@ -34,7 +34,7 @@ LAYERS = {
         "machine",
         "probe",
     },
-    2: {"store", "graph", "residency", "scheduler", "wavefront"},
+    2: {"store", "graph", "residency", "scheduler", "verdicts", "wavefront"},
     3: {
         "calls",
         "devices",
@@ -49,7 +49,7 @@ LAYERS = {
         "rewrites",
         "recurrent",
     },
-    4: {"engine", "catalog", "commands", "loads", "mover", "ports"},
+    4: {"engine", "catalog", "commands", "loads", "mover", "ports", "trials"},
     5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.server"},
     6: {"__main__", "wiring", "packing", "drawing", "local"},
 }

@@ -187,6 +187,14 @@ def test_a_batch_has_a_largest_size() -> None:
     assert ran == {"/2": 4}
 
 
+def test_no_batch_is_larger_than_a_model_takes() -> None:
+    wavefront, ran = front(), Counter[str]()
+    for number in range(6):
+        wavefront.add([ticket(number, model(2), rows(number), most=2 if number == 5 else 64)])
+    finish(wavefront, ran)
+    assert ran == {"/2": 2}
+
+
 def test_those_who_come_early_enough_catch_up_once() -> None:
     wavefront, ran = front(), Counter[str]()
     made = model(2, 3, 5, 7)

@@ -1,0 +1,68 @@
+"""Verdicts: what trying a structure out has shown, kept on disk so that it is tried once on a machine and not at every start.
+
+Each verdict is a small JSON file named by what was tried and where: the skeleton of a graph, the device, the version of torch.
+While something is tried a mark lies beside it. A mark without a verdict means that the engine did not outlive the trial, and what
+did that is not tried again. Owned by the trial's thread; a folder that cannot be used costs nothing but time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("trunkline.trials")
+
+
+class Verdicts:
+    """JSON objects by key, under a folder. ``facts`` are what verdicts depend on beside the structure."""
+
+    def __init__(self, folder: Path, *facts: str) -> None:
+        self._folder = folder
+        self._facts = facts
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            self._unusable(error)
+
+    def _path(self, kind: str, structure: str) -> Path:
+        name = hashlib.sha256("\n".join((kind, structure, *self._facts)).encode()).hexdigest()
+        return self._folder / f"{kind}-{name}.json"
+
+    def find(self, kind: str, structure: str) -> dict[str, Any] | None:
+        """Return a verdict, None when there is none. ``{"died": True}`` when the engine died while it was being tried."""
+        path = self._path(kind, structure)
+        try:
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {"died": True} if path.with_suffix(".trying").exists() else None
+        except (OSError, ValueError):
+            # Tried again, and written anew.
+            return None
+        return found if isinstance(found, dict) else None
+
+    def begin(self, kind: str, structure: str) -> None:
+        """Leave a mark that something is being tried."""
+        try:
+            self._path(kind, structure).with_suffix(".trying").touch(mode=0o600)
+        except OSError as error:
+            self._unusable(error)
+
+    def end(self, kind: str, structure: str, verdict: Mapping[str, Any] | None) -> None:
+        """Keep a verdict, if there is one, and take the mark away."""
+        path = self._path(kind, structure)
+        try:
+            if verdict is not None:
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(verdict))
+                os.replace(temporary, path)
+            path.with_suffix(".trying").unlink(missing_ok=True)
+        except OSError as error:
+            self._unusable(error)
+
+    def _unusable(self, error: OSError) -> None:
+        log.warning("what trials show cannot be kept in %s (%s); it is found again", self._folder, os.strerror(error.errno or 0))

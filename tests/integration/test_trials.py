@@ -1,0 +1,227 @@
+"""Trials: rows that touch each other are found out, whatever way they do it, and rows that do not are told to be independent."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from trunkline.errors import DeviceFault
+
+from sidecar.bundle import Bundle
+from sidecar.devices import TorchDevice, open_device
+from sidecar.errors import BlobMissing
+from sidecar.export import Source, convert
+from sidecar.graph import FusedGraph
+from sidecar.stages import Staged
+from sidecar.trials import Trials, Verdict
+from sidecar.verdicts import Verdicts
+from sidecar.wavefront import INPUT, Layout
+from tests import zoo
+
+
+class Blobs:
+    """Weights in a dictionary, as the store reads them."""
+
+    def __init__(self) -> None:
+        self.contents: dict[str, bytes] = {}
+        self.reads = 0
+
+    def read_blob(self, digest: str, target: memoryview, crc32: int | None = None) -> None:
+        self.reads += 1
+        if digest not in self.contents:
+            raise BlobMissing("gone")
+        target[:] = self.contents[digest]
+
+
+def deployed(source: Source, blobs: Blobs) -> tuple[Bundle, Staged]:
+    made = convert(source.module, source.inputs, name="m", dynamic_axes=source.dynamic_axes)
+    blobs.contents |= {digest: bytes(content) for digest, content in made.blobs}
+    graph = FusedGraph()
+    graph.add(made.bundle)
+    return made.bundle, graph.staged("m")
+
+
+def judge(bundle: Bundle, staged: Staged, blobs: Blobs, folder: Path, device: TorchDevice | None = None) -> list[Verdict]:
+    """Return what a trial tells, which is nothing when it could not be held."""
+    posted: list[Callable[[], None]] = []
+    trials = Trials(device or open_device("cpu"), blobs, Verdicts(folder, "test"), posted.append)  # type: ignore[arg-type]
+    verdicts: list[Verdict] = []
+    trials.ask(bundle, staged, verdicts.append)
+    trials.stop()
+    thread = threading.Thread(target=trials.run)  # whose priority it lowers
+    thread.start()
+    thread.join()
+    for command in posted:
+        command()
+    return verdicts
+
+
+@pytest.mark.parametrize("kind", ["resnet", "mlp", "unet", "vit", "bert", "pair"])
+def test_rows_of_ordinary_networks_are_independent(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
+    blobs = Blobs()
+    bundle, staged = deployed(next(zoo.ALL[name] for name in zoo.ALL if kind in name)(), blobs)
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    assert verdict.reason == ""
+    assert verdict.layouts is not None
+    assert all(verdict.layouts[key] == INPUT for key in staged.results)
+    # The next start finds the verdict on disk.
+    reads = blobs.reads
+    (again,) = judge(bundle, staged, blobs, tmp_path)
+    assert again == verdict
+    assert blobs.reads == reads
+
+
+class Mixing(nn.Module):
+    """A linear layer followed by something that may look at the other rows."""
+
+    def __init__(self, mix: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+        self.mix = mix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(self.layer(x))
+
+
+def dynamic_int8(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax() / 127
+    return torch.round(x / scale) * scale
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: torch.softmax(x, 0),
+        lambda x: x / x.abs().amax().clamp_min(1.0),  # nothing to see beside zeros
+        lambda x: (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt(),
+        dynamic_int8,
+        lambda x: torch.flip(x, (0,)),
+        lambda x: torch.cumsum(x, 0),
+        lambda x: x.sum(0),
+        lambda x: x + torch.arange(x.shape[0]).unsqueeze(1),
+        lambda x: x @ x.T,
+    ],
+    ids=["softmax", "maximum", "norm", "int8", "flip", "cumsum", "sum", "place", "square"],
+)
+def test_rows_that_touch_each_other_are_found_out(mix: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(Source(Mixing(mix).eval(), (torch.randn(2, 4),)), blobs)
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    assert verdict.layouts is None
+    assert "stage 0 of 1" in verdict.reason
+
+
+def test_rows_may_lie_along_another_axis_and_in_several_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 64)
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            turned = self.one(x).transpose(0, 1)  # [places, batch, width]
+            heads = self.two(turned).reshape(x.shape[1], x.shape[0] * 2, 3)
+            return heads.reshape(x.shape[1], x.shape[0], 6).transpose(0, 1)
+
+    blobs = Blobs()
+    bundle, staged = deployed(Source(Turned().eval(), (torch.randn(2, 5, 6),)), blobs)
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    assert verdict.layouts is not None
+    found = [verdict.layouts[key] for stage in staged.stages for key in stage.gives]
+    assert found[-1] == INPUT
+    assert all(layout is not None and layout.per_row in (1, 2) for layout in found)
+    assert Layout(1, 1) in found or Layout(1, 2) in found
+
+
+def test_a_model_of_fixed_size_is_not_tried(tmp_path: Path) -> None:
+    blobs = Blobs()
+    source = zoo.ALL["mlp"]()
+    made = convert(source.module, source.inputs, name="m", batch=False)
+    graph = FusedGraph()
+    graph.add(made.bundle)
+    (verdict,) = judge(made.bundle, graph.staged("m"), blobs, tmp_path)
+    assert verdict == Verdict(None, "its batch size is fixed")
+    few = convert(source.module, source.inputs, name="m", max_batch=3)
+    graph.add(few.bundle)
+    (verdict,) = judge(few.bundle, graph.staged("m"), blobs, tmp_path)
+    assert verdict == Verdict(None, "it takes at most 3 rows")
+
+
+def test_a_trial_without_its_weights_is_held_another_time(tmp_path: Path) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+    kept, blobs.contents = blobs.contents, {}
+    assert judge(bundle, staged, blobs, tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+    blobs.contents = kept
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    assert verdict.layouts is not None
+
+
+def test_what_killed_the_engine_is_not_tried_again(tmp_path: Path) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+
+    class Died(BaseException):
+        pass
+
+    class Dying(TorchDevice):
+        def run(self, *arguments: object) -> list[torch.Tensor]:
+            raise Died
+
+    verdicts = Verdicts(tmp_path, "test")
+    monkey = verdicts.end
+    trials = Trials(Dying(torch.device("cpu")), blobs, verdicts, lambda command: None)  # type: ignore[arg-type]
+    verdicts.end = lambda *arguments: None  # type: ignore[method-assign]
+    with pytest.raises(Died):
+        trials._verdict(bundle, staged)
+    verdicts.end = monkey  # type: ignore[method-assign]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".trying"]
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    assert verdict == Verdict(None, "the engine ended when it was tried")
+
+
+def test_a_model_that_cannot_be_run_on_four_rows_is_served_one_by_one(tmp_path: Path) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+
+    class Refusing(TorchDevice):
+        def run(self, program, weights, inputs):  # type: ignore[no-untyped-def]
+            if inputs[0].shape[0] > 1:
+                raise DeviceFault("too large")
+            return super().run(program, weights, inputs)
+
+    (verdict,) = judge(bundle, staged, blobs, tmp_path, Refusing(torch.device("cpu")))
+    assert verdict == Verdict(None, "it could not be run on four rows: too large")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"layouts": [[[0]]]}', '{"layouts": [[[-1, 0]]]}', '{"layouts": 5}', '{"layouts": null}']
+)
+def test_verdicts_that_are_no_verdicts_are_found_again(content: str, tmp_path: Path) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = json.loads(path.read_text())
+    path.write_text(content)
+    assert judge(bundle, staged, blobs, tmp_path) == [verdict]
+    assert json.loads(path.read_text()) == whole
+
+
+def test_a_folder_that_cannot_be_used_is_told_and_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+    (verdict,) = judge(bundle, staged, blobs, blocked / "verdicts")
+    assert verdict.layouts is not None
+    assert "cannot be kept in" in caplog.text
