@@ -17,8 +17,10 @@ import torch
 from trunkline.errors import DeviceFault
 from trunkline.protocol import ITEM_BYTES
 
+from sidecar import packed
 from sidecar.errors import ConfigError
 from sidecar.ir import Graph, Weight
+from sidecar.lowering import Recipe
 from sidecar.prepare import prepare
 from sidecar.programs import Program
 
@@ -88,10 +90,13 @@ class TorchDevice:
             held = self._allocate(weight.size_bytes, on_host=False)
             held.copy_(staging)
         tensor = _read_as(held, weight)
-        token = object()
-        self._sizes[token] = weight.size_bytes
-        weakref.finalize(tensor, self._sizes.pop, token)
+        self._count(tensor, weight.size_bytes)
         return tensor
+
+    def _count(self, handle: object, size_bytes: int) -> None:
+        token = object()
+        self._sizes[token] = size_bytes
+        weakref.finalize(handle, self._sizes.pop, token)
 
     def _allocate(self, size_bytes: int, on_host: bool) -> torch.Tensor:
         try:
@@ -99,10 +104,11 @@ class TorchDevice:
                 return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=not self._is_cpu)
             return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
         except RuntimeError as error:
-            raise DeviceFault(
-                f"{self.name} has no room for a weight of {size_bytes} bytes",
-                **{"size_bytes": size_bytes, **self.memory()},
-            ) from error
+            raise self._no_room(size_bytes) from error
+
+    def _no_room(self, size_bytes: int) -> DeviceFault:
+        facts = {"size_bytes": size_bytes, **self.memory()}
+        return DeviceFault(f"{self.name} has no room for a weight of {size_bytes} bytes", **facts)
 
     def as_weight(self, held: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Return ``held`` read with the dtype and shape of ``weight``, which has the same bytes.
@@ -116,13 +122,49 @@ class TorchDevice:
         view._held = held  # the count of weight bytes follows the first handle
         return view
 
+    # --- packed weights ---------------------------------------------------------------------------------------------
+
+    @property
+    def can_pack(self) -> bool:
+        """Return whether this device runs lowered graphs. Where it does not, nothing below may be called."""
+        return self._is_cpu and packed.available()
+
+    def packed_bytes(self, recipe: Recipe) -> int:
+        """Return the bytes of memory that the packed weight of ``recipe`` takes. The first of its kind is measured: slow."""
+        return packed.packed_bytes(recipe)
+
+    def new_packed(self, recipe: Recipe, fills: Sequence[Callable[[memoryview], None]]) -> packed.Packed:
+        """Make a packed weight of sources that ``fills`` write, one per source of ``recipe``; return the handle, which owns it.
+
+        For a moment this needs memory for the sources and as much again. Each fill gets what ``new_weight`` gives it, and
+        what it raises passes through. Raises DeviceFault when there is no memory.
+        """
+        sources = []
+        for weight, fill in zip(recipe.sources, fills, strict=True):
+            scratch = self._allocate(weight.size_bytes, on_host=True)
+            fill(memoryview(scratch.numpy()))  # type: ignore[arg-type]
+            sources.append(_read_as(scratch, weight))
+        try:
+            handle = packed.pack(recipe, sources)
+        except (RuntimeError, MemoryError) as error:
+            raise self._no_room(sum(weight.size_bytes for weight in recipe.sources)) from error
+        self._count(handle, handle.size_bytes)
+        return handle
+
+    def prepare_lowered(self, graph: Graph) -> Program:
+        """Return the weightless program of a graph that ``lower`` made. Raises BundleError when this torch cannot run a node.
+
+        Its packed weights are handles of ``new_packed``, the others of ``new_weight``.
+        """
+        return prepare(graph, self._device, lowered=True)
+
     # --- programs ---------------------------------------------------------------------------------------------------
 
     def prepare(self, graph: Graph) -> Program:
         """Return the weightless program of a graph. Raises BundleError when this torch cannot run a node."""
         return prepare(graph, self._device)
 
-    def run(self, program: Program, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, program: Program, weights: Sequence[object], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run a program on weights and inputs in the order of its graph; return its outputs in that order.
 
         Inputs are views in host memory, unchanged until the outputs were read. Outputs share no memory with weights or

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sidecar import operators
+from sidecar import operators, packed
 from sidecar.errors import BundleError
 from sidecar.ir import Argument, Dtype, Enum, Graph, Node, Value, node_values, values_in
+from sidecar.lowering import OPERATORS as PACKED
 from sidecar.programs import Program, Step
 from sidecar.recurrent import checked
 
@@ -53,6 +54,9 @@ _BINDINGS: dict[str, Callable[..., Any]] = {
     "aten.sum.dim_IntList": torch.sum,
     "aten.cat.default": torch.cat,
     "aten.reshape.default": torch.reshape,
+    # Whether a view is legal depends on the order in which an operator left its result in memory, which is our affair.
+    "aten.view.default": torch.reshape,
+    "aten.view_as.default": torch.Tensor.reshape_as,
     "aten.permute.default": torch.permute,
     "aten.transpose.int": torch.transpose,
     "aten.unsqueeze.default": torch.unsqueeze,
@@ -106,9 +110,12 @@ _SYMBOLIC: dict[str, Callable[..., int]] = {
 }
 
 
-def prepare(graph: Graph, device: torch.device) -> Program:
-    """Return the program of a graph for one device. Raises BundleError naming operator and node."""
-    return _Preparation(graph, device).program()
+def prepare(graph: Graph, device: torch.device, lowered: bool = False) -> Program:
+    """Return the program of a graph for one device. Raises BundleError naming operator and node.
+
+    Only a graph that ``lowering`` made, ``lowered``, may have packed operators. They are taken at its word.
+    """
+    return _Preparation(graph, device, lowered).program()
 
 
 # Where an argument comes from: one slot, or the slots of a list's members.
@@ -128,9 +135,10 @@ class _Preparation:
     A kind is ``Tensor``, ``int`` (a size), ``List[Tensor]``, or ``tuple:N`` for N tensors.
     """
 
-    def __init__(self, graph: Graph, device: torch.device) -> None:
+    def __init__(self, graph: Graph, device: torch.device, lowered: bool) -> None:
         self.graph = graph
         self.device = device
+        self.lowered = lowered
         self.base = len(graph.weights) + len(graph.inputs)
         self.blank: list[Any] = [None] * len(graph.nodes)
         self.kinds: list[str] = []
@@ -144,6 +152,9 @@ class _Preparation:
 
     def program(self) -> Program:
         for index, node in enumerate(self.graph.nodes):
+            if self.lowered and node.op in PACKED:
+                self._add_packed(index, node)
+                continue
             operators.check_node(node, index)
             if node.op in operators.SYMBOLIC:
                 self._add_symbolic(index, node)
@@ -220,6 +231,16 @@ class _Preparation:
         places = tuple(self._place(argument) for argument in node.args)
         self.calls.append(_Call(_SYMBOLIC[node.op], places, self.base + index, index))
         self.kinds.append("int")
+        self.sources.append(frozenset())
+
+    def _add_packed(self, index: int, node: Node) -> None:
+        where = f"node {index} ({node.op})"
+        for value in node_values(node):
+            if self._kind(value, where) != "Tensor":
+                raise BundleError(f"{where}: must be Tensor, not {self._kind(value, where)}", node=index, operator=node.op)
+        places = tuple(self._slot(value) for value in node_values(node))
+        self.calls.append(_Call(packed.operator(node), places, self.base + index, index))
+        self.kinds.append("Tensor")
         self.sources.append(frozenset())
 
     def _add_operator(self, index: int, node: Node) -> None:

@@ -1,0 +1,374 @@
+"""Lowering: a graph rewritten so that its convolutions and linear layers take weights packed for one device.
+
+The rewritten graph computes the same up to rounding. A batch norm is folded into the weights of the convolution before it;
+an activation, and the addition of a residual, become part of the operator. How one packed weight is made is written down as
+a *recipe*: from which weights of the store, with which settings. Packed weights stand in for the weights they are made of,
+which the rewritten graph no longer takes.
+
+What is rewritten depends on nodes and weights alone, never on the specs of inputs, so that a part of a model may be lowered
+whose inputs are results of another. Nodes that would fail as they are written are left alone, to fail as before. One
+difference remains: of a result that is not a number, a fused relu, hardtanh or hardsigmoid makes a number.
+
+Pure; must not import torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import msgpack
+
+from sidecar.ir import Argument, Enum, Graph, Node, Value, Weight, node_values
+from sidecar.operators import SIZES
+
+# Part of every token, so that a recipe of this scheme can never be taken for one of the next.
+SCHEME: Final = 1
+CONV2D: Final = "packed.conv2d"
+LINEAR: Final = "packed.linear"
+TURNED_LINEAR: Final = "packed.turned_linear"
+# The operators of lowered graphs: (input, packed weight, activation, its numbers, what is added before it or None).
+OPERATORS: Final = frozenset({CONV2D, LINEAR, TURNED_LINEAR})
+
+# A linear weight larger than this stays as it is: packing one takes its size again for a moment.
+LARGEST_LINEAR_BYTES: Final = 32 * 1024 * 1024
+# From this size on, blocks are faster than a transposed matrix at most batch sizes. Below, what oneDNN needs to begin, some
+# 60 µs, is more than they gain (measured with 1 to 128 rows).
+SMALLEST_BLOCKED_BYTES: Final = 2 * 1024 * 1024
+# Blocks of a few channels are mostly padding: they would need more memory and take longer than the weight as it is.
+LARGEST_GROWTH: Final = 1.5
+
+Option = int | float | str | tuple[int, ...]
+Kind = Literal["conv2d", "linear"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one packed weight is made.
+
+    ``roles`` says what each of ``sources`` is: ``weight``, ``bias``, or of the batch norm ``norm weight``, ``norm bias``,
+    ``norm mean``, ``norm variance``. Sources have the shape of their role, all are float32. ``options``, sorted by name:
+    of conv2d ``stride``, ``padding``, ``dilation`` (two numbers each), ``groups``, and ``epsilon`` where there is a norm; of
+    linear ``layout``, which is ``blocked`` or ``transposed``.
+    """
+
+    kind: Kind
+    roles: tuple[str, ...]
+    sources: tuple[Weight, ...]
+    options: tuple[tuple[str, Option], ...]
+
+    @property
+    def digest(self) -> str:
+        """Return the name of the packed weight, in hexadecimal: equal for equal content, wherever it is used."""
+        return self._name("recipe", [[weight.dtype, list(weight.shape), bytes.fromhex(weight.digest)] for weight in self.sources])
+
+    @property
+    def skeleton(self) -> str:
+        """Return the name of the recipe without its content, in hexadecimal: equal skeletons are packed to equal sizes."""
+        return self._name("skeleton", [[weight.dtype, list(weight.shape)] for weight in self.sources])
+
+    def _name(self, word: str, sources: list[list[Any]]) -> str:
+        fields = [SCHEME, word, self.kind, list(self.roles), sources, [[key, option] for key, option in self.options]]
+        return hashlib.sha256(msgpack.packb(fields, use_bin_type=True)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A lowered graph, and the recipes of its packed weights by digest. Only ``prepare_lowered`` takes such a graph."""
+
+    graph: Graph
+    recipes: dict[str, Recipe]
+
+
+def lower(graph: Graph, packed_bytes: Callable[[Recipe], int]) -> Lowered:
+    """Return ``graph`` with whatever can be packed packed; itself and no recipes where that is nothing.
+
+    ``packed_bytes`` tells the bytes of a packed weight. A weight that several nodes take stays as it is.
+    """
+    return _Lowering(graph, packed_bytes).run()
+
+
+@dataclass
+class _Fusion:
+    """A convolution or linear layer with the nodes it takes in. ``last`` is the last of them, where all of it will stand."""
+
+    recipe: Recipe
+    source: Value
+    origin: str
+    last: int
+    members: set[int]
+    added: Value | None = None
+    activation: str = "none"
+    numbers: tuple[float, ...] = ()
+
+    @property
+    def op(self) -> str:
+        if self.recipe.kind == "conv2d":
+            return CONV2D
+        return LINEAR if dict(self.recipe.options)["layout"] == "blocked" else TURNED_LINEAR
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, packed_bytes: Callable[[Recipe], int]) -> None:
+        self.graph = graph
+        self.packed_bytes = packed_bytes
+        # Who takes the result of each node, once per time it is taken; a result of the graph is taken by nobody (-1).
+        self.users: dict[int, list[int]] = {}
+        self.weight_uses: dict[str, int] = {}
+        takers = [(number, value) for number, node in enumerate(graph.nodes) for value in node_values(node)]
+        for number, value in (*takers, *((-1, value) for value in graph.results)):
+            if value.kind == "node":
+                self.users.setdefault(value.index, []).append(number)
+            elif value.kind == "weight":
+                digest = graph.weights[value.index].digest
+                self.weight_uses[digest] = self.weight_uses.get(digest, 0) + 1
+        self.fusions: dict[int, _Fusion] = {}  # by their last node
+        self.taken: set[int] = set()
+
+    def run(self) -> Lowered:
+        # From the end, so that an addition goes to the later of the two convolutions that lead to it: the other is done.
+        for number in reversed(range(len(self.graph.nodes))):
+            fusion = self._fusion(number)
+            if fusion is not None:
+                self.fusions[fusion.last] = fusion
+                self.taken |= fusion.members
+        if not self.fusions:
+            return Lowered(self.graph, {})
+        return _Rewriting(self.graph, self.fusions, self.taken, self.packed_bytes).run()
+
+    # --- what can be packed -----------------------------------------------------------------------------------------
+
+    def _fusion(self, number: int) -> _Fusion | None:
+        node = self.graph.nodes[number]
+        match node.op:
+            case "aten.conv2d.default" | "aten.convolution.default":
+                fusion = self._conv2d(number, node)
+            case "aten.linear.default":
+                fusion = self._linear(number, node)
+            case _:
+                return None
+        if fusion is None or self.packed_bytes(fusion.recipe) > LARGEST_GROWTH * _source_bytes(fusion.recipe):
+            return None
+        if fusion.op != TURNED_LINEAR:  # oneDNN has no part in it
+            self._take_in_addition(fusion)
+            self._take_in_activation(fusion)
+        return fusion
+
+    def _conv2d(self, number: int, node: Node) -> _Fusion | None:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation")
+        if node.op == "aten.convolution.default":
+            found = _arguments(node, (*names, "transposed", "output_padding", "groups"))
+            if found.get("transposed") is not False:
+                return None
+        else:
+            found = _arguments(node, (*names, "groups"))
+        source, groups = found.get("input"), found.get("groups", 1)
+        weight = self._weight(found.get("weight"), once=True)
+        steps = _pair(found.get("stride", 1), 1), _pair(found.get("padding", 0), 0), _pair(found.get("dilation", 1), 1)
+        if not isinstance(source, Value) or weight is None or len(weight.shape) != 4 or type(groups) is not int or groups < 1:
+            return None
+        stride, padding, dilation = steps
+        if stride is None or padding is None or dilation is None or weight.shape[0] % groups or not math.prod(weight.shape):
+            return None
+        channels = (weight.shape[0],)
+        parts = {"weight": weight}
+        if not self._add_part(parts, "bias", found.get("bias"), channels):
+            return None
+        options: dict[str, Option] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        members, last = {number}, number
+        norm = self._only_user(number, "aten.batch_norm.default")
+        if norm is not None and (folded := self._norm(norm, number, channels)):
+            norm_parts, options["epsilon"] = folded
+            parts |= norm_parts
+            members.add(norm)
+            last = norm
+        return _Fusion(_recipe("conv2d", parts, options), source, node.origin, last, members)
+
+    def _linear(self, number: int, node: Node) -> _Fusion | None:
+        found = _arguments(node, ("input", "weight", "bias"))
+        source, weight = found.get("input"), self._weight(found.get("weight"), once=True)
+        if not isinstance(source, Value) or weight is None or len(weight.shape) != 2 or not math.prod(weight.shape):
+            return None
+        parts = {"weight": weight}
+        if weight.size_bytes > LARGEST_LINEAR_BYTES or not self._add_part(parts, "bias", found.get("bias"), weight.shape[:1]):
+            return None
+        layout = "blocked" if weight.size_bytes >= SMALLEST_BLOCKED_BYTES else "transposed"
+        return _Fusion(_recipe("linear", parts, {"layout": layout}), source, node.origin, number, {number})
+
+    def _norm(self, number: int, before: int, channels: tuple[int, ...]) -> tuple[dict[str, Weight], float] | None:
+        """Return the parts and the epsilon of a batch norm that can be folded into node ``before``, whose result it takes."""
+        names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
+        found = _arguments(self.graph.nodes[number], names)
+        epsilon = found.get("eps")
+        parts: dict[str, Weight] = {}
+        if found.get("input") != Value("node", before) or found.get("training") is not False:
+            return None
+        if not isinstance(epsilon, int | float) or isinstance(epsilon, bool):
+            return None
+        for role, name in (("weight", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("variance", "running_var")):
+            if not self._add_part(parts, f"norm {role}", found.get(name), channels):
+                return None
+        return (parts, float(epsilon)) if {"norm mean", "norm variance"} <= set(parts) else None
+
+    def _add_part(self, parts: dict[str, Weight], role: str, argument: Argument, shape: tuple[int, ...]) -> bool:
+        """Add a part that may be absent; return False when what is there is no weight of that shape."""
+        if argument is None:
+            return True
+        weight = self._weight(argument, once=False)
+        if weight is None or weight.shape != shape:
+            return False
+        parts[role] = weight
+        return True
+
+    def _weight(self, argument: Argument, once: bool) -> Weight | None:
+        """Return the float32 weight an argument refers to; with ``once`` only when nothing else takes it."""
+        if not isinstance(argument, Value) or argument.kind != "weight":
+            return None
+        weight = self.graph.weights[argument.index]
+        return weight if weight.dtype == "float32" and not (once and self.weight_uses[weight.digest] > 1) else None
+
+    # --- what is taken in -------------------------------------------------------------------------------------------
+
+    def _only_user(self, number: int, *ops: str) -> int | None:
+        """Return the node that alone takes the result of another, once, when it is one of ``ops`` and still free."""
+        users = self.users.get(number, [])
+        if len(users) != 1 or users[0] < 0 or users[0] in self.taken or self.graph.nodes[users[0]].op not in ops:
+            return None
+        return users[0]
+
+    def _take_in_addition(self, fusion: _Fusion) -> None:
+        number = self._only_user(fusion.last, "aten.add.Tensor")
+        if number is None:
+            return
+        found = _arguments(self.graph.nodes[number], ("self", "other", "alpha"))
+        first, second, scale = found.get("self"), found.get("other"), found.get("alpha", 1)
+        added = second if first == Value("node", fusion.last) else first
+        is_size = isinstance(added, Value) and added.kind == "node" and self.graph.nodes[added.index].op in SIZES
+        if isinstance(added, Value) and not is_size and type(scale) is int and scale == 1:
+            fusion.added = added
+            fusion.members.add(number)
+            fusion.last = number
+
+    def _take_in_activation(self, fusion: _Fusion) -> None:
+        # After an addition oneDNN's convolution takes in a relu and nothing else, its linear layer nothing.
+        if fusion.added is None:
+            number = self._only_user(fusion.last, *_ACTIVATIONS)
+        elif fusion.recipe.kind == "conv2d":
+            number = self._only_user(fusion.last, "aten.relu.default")
+        else:
+            return
+        if number is None:
+            return
+        activation = _activation(self.graph.nodes[number])
+        if activation is not None:
+            fusion.activation, fusion.numbers = activation
+            fusion.members.add(number)
+            fusion.last = number
+
+
+class _Rewriting:
+    """The new graph: every fusion one node in place of its last, weights in the order of their first use."""
+
+    def __init__(self, graph: Graph, fusions: dict[int, _Fusion], taken: set[int], packed_bytes: Callable[[Recipe], int]) -> None:
+        self.graph = graph
+        self.fusions = fusions
+        self.taken = taken
+        self.packed_bytes = packed_bytes
+        self.nodes: list[Node] = []
+        self.places: dict[int, int] = {}  # of old nodes among the new
+        self.weights: dict[Weight, int] = {}
+        self.recipes: dict[str, Recipe] = {}
+
+    def run(self) -> Lowered:
+        for number, node in enumerate(self.graph.nodes):
+            if number in self.fusions:
+                made = self._fused(self.fusions[number])
+            elif number in self.taken:
+                continue
+            else:
+                keywords = tuple((key, self._moved(argument)) for key, argument in node.kwargs)
+                made = dataclasses.replace(node, args=tuple(map(self._moved, node.args)), kwargs=keywords)
+            self.places[number] = len(self.nodes)
+            self.nodes.append(made)
+        results = tuple(self._moved_value(value) for value in self.graph.results)
+        graph = dataclasses.replace(self.graph, weights=tuple(self.weights), nodes=tuple(self.nodes), results=results)
+        return Lowered(graph, self.recipes)
+
+    def _fused(self, fusion: _Fusion) -> Node:
+        digest = fusion.recipe.digest
+        self.recipes[digest] = fusion.recipe
+        weight = Weight(digest, "packed", (), self.packed_bytes(fusion.recipe), 0)
+        added = None if fusion.added is None else self._moved_value(fusion.added)
+        arguments = (self._moved_value(fusion.source), self._place(weight), Enum(fusion.activation), fusion.numbers, added)
+        return Node(fusion.op, arguments, (), fusion.origin)
+
+    def _moved(self, argument: Argument) -> Argument:
+        if isinstance(argument, Value):
+            return self._moved_value(argument)
+        return tuple(map(self._moved, argument)) if isinstance(argument, tuple) else argument
+
+    def _moved_value(self, value: Value) -> Value:
+        if value.kind == "weight":
+            return self._place(self.graph.weights[value.index])
+        return Value("node", self.places[value.index], value.item) if value.kind == "node" else value
+
+    def _place(self, weight: Weight) -> Value:
+        return Value("weight", self.weights.setdefault(weight, len(self.weights)))
+
+
+def _source_bytes(recipe: Recipe) -> int:
+    return sum(weight.size_bytes for weight in recipe.sources)
+
+
+def _recipe(kind: Kind, parts: dict[str, Weight], options: dict[str, Option]) -> Recipe:
+    return Recipe(kind, tuple(parts), tuple(parts.values()), tuple(sorted(options.items())))
+
+
+def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Argument]:
+    """Return a node's arguments by name; nothing when one has no name or is given twice."""
+    given = [*zip(names, node.args, strict=False), *node.kwargs]
+    found = dict(given)
+    fits = len(found) == len(given) == len(node.args) + len(node.kwargs) and found.keys() <= set(names)
+    return found if fits else {}
+
+
+def _pair(argument: Argument, smallest: int) -> tuple[int, int] | None:
+    """Return two constant sizes of at least ``smallest``; one stands for both."""
+    sizes = argument if isinstance(argument, tuple) else (argument,)
+    numbers = [size for size in sizes if type(size) is int and size >= smallest]
+    if len(numbers) != len(sizes) or len(sizes) not in (1, 2):
+        return None
+    return numbers[0], numbers[-1]
+
+
+# What oneDNN calls each activation, and the names and values of the constants it takes.
+_ACTIVATIONS: dict[str, tuple[str, dict[str, Argument]]] = {
+    "aten.relu.default": ("relu", {}),
+    "aten.relu6.default": ("hardtanh", {}),
+    "aten.hardtanh.default": ("hardtanh", {"min_val": -1.0, "max_val": 1.0}),
+    "aten.leaky_relu.default": ("leaky_relu", {"negative_slope": 0.01}),
+    "aten.silu.default": ("swish", {}),
+    "aten.sigmoid.default": ("sigmoid", {}),
+    "aten.tanh.default": ("tanh", {}),
+    "aten.hardswish.default": ("hardswish", {}),
+    "aten.hardsigmoid.default": ("hardsigmoid", {}),
+    "aten.gelu.default": ("gelu", {}),
+}
+
+
+def _activation(node: Node) -> tuple[str, tuple[float, ...]] | None:
+    """Return the word and the numbers of an activation, or None where it has other arguments than constants."""
+    word, defaults = _ACTIVATIONS[node.op]
+    if word == "gelu":
+        form = _arguments(node, ("self", "approximate")).get("approximate", Enum("none"))
+        return {Enum("none"): ("gelu", ()), Enum("tanh"): ("gelu_tanh", ())}.get(form) if isinstance(form, Enum) else None
+    if node.op == "aten.relu6.default":
+        return word, (0.0, 6.0)
+    found = defaults | _arguments(node, ("self", *defaults))
+    numbers = [found[name] for name in defaults]
+    floats = tuple(float(number) for number in numbers if isinstance(number, int | float) and not isinstance(number, bool))
+    return (word, floats) if len(floats) == len(numbers) else None
