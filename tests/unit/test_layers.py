@@ -27,6 +27,7 @@ LAYERS = {
         "costs",
         "blocks",
         "graphfile",
+        "lowering",
         "strictjson",
         "processes",
         "pins",
@@ -38,6 +39,7 @@ LAYERS = {
     3: {
         "calls",
         "devices",
+        "packed",
         "programs",
         "prepare",
         "export",
