@@ -21,11 +21,12 @@ from sidecar.bundle import Bundle, Weight
 from sidecar.errors import BundleError, StoreError
 from sidecar.graph import FusedGraph
 from sidecar.ir import Graph
+from sidecar.lowering import Lowered, Recipe
 from sidecar.merkle import skeleton_id
 from sidecar.pins import Pins
 from sidecar.ports import Device, Source
 from sidecar.residency import Residency
-from sidecar.stages import Key, Staged
+from sidecar.stages import Key, Stage, Staged
 from sidecar.together import Interface, join
 from sidecar.trials import Verdict
 from sidecar.wavefront import Layouts
@@ -40,14 +41,17 @@ _MOST_JOINT: Final = 64
 class Step:
     """A stage as one deployed model runs it: its graph, the weights it needs, and once prepared, the program.
 
-    ``bound`` are the handles of its weights, while they are known to be in memory.
+    ``recipes`` say how its packed weights are made; without any, the graph is the stage's own. ``bound`` are the handles of its
+    weights, while they are known to be in memory.
     """
 
     key: str
     takes: tuple[Key, ...]
     gives: tuple[Key, ...]
     alive: frozenset[Key]
+    block: str
     graph: Graph
+    recipes: dict[str, Recipe]
     program: Any = None
     bound: list[object] | None = None
 
@@ -72,6 +76,11 @@ class Deployed:
     @property
     def name(self) -> str:
         return self.bundle.name
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """Return how packed weights are made, by digest."""
+        return {digest: recipe for step in self.steps for digest, recipe in step.recipes.items()}
 
     @property
     def most_rows(self) -> int:
@@ -211,7 +220,7 @@ class Catalog:
             self.broken[name] = error
             return freed
         plan = f"{name}@{bundle.graph_digest}"
-        if name in self.deployed and self.deployed[name].plan == plan:
+        if name in self.deployed and self.deployed[name].plan.partition("#")[0] == plan:
             # The same graph under another version, perhaps.
             self.deployed[name].bundle, self.deployed[name].signature = bundle, _signature(bundle)
             return ()
@@ -224,6 +233,30 @@ class Catalog:
         if was_pinned and not self.pin_if_possible(deployed):
             # After a restart, too: its pin could come before those of others, and keep them out.
             self.pins.discard(name)
+        return freed
+
+    def is_deployed(self, deployed: Deployed) -> bool:
+        """Say whether this is the version, and the form, that requests are served by."""
+        return self.deployed.get(deployed.name) is deployed
+
+    def adopt(self, deployed: Deployed, verdict: Verdict) -> Sequence[str]:
+        """Serve a model as its trial has shown to be best. Requests under way keep the form they began with."""
+        if not self.is_deployed(deployed):
+            return ()
+        if not any(lowered is not None for lowered in verdict.forms):
+            deployed.verdict = verdict
+            return ()
+        forms = hashlib.sha256(str([lowered is not None for lowered in verdict.forms]).encode()).hexdigest()[:8]
+        plan = f"{deployed.plan}#{forms}"
+        formed = self.retired.pop(plan, None) or _deployed(deployed.bundle, plan, deployed.staged, verdict)
+        formed.request_count, formed.last_used_s = deployed.request_count, deployed.last_used_s
+        was_pinned = self.residency.is_pinned(deployed.plan)
+        self.residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in formed.weights.items()})
+        freed = self._retire(deployed)
+        self.deployed[deployed.name] = formed
+        if was_pinned and not self.pin_if_possible(formed):
+            self.pins.discard(deployed.name)
+        self.publish()
         return freed
 
     def pin_if_possible(self, deployed: Deployed) -> bool:
@@ -241,6 +274,9 @@ class Catalog:
         if deployed is None:
             return ()
         self.graph.remove(name)
+        return self._retire(deployed)
+
+    def _retire(self, deployed: Deployed) -> Sequence[str]:
         if self.residency.lease_count(deployed.plan):
             self.residency.unpin(deployed.plan)
             self.retired[deployed.plan] = deployed
@@ -277,7 +313,8 @@ class Catalog:
                 skeleton = skeleton_id(step.graph)
                 program = self.programs.get(skeleton)
                 if program is None:
-                    program = self.programs[skeleton] = self.device.prepare(step.graph)
+                    prepare = self.device.prepare_lowered if step.recipes else self.device.prepare
+                    program = self.programs[skeleton] = prepare(step.graph)
                 step.program = program
 
     def unbind(self) -> None:
@@ -287,10 +324,18 @@ class Catalog:
                 deployed.unbind()
 
 
-def _deployed(bundle: Bundle, plan: str, staged: Staged) -> Deployed:
-    steps = tuple(Step(stage.id, stage.takes, stage.gives, stage.alive, stage.graph) for stage in staged.stages)
-    weights = {weight.digest: weight for weight in bundle.graph.weights}
-    return Deployed(bundle, plan, _signature(bundle), staged, steps, weights)
+def _deployed(bundle: Bundle, plan: str, staged: Staged, verdict: Verdict | None = None) -> Deployed:
+    forms = verdict.forms if verdict is not None else (None,) * len(staged.stages)
+    steps = tuple(map(_step, staged.stages, forms))
+    weights = {weight.digest: weight for step in steps for weight in step.graph.weights}
+    return Deployed(bundle, plan, _signature(bundle), staged, steps, weights, verdict)
+
+
+def _step(stage: Stage, lowered: Lowered | None) -> Step:
+    graph, recipes = (stage.graph, {}) if lowered is None else (lowered.graph, lowered.recipes)
+    # What is computed in two forms differs in its last bits, and needs other weights.
+    key = f"{stage.id}{'+packed' if recipes else ''}"
+    return Step(key, stage.takes, stage.gives, stage.alive, stage.block, graph, recipes)
 
 
 def _signature(bundle: Bundle) -> Signature:

@@ -155,16 +155,25 @@ class Commands:
     def _blocks(self, work: Work, arguments: dict[str, Any]) -> object:
         blocks = self._catalog.graph.blocks()
         offset, limit = int(arguments.get("offset", 0)), int(arguments.get("limit", 100))
-        return {"total": len(blocks), "blocks": [self._describe_block(block) for block in blocks[offset : offset + limit]]}
+        # A weight counts where it is first used, as in the graph.
+        counted: set[str] = set()
+        described = [self._describe_block(block, counted) for block in blocks]
+        return {"total": len(blocks), "blocks": described[offset : offset + limit]}
 
-    def _describe_block(self, block: FusedBlock) -> dict[str, object]:
-        resident = [digest for digest in block.weights if self._residency.is_resident(digest)]
-        plans = [self._catalog.deployed[name].plan for name in block.models]
+    def _describe_block(self, block: FusedBlock, counted: set[str]) -> dict[str, object]:
+        users = [self._catalog.deployed[name] for name in block.models]
+        # What lies in memory are the weights of the form that the block is run in.
+        step = next(step for step in users[0].steps if step.block == block.id)
+        weights = {weight.digest: weight.size_bytes for weight in step.graph.weights}
+        resident = {digest: size for digest, size in weights.items() if self._residency.is_resident(digest)}
+        resident_bytes = sum(size for digest, size in resident.items() if digest not in counted)
+        counted |= weights.keys()
         return block.to_plain() | {
-            "weights": len(block.weights),
-            "resident_bytes": sum(block.weights[digest] for digest in resident),
-            "tier": "device" if len(resident) == len(block.weights) else "disk",
-            "leases": sum(map(self._residency.lease_count, plans)),
+            "weights": len(weights),
+            "form": "packed" if step.recipes else "plain",
+            "resident_bytes": resident_bytes,
+            "tier": "device" if len(resident) == len(weights) else "disk",
+            "leases": sum(self._residency.lease_count(deployed.plan) for deployed in users),
         }
 
     # --- what is to change -------------------------------------------------------------------------------------------

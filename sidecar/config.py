@@ -59,6 +59,7 @@ class Settings:
     queue_limit: int = 256
     batch_limit: int = 8
     compute_once: bool = True
+    packing: bool = True
     arena_limit_bytes: int = 64 * 2**20
     arena_total_bytes: int = 2 * 2**30
     connection_limit: int = 1024
@@ -158,6 +159,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "queue_limit": _integer(1, 1_000_000),
     "batch_limit": _integer(1, 1024),
     "compute_once": _switch,
+    "packing": _switch,
     "arena_limit_bytes": _size(65536),
     "arena_total_bytes": _size(131072),
     "connection_limit": _integer(1, 100_000),

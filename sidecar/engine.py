@@ -65,7 +65,6 @@ class Counts:
     answered: int = 0
     failed: int = 0
     expired: int = 0
-    evicted_bytes: int = 0
     # Stages run, the rows they were run on, and the requests that each stage was run for: what nobody shares has one of each.
     stages: int = 0
     stage_rows: int = 0
@@ -96,6 +95,7 @@ class Engine:
         queue_limit: int,
         batch_limit: int = 8,
         compute_once: bool = True,
+        packing: bool = True,
         verdicts: Verdicts | None = None,
         generation: int = 0,
         facts: dict[str, object] | None = None,
@@ -114,7 +114,7 @@ class Engine:
         self._costs = BatchCosts()
         self._wavefront: Wavefront[_Call] = Wavefront(device, self._costs, batch_limit)
         # Without a place for verdicts nothing is tried, and so nothing batched.
-        self._trials = None if verdicts is None else Trials(device, source, verdicts, self._post)
+        self._trials = None if verdicts is None else Trials(device, source, verdicts, self._post, packing=packing)
         # Set while the head of the queue waits for a lease of somebody else to end.
         self._blocked = False
         self._untrimmed = False
@@ -238,13 +238,16 @@ class Engine:
             self._go_on()
 
     def _try_out(self, deployed: Deployed) -> None:
-        if self._trials is None or self._batch_limit == 1 or deployed.verdict is not None:
-            return
+        if self._trials is not None and deployed.verdict is None:
+            self._trials.ask(deployed.bundle, deployed.staged, lambda verdict: self._tried(deployed, verdict))
 
-        def told(verdict: Verdict) -> None:
-            deployed.verdict = verdict
-
-        self._trials.ask(deployed.bundle, deployed.staged, told)
+    def _tried(self, deployed: Deployed, verdict: Verdict) -> None:
+        was_resident = self._residency.is_held(deployed.plan) if self._catalog.is_deployed(deployed) else False
+        self._drop(self._catalog.adopt(deployed, verdict))
+        name = deployed.name
+        if was_resident and not self._catalog.is_deployed(deployed) and name in self._catalog.deployed:
+            # It serves on in another form, whose weights are made while nobody waits for them.
+            self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
 
     def _accept(self, work: Work) -> None:
         if self._draining:
@@ -397,8 +400,6 @@ class Engine:
     def _drop(self, digests: Sequence[str]) -> None:
         if not digests:
             return
-        weights = self._catalog.graph.all_weights()
-        self._counts.evicted_bytes += sum(weights[digest].size_bytes for digest in digests if digest in weights)
         self._loads.drop(digests)
         self._catalog.unbind()
 
@@ -460,7 +461,7 @@ class Engine:
                 "waiting": len(self._queue),
                 "running": len(self._wavefront),
                 "fetched_bytes": self._loads.fetched_bytes,
-                "evicted_bytes": self._counts.evicted_bytes,
+                "evicted_bytes": self._residency.evicted_bytes,
             },
             "sharing": {
                 "stages": self._counts.stages,

@@ -92,7 +92,7 @@ class Loads:
         # Those on their way for another model are waited for; those that failed on it are tried again.
         for digest in waiting - self._in_flight:
             self._in_flight.add(digest)
-            self._mover.fetch(deployed.weights[digest], self._arrived)
+            self._mover.fetch(deployed.weights[digest], deployed.recipes.get(digest), self._arrived)
 
     def _arrived(self, weight: Weight, outcome: object) -> None:
         error = outcome if isinstance(outcome, TrunklineError) else None

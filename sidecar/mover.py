@@ -10,7 +10,15 @@ from trunkline.errors import ModelCorrupt, SidecarFault, TrunklineError
 
 from sidecar.bundle import Weight
 from sidecar.errors import BlobCorrupt, BlobMissing
+from sidecar.lowering import Recipe
 from sidecar.ports import Device, Source
+
+_Arrived = Callable[[Weight, object], None]
+
+
+def reader(source: Source, weight: Weight) -> Callable[[memoryview], None]:
+    """Return the function that writes a weight's bytes, checked, where it is told to."""
+    return lambda target: source.read_blob(weight.digest, target, weight.crc32)
 
 
 class Mover:
@@ -20,11 +28,12 @@ class Mover:
         self._device = device
         self._source = source
         self._post = post
-        self._jobs: queue.SimpleQueue[tuple[Weight, Callable[[Weight, object], None]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Weight, Recipe | None, _Arrived] | None] = queue.SimpleQueue()
 
-    def fetch(self, weight: Weight, arrived: Callable[[Weight, object], None]) -> None:
-        """Read a weight; ``arrived`` is run in the engine thread with its handle, or with a TrunklineError."""
-        self._jobs.put((weight, arrived))
+    def fetch(self, weight: Weight, recipe: Recipe | None, arrived: _Arrived) -> None:
+        """Read a weight, or make it by its recipe; ``arrived`` is run in the engine thread with its handle, or with a
+        TrunklineError."""
+        self._jobs.put((weight, recipe, arrived))
 
     def stop(self) -> None:
         self._jobs.put(None)
@@ -33,17 +42,19 @@ class Mover:
         while (job := self._jobs.get()) is not None:
             self._move(*job)
 
-    def _move(self, weight: Weight, arrived: Callable[[Weight, object], None]) -> None:
+    def _move(self, weight: Weight, recipe: Recipe | None, arrived: _Arrived) -> None:
         # A frame of its own: a local of the loop would keep the last weight in memory after its eviction.
-        outcome = self._read(weight)
+        outcome = self._read(weight, recipe)
         self._post(lambda: arrived(weight, outcome))
 
-    def _read(self, weight: Weight) -> object:
+    def _read(self, weight: Weight, recipe: Recipe | None) -> object:
         # Errors are made anew, without trace, cause or context: the frames those hold on to hold the bytes that were read,
         # which are outside the budget from here on.
         failed: TrunklineError
         try:
-            return self._device.new_weight(weight, lambda target: self._source.read_blob(weight.digest, target, weight.crc32))
+            if recipe is not None:
+                return self._device.new_packed(recipe, [reader(self._source, each) for each in recipe.sources])
+            return self._device.new_weight(weight, reader(self._source, weight))
         except (BlobMissing, BlobCorrupt):
             message = f"weight {weight.digest[:12]} is damaged or missing in the store; push the model again"
             failed = ModelCorrupt(message, digest=weight.digest)

@@ -45,6 +45,8 @@ class Residency:
         self._committed: dict[str, int] = {}
         self._arrived: set[str] = set()
         self.committed_bytes = 0
+        # Since the start.
+        self.evicted_bytes = 0
 
     def add_plan(self, plan: str, weights: Mapping[str, int]) -> None:
         """Register a plan: size in bytes by digest. Registering it again is harmless."""
@@ -135,7 +137,9 @@ class Residency:
         for plan in self._held:
             candidates.difference_update(self._plans[plan])
         for digest in candidates:
-            self.committed_bytes -= self._committed.pop(digest)
+            size_bytes = self._committed.pop(digest)
+            self.committed_bytes -= size_bytes
+            self.evicted_bytes += size_bytes
             self._arrived.discard(digest)
         return tuple(sorted(candidates))
 

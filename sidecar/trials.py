@@ -1,11 +1,16 @@
-"""Trials: what must be known of a model before its requests may share a batch, found by trying it out.
+"""Trials: what must be known of a model before it is served as well as it can be, found by trying it out.
 
-A model is tried in a thread of its own, with its own weights, one stage in memory at a time. It is run on three fixed rows beside
-six different neighbours: random numbers, not-a-number, infinity, 1e30, zeros, and in reverse order. Rows are *independent* when
-what belongs to the three never differs by a bit, whatever is beside them, and agrees with what they give alone. Zeros only, or
-random numbers only, would pass models whose rows do touch each other: a global maximum, a dynamic quantisation.
+A model is tried in a thread of its own, with its own weights, one stage in memory at a time.
 
-The same runs show where the rows lie in every tensor that passes from stage to stage. Owned by its thread; the outcome is posted.
+*Independence.* It is run on three fixed rows beside six different neighbours: random numbers, not-a-number, infinity, 1e30,
+zeros, and in reverse order. Rows are independent when what belongs to the three never differs by a bit, whatever is beside them, and
+agrees with what they give alone. Zeros only, or random numbers only, would pass models whose rows do touch each other: a global
+maximum, a dynamic quantisation. The same runs show where the rows lie in every tensor that passes from stage to stage.
+
+*Form.* Where a stage can be lowered (``sidecar.lowering``), both forms of it take turns. The lowered one is taken where it agrees
+and is faster. Stages of one structure have one form, whichever models they are in, so that their weights are shared.
+
+Owned by its thread; the outcome is posted.
 """
 
 from __future__ import annotations
@@ -13,7 +18,9 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import statistics
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,9 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 from trunkline.errors import TrunklineError
 
-from sidecar.bundle import Bundle, Weight
+from sidecar.bundle import Bundle
 from sidecar.errors import BundleError, StoreError
+from sidecar.lowering import Lowered, lower
 from sidecar.merkle import skeleton_id
+from sidecar.mover import reader
 from sidecar.ports import Device, Source
 from sidecar.stages import Key, Stage, Staged
 from sidecar.verdicts import Verdicts
@@ -40,24 +49,40 @@ _FILLINGS: Final = ("random", "not-a-number", "infinity", "1e30", "zeros")
 _SIZES: Final = (8, 64, 224)
 # Nothing waits for a trial: it must not take the processor from those who are waited for.
 _NICE: Final = 10
+# How often each form of a stage is run, and what folding and another order of additions may change of its results.
+_TURNS: Final = 5
+_ROUNDING: Final = 1e-4
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a model's rows are independent; if so, where they lie in every tensor, and if not, why."""
+    """Whether a model's rows are independent; if so, where they lie in every tensor, and if not, why.
+
+    ``forms`` has an entry per stage: its lowered graph, None where it runs as it is.
+    """
 
     layouts: Layouts | None
     reason: str = ""
+    forms: tuple[Lowered | None, ...] = ()
 
 
 class Trials:
     """Tries models, one after the other. ``run`` is the thread's body; ``ask`` and ``stop`` may be called anywhere."""
 
-    def __init__(self, device: Device, source: Source, verdicts: Verdicts, post: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        source: Source,
+        verdicts: Verdicts,
+        post: Callable[[Callable[[], None]], None],
+        *,
+        packing: bool = True,
+    ) -> None:
         self._device = device
         self._source = source
         self._verdicts = verdicts
         self._post = post
+        self._packing = packing and device.can_pack
         self._jobs: queue.SimpleQueue[tuple[Bundle, Staged, Callable[[Verdict], None]] | None] = queue.SimpleQueue()
 
     def ask(self, bundle: Bundle, staged: Staged, told: Callable[[Verdict], None]) -> None:
@@ -82,43 +107,61 @@ class Trials:
             self._post(lambda told=told, verdict=verdict: told(verdict))  # type: ignore[misc]
 
     def _verdict(self, bundle: Bundle, staged: Staged) -> Verdict:
-        if bundle.batch is None:
-            return Verdict(None, "its batch size is fixed")
-        most = next(symbol.maximum for symbol in bundle.graph.symbols if symbol.name == bundle.batch)
-        if most < _ROWS:
-            return Verdict(None, f"it takes at most {most} rows")
         structure = skeleton_id(bundle.graph)
-        known = self._verdicts.find("rows", structure)
-        if known is None or not _is_whole(known, staged):
-            self._verdicts.begin("rows", structure)
-            plain: dict[str, Any] | None = None
-            try:
-                plain = self._try(bundle, staged)
-            finally:
-                self._verdicts.end("rows", structure, plain)
-            known = plain
-        if known.get("died"):
+        rows = self._verdicts.find("rows", structure)
+        if rows is not None and rows.get("died") is True:
             return Verdict(None, "the engine ended when it was tried")
-        if known["layouts"] is None:
-            return Verdict(None, str(known["reason"]))
+        lowered = [self._lowered(stage) for stage in staged.stages]
+        forms = {
+            number: self._verdicts.find("form", skeleton_id(staged.stages[number].graph))
+            for number, each in enumerate(lowered)
+            if each is not None
+        }
+        # A form that is known stays: other models that have the stage share its weights.
+        unknown = {number: lowered[number] for number, form in forms.items() if not _is_form(form)}
+        if rows is None or not _is_whole(rows, staged) or unknown:
+            self._verdicts.begin("rows", structure)
+            tried: dict[str, Any] | None = None
+            try:
+                tried, found = self._try(bundle, staged, unknown)
+                for number, form in found.items():
+                    self._verdicts.end("form", skeleton_id(staged.stages[number].graph), form)
+                forms |= found
+            finally:
+                self._verdicts.end("rows", structure, tried)
+            rows = tried
+        taken = tuple(each if each and (forms.get(number) or {}).get("packed") else None for number, each in enumerate(lowered))
+        if rows["layouts"] is None:
+            return Verdict(None, str(rows["reason"]), taken)
         layouts: dict[Key, Layout | None] = dict.fromkeys(staged.inputs, INPUT)
-        for stage, found in zip(staged.stages, known["layouts"], strict=True):
-            for key, layout in zip(stage.gives, found, strict=True):
+        for stage, known in zip(staged.stages, rows["layouts"], strict=True):
+            for key, layout in zip(stage.gives, known, strict=True):
                 layouts[key] = None if layout is None else Layout(*layout)
-        return Verdict(layouts)
+        return Verdict(layouts, "", taken)
 
-    def _try(self, bundle: Bundle, staged: Staged) -> dict[str, Any]:
+    def _lowered(self, stage: Stage) -> Lowered | None:
+        if not self._packing:
+            return None
+        lowered = lower(stage.graph, self._device.packed_bytes)
+        return lowered if lowered.recipes else None
+
+    def _try(
+        self, bundle: Bundle, staged: Staged, lowered: Mapping[int, Lowered | None]
+    ) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+        """Return the verdict on the rows, and one on the form of each stage that can be lowered."""
         failed = ""
         for size in _SIZES:
+            trial = _Trial(self._device, self._source, bundle, size)
             try:
-                return {"layouts": _Trial(self._device, self._source, bundle, size).run(staged)}
-            except _Dependent as found:
-                return {"layouts": None, "reason": str(found)}
+                layouts = trial.run(staged, lowered)
             except (BundleError, StoreError):
                 raise
             except TrunklineError as error:
                 failed = failed or error.message
-        return {"layouts": None, "reason": f"it could not be run on four rows: {failed}"}
+                continue
+            rows = {"layouts": None, "reason": trial.dependence} if trial.dependence else {"layouts": layouts}
+            return rows, trial.forms
+        return {"layouts": None, "reason": f"it could not be run on {_ROWS} rows: {failed}"}, {}
 
 
 class _Dependent(Exception):
@@ -126,53 +169,94 @@ class _Dependent(Exception):
 
 
 class _Trial:
-    """One model on one row, and on four rows with six fillings."""
+    """One model on one row, and on four rows with six fillings. ``dependence`` says why its rows are not independent."""
 
     def __init__(self, device: Device, source: Source, bundle: Bundle, size: int) -> None:
         self._device = device
         self._source = source
         self._tolerance = bundle.tolerance
+        self.dependence = _fixed_size(bundle)
+        self.forms: dict[int, dict[str, Any]] = {}
         random = np.random.default_rng(0)
         sizes = {symbol.name: min(max(size, symbol.minimum), symbol.maximum) for symbol in bundle.graph.symbols}
         self._inputs: list[dict[str, NDArray[Any]]] = []
         for spec in bundle.graph.inputs:
-            shape = (_ROWS, *(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape[1:]))
-            base = _values("random", np.dtype(spec.dtype), shape, spec.minimum, spec.maximum, random)
+            shape = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape]
+            dtype, bounds = np.dtype(spec.dtype), (spec.minimum, spec.maximum)
+            if self.dependence:
+                shape = [1 if axis == bundle.batch else size for axis, size in zip(spec.shape, shape, strict=True)]
+                self._inputs.append({"alone": _values("random", dtype, shape, bounds, random)})
+                continue
+            shape[0] = _ROWS
+            base = _values("random", dtype, shape, bounds, random)
             filled = {"random": base}
             for filling in _FILLINGS[1:]:
                 filled[filling] = base.copy()
-                filled[filling][1] = _values(filling, base.dtype, shape[1:], spec.minimum, spec.maximum, random)
+                filled[filling][1] = _values(filling, dtype, shape[1:], bounds, random)
             filled["reverse order"] = np.ascontiguousarray(base[::-1])
             filled["alone"] = base[:1].copy()
             self._inputs.append(filled)
 
-    def run(self, staged: Staged) -> list[list[Layout | None]]:
-        """Return the layout of everything each stage gives. Raises _Dependent, and what a device raises."""
+    def run(self, staged: Staged, lowered: Mapping[int, Lowered | None]) -> list[list[Layout | None]]:
+        """Return the layout of everything each stage gives; fill ``dependence`` and ``forms``. Raises what a device raises."""
         runs: dict[str, dict[Key, Any]] = {}
         for filling in self._inputs[0] if self._inputs else ():
             arrays = [filled[filling] for filled in self._inputs]
             views = [self._device.view(array.reshape(-1).view(np.uint8).data, array.dtype.name, array.shape) for array in arrays]
             runs[filling] = dict(zip(staged.inputs, views, strict=True))
         if not runs:
-            raise _Dependent("it has no inputs")
-        found: list[list[Layout | None]] = []
+            self.dependence, runs = "it has no inputs", {"alone": {}}
+        layouts: list[list[Layout | None]] = []
         for number, stage in enumerate(staged.stages):
-            weights = self._weights(stage)
+            weights = [self._device.new_weight(weight, reader(self._source, weight)) for weight in stage.graph.weights]
             program = self._device.prepare(stage.graph)
             for values in runs.values():
                 given = self._device.run(program, weights, [values[key] for key in stage.takes])
                 values.update(zip(stage.gives, given, strict=True))
+            if (form := lowered.get(number)) is not None:
+                self.forms[number] = self._compare(stage, program, weights, form, runs["alone"])
             del weights
-            found.append([self._layout(runs, key, f"stage {number} of {len(staged.stages)}") for key in stage.gives])
-            for filling, values in runs.items():
-                runs[filling] = {key: values[key] for key in stage.alive}
-        return found
+            if not self.dependence:
+                try:
+                    layouts.append([self._layout(runs, key, f"stage {number} of {len(staged.stages)}") for key in stage.gives])
+                except _Dependent as found:
+                    # There is still the form of the stages to come.
+                    self.dependence, runs = str(found), {"alone": runs["alone"]}
+            for values in runs.values():
+                for key in values.keys() - stage.alive:
+                    del values[key]
+        return layouts
 
-    def _weights(self, stage: Stage) -> list[Any]:
-        return [self._device.new_weight(weight, self._reader(weight)) for weight in stage.graph.weights]
-
-    def _reader(self, weight: Weight) -> Callable[[memoryview], None]:
-        return lambda target: self._source.read_blob(weight.digest, target, weight.crc32)
+    def _compare(
+        self, stage: Stage, program: Any, weights: Sequence[Any], lowered: Lowered, values: Mapping[Key, Any]
+    ) -> dict[str, Any]:
+        """Run a stage in both forms in turns; return which one is to be taken, and why."""
+        device = self._device
+        inputs = [values[key] for key in stage.takes]
+        handles = []
+        for weight in lowered.graph.weights:
+            if (recipe := lowered.recipes.get(weight.digest)) is not None:
+                handles.append(device.new_packed(recipe, [reader(self._source, source) for source in recipe.sources]))
+            else:
+                handles.append(device.new_weight(weight, reader(self._source, weight)))
+        try:
+            packed = device.prepare_lowered(lowered.graph)
+            given = device.run(packed, handles, inputs)
+        except TrunklineError as error:
+            log.warning("a stage does not run with packed weights (%s); it runs as it is", error.message)
+            return {"packed": False, "reason": error.message}
+        tolerance = max(self._tolerance, _ROUNDING)
+        if not all(device.agree(one, values[key], tolerance) for one, key in zip(given, stage.gives, strict=True)):
+            log.warning("a stage gives something else with packed weights; it runs as it is")
+            return {"packed": False, "reason": "the results differ"}
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(_TURNS):
+            for is_packed, form, bound in ((False, program, weights), (True, packed, handles)):
+                started = time.perf_counter()
+                device.run(form, bound, inputs)
+                seconds[is_packed].append(time.perf_counter() - started)
+        base_s, packed_s = (statistics.median(seconds[is_packed]) for is_packed in (False, True))
+        return {"packed": packed_s < base_s, "base_us": round(base_s * 1e6), "packed_us": round(packed_s * 1e6)}
 
     def _layout(self, runs: Mapping[str, Mapping[Key, Any]], key: Key, where: str) -> Layout | None:
         alone, together = runs["alone"][key], runs["random"][key]
@@ -200,12 +284,19 @@ class _Trial:
         return self._device.part(tensor, layout.axis, row * layout.per_row, layout.per_row)
 
 
+def _fixed_size(bundle: Bundle) -> str:
+    """Return why a model cannot be run on several rows, empty when it can."""
+    if bundle.batch is None:
+        return "its batch size is fixed"
+    most = next(symbol.maximum for symbol in bundle.graph.symbols if symbol.name == bundle.batch)
+    return f"it takes at most {most} rows" if most < _ROWS else ""
+
+
 def _values(
     filling: str,
     dtype: np.dtype[Any],
     shape: Sequence[int],
-    minimum: int | None,
-    maximum: int | None,
+    bounds: tuple[int | None, int | None],
     random: np.random.Generator,
 ) -> NDArray[Any]:
     """Return an array filled in one of the six ways; of integers, with values that the model takes."""
@@ -215,7 +306,7 @@ def _values(
         number = {"not-a-number": np.nan, "infinity": np.inf, "1e30": 1e30, "zeros": 0.0}[filling]
         with np.errstate(over="ignore"):  # 1e30 is infinity in half precision
             return np.full(shape, number).astype(dtype)
-    low, high = minimum or 0, 1 if maximum is None else maximum
+    low, high = bounds[0] or 0, 1 if bounds[1] is None else bounds[1]
     if dtype.kind == "b" or high < low:
         low, high = 0, 1
     if filling == "random":
@@ -224,10 +315,12 @@ def _values(
     return np.full(shape, number).astype(dtype)
 
 
+def _is_form(plain: Mapping[str, Any] | None) -> bool:
+    return plain is not None and isinstance(plain.get("packed"), bool)
+
+
 def _is_whole(plain: Mapping[str, Any], staged: Staged) -> bool:
     """Say whether what was read from disk is a verdict on this model."""
-    if plain.get("died") is True:
-        return True
     layouts = plain.get("layouts", False)
     if layouts is None:
         return isinstance(plain.get("reason"), str)

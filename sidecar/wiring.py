@@ -77,6 +77,7 @@ def _engine_process(settings: Settings, run: RunDirectory, listener: socket.sock
         queue_limit=settings.queue_limit,
         batch_limit=settings.batch_limit,
         compute_once=settings.compute_once,
+        packing=settings.packing,
         verdicts=Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values())),
         generation=generation,
         facts=device.facts(),

@@ -93,6 +93,7 @@ class FakeDevice:
     """Computes y = x + the sum of all weight bytes, for every output. ``on_run`` is called first, in the engine thread."""
 
     name = "fake"
+    can_pack = False
 
     def __init__(self) -> None:
         self.allocated_bytes = 0

@@ -77,6 +77,7 @@ def test_sizes(text: object, size: int) -> None:
         ("batch_limit", "0"),
         ("compute_once", "maybe"),
         ("compute_once", 1),
+        ("packing", "fast"),
         ("queue_limit", True),
         ("queue_limit", 2.0),
         ("admin_port", "70000"),
