@@ -226,7 +226,12 @@ class Catalog:
             return ()
         was_pinned = name in self.deployed and self.residency.is_pinned(self.deployed[name].plan)
         freed = self.withdraw(name)
-        self.graph.add(bundle)
+        try:
+            self.graph.add(bundle)
+        except BundleError as error:
+            log.error("%s cannot be served: %s", name, error.message)
+            self.broken[name] = error
+            return freed
         deployed = self.retired.pop(plan, None) or _deployed(bundle, plan, self.graph.staged(name))
         self.residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in deployed.weights.items()})
         self.deployed[name] = deployed

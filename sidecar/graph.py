@@ -15,8 +15,9 @@ from trunkline.errors import UnknownModel
 
 from sidecar.blocks import Block, block_id, cut
 from sidecar.bundle import Bundle, Weight
+from sidecar.errors import BundleError
 from sidecar.ir import Graph
-from sidecar.merkle import Identities, Identity, Tokens
+from sidecar.merkle import CollisionError, Identities, Identity, Tokens
 from sidecar.stages import Staged, split
 
 
@@ -71,10 +72,19 @@ class FusedGraph:
         self._id_counts: Counter[bytes] = Counter()
 
     def add(self, bundle: Bundle) -> None:
-        """Add a model, or replace the one of its name."""
+        """Add a model, or replace the one of its name.
+
+        Raises BundleError when something of it has the id of something else that is here; then nothing changes.
+        """
+        try:
+            found = self._tokens.identify(bundle.graph)
+        except CollisionError as error:
+            self._tokens.keep(self._id_counts)
+            raise BundleError(f"{bundle.name} is not told apart from what is deployed: {error}", model=bundle.name) from error
         if bundle.name in self._entries:
             self.remove(bundle.name)
-        found = self._tokens.identify(bundle.graph)
+            # The tokens it has in common with its last version went with that.
+            found = self._tokens.identify(bundle.graph)
         blocks = _blocks(bundle.graph, found)
         entry = _Entry(
             bundle,

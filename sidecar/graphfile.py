@@ -17,6 +17,7 @@ from trunkline.protocol import TensorSpec
 from trunkline.signature import UNKNOWN_AXIS
 
 from sidecar import operators
+from sidecar.errors import BundleError
 from sidecar.ir import INTEGER_DTYPES, ITEM_BYTES, Argument, Dtype, Enum, Graph, Node, Symbol, Value, Weight
 from sidecar.strictjson import (
     choice,
@@ -254,18 +255,19 @@ def _node(entry: object, number: int, counts: dict[str, int]) -> Node:
         refuse(f"{place}.kwargs", f"must be an object, not {shown(keywords)}")
     if len(keywords) > MAX_ARGUMENT_COUNT:
         refuse(f"{place}.kwargs", f"has {len(keywords)} entries, the limit is {MAX_ARGUMENT_COUNT}")
-    node = Node(
-        op=choice(fields["op"], f"{place}.op", operators.ALLOWED),
-        args=tuple(
+    op = choice(fields["op"], f"{place}.op", operators.ALLOWED)
+    try:
+        args = tuple(
             _argument(argument, f"{place}.args[{position}]", counts)
             for position, argument in enumerate(elements(fields["args"], f"{place}.args", MAX_ARGUMENT_COUNT))
-        ),
-        kwargs=tuple(
+        )
+        kwargs = tuple(
             (text(key, f"{place}.kwargs", KEYWORD), _argument(keywords[key], f"{place}.kwargs.{key[:32]}", counts))
             for key in sorted(keywords)
-        ),
-        origin=printable(fields["origin"], f"{place}.origin", MAX_ORIGIN_COUNT),
-    )
+        )
+    except BundleError as error:
+        raise BundleError(f"{error.message} (an argument of {op})", node=number, operator=op) from error
+    node = Node(op, args, kwargs, printable(fields["origin"], f"{place}.origin", MAX_ORIGIN_COUNT))
     operators.check_node(node, number)
     return node
 

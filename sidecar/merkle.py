@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Final
 
@@ -81,6 +81,10 @@ class Tokens:
         """Drop the tokens of ids that are in use no more."""
         for each in ids:
             self._tokens.pop(each, None)
+
+    def keep(self, ids: Container[bytes]) -> None:
+        """Drop the tokens of all other ids, such as those of a graph that was refused halfway."""
+        self._tokens = {each: token for each, token in self._tokens.items() if each in ids}
 
     def identify(self, graph: Graph) -> Identities:
         """Return the identities of everything in ``graph``."""

@@ -3,9 +3,9 @@
 A model is tried in a thread of its own, with its own weights, one stage in memory at a time.
 
 *Independence.* It is run on three fixed rows beside six different neighbours: random numbers, not-a-number, infinity, 1e30,
-zeros, and in reverse order. Rows are independent when what belongs to the three never differs by a bit, whatever is beside them, and
-agrees with what they give alone. Zeros only, or random numbers only, would pass models whose rows do touch each other: a global
-maximum, a dynamic quantisation. The same runs show where the rows lie in every tensor that passes from stage to stage.
+zeros, and in reverse order. Rows are independent when what belongs to the three never differs by a bit, whatever is beside
+them, and agrees with what they give alone. Zeros only, or random numbers only, would pass models whose rows do touch each other:
+a global maximum, a dynamic quantisation. The same runs show where the rows lie in all that passes from stage to stage.
 
 *Form.* Where a stage can be lowered (``sidecar.lowering``), both forms of it take turns. The lowered one is taken where it agrees
 and is faster. Stages of one structure have one form, whichever models they are in, so that their weights are shared.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,27 +17,14 @@ from sidecar import operators
 from sidecar.bundle import blob_path, read_bundle, write_bundle
 from sidecar.devices import open_device
 from sidecar.errors import ExportError, NumericsMismatch, UnsupportedModel, UnsupportedOperator
-from sidecar.export import PackedModel, Source, convert, load_source
+from sidecar.export import Source, load_source
 from sidecar.ir import Graph
 from tests import zoo
 
 HERE = Path(__file__).name
 
 
-def packed(source: Source, name: str = "model", **options: Any) -> PackedModel:
-    given: dict[str, Any] = {
-        "batch": source.batch,
-        "dynamic_axes": source.dynamic_axes,
-        "input_bounds": source.input_bounds,
-        "output_names": source.output_names,
-    }
-    return convert(source.module, source.inputs, name=name, **(given | options))
-
-
-@functools.cache
-def from_zoo(name: str) -> tuple[Source, PackedModel]:
-    source = zoo.ALL[name]()
-    return source, packed(source, name)
+packed, from_zoo = zoo.packed, zoo.converted
 
 
 def served(graph: Graph, folder: Path, inputs: list[Tensor]) -> list[Tensor]:
@@ -100,7 +86,7 @@ def test_a_bundle_holds_listed_operators_and_no_place_of_the_publishers_machine(
     graph = from_zoo(name)[1].bundle.graph
     assert {node.op for node in graph.nodes} <= operators.ALLOWED
     assert not [node.origin for node in graph.nodes if "/" in node.origin]
-    assert any("zoo.py:" in node.origin for node in graph.nodes) or name in ("bert", "mlp", "mobilenet")
+    assert any("zoo.py:" in node.origin for node in graph.nodes) or name in ("bert", "mlp", "mobilenet", "efficientnet_lite")
 
 
 def test_composite_operators_stay_whole() -> None:
