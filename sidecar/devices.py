@@ -110,12 +110,14 @@ class TorchDevice:
         facts = {"size_bytes": size_bytes, **self.memory()}
         return DeviceFault(f"{self.name} has no room for a weight of {size_bytes} bytes", **facts)
 
-    def as_weight(self, held: torch.Tensor, weight: Weight) -> torch.Tensor:
-        """Return ``held`` read with the dtype and shape of ``weight``, which has the same bytes.
+    def as_weight(self, held: torch.Tensor | packed.Packed, weight: Weight) -> torch.Tensor | packed.Packed:
+        """Return ``held`` read with the dtype and shape of ``weight``, which has the same bytes; a packed weight as it is.
 
         Two weights may have one digest and different shapes: a row of zeros and a square of zeros of the same size.
         Where dtype and shape agree already, this is ``held`` itself; otherwise a view that shares its memory.
         """
+        if isinstance(held, packed.Packed):
+            return held
         if held.shape == weight.shape and held.dtype == getattr(torch, weight.dtype):
             return held
         view = _read_as(held.reshape(-1).view(torch.uint8), weight)
