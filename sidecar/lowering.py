@@ -1,13 +1,14 @@
 """Lowering: a graph rewritten so that its convolutions and linear layers take weights packed for one device.
 
-The rewritten graph computes the same up to rounding. A batch norm is folded into the weights of the convolution before it;
-an activation, and the addition of a residual, become part of the operator. How one packed weight is made is written down as
-a *recipe*: from which weights of the store, with which settings. Packed weights stand in for the weights they are made of,
-which the rewritten graph no longer takes.
+The rewritten graph computes the same up to rounding. A batch norm is folded into the weights of the convolution before it,
+padding with zeros into the convolution after it; an activation, and the addition of a residual, become part of the operator.
+How one packed weight is made is written down as a *recipe*: from which weights of the store, with which settings. Packed
+weights stand in for the weights they are made of, which the rewritten graph no longer takes.
 
 What is rewritten depends on nodes and weights alone, never on the specs of inputs, so that a part of a model may be lowered
 whose inputs are results of another. Nodes that would fail as they are written are left alone, to fail as before. One
-difference remains: of a result that is not a number, a fused relu, hardtanh or hardsigmoid makes a number.
+difference remains, where an input or a result is infinite or not a number: a fused relu, hardtanh or hardsigmoid makes a
+number of one that is none, and a widened kernel sees one pixel more.
 
 Pure; must not import torch.
 """
@@ -52,8 +53,8 @@ class Recipe:
 
     ``roles`` says what each of ``sources`` is: ``weight``, ``bias``, or of the batch norm ``norm weight``, ``norm bias``,
     ``norm mean``, ``norm variance``. Sources have the shape of their role, all are float32. ``options``, sorted by name:
-    of conv2d ``stride``, ``padding``, ``dilation`` (two numbers each), ``groups``, and ``epsilon`` where there is a norm; of
-    linear ``layout``, which is ``blocked`` or ``transposed``.
+    of conv2d ``stride``, ``padding``, ``dilation`` (two numbers each), ``groups``, ``epsilon`` where there is a norm, and
+    ``zeros`` where the kernel is widened (left, right, above, below); of linear ``layout``: ``blocked`` or ``transposed``.
     """
 
     kind: Kind
@@ -146,19 +147,25 @@ class _Lowering:
         node = self.graph.nodes[number]
         match node.op:
             case "aten.conv2d.default" | "aten.convolution.default":
-                fusion = self._conv2d(number, node)
+                fusion = self._conv2d(number, node, may_widen=True)
+                if fusion is not None and not self._fits(fusion):
+                    fusion = self._conv2d(number, node, may_widen=False)
             case "aten.linear.default":
                 fusion = self._linear(number, node)
             case _:
                 return None
-        if fusion is None or self.packed_bytes(fusion.recipe) > LARGEST_GROWTH * _source_bytes(fusion.recipe):
+        if fusion is None or not self._fits(fusion):
             return None
         if fusion.op != TURNED_LINEAR:  # oneDNN has no part in it
             self._take_in_addition(fusion)
             self._take_in_activation(fusion)
         return fusion
 
-    def _conv2d(self, number: int, node: Node) -> _Fusion | None:
+    def _fits(self, fusion: _Fusion) -> bool:
+        source_bytes = sum(weight.size_bytes for weight in fusion.recipe.sources)
+        return self.packed_bytes(fusion.recipe) <= LARGEST_GROWTH * source_bytes
+
+    def _conv2d(self, number: int, node: Node, may_widen: bool) -> _Fusion | None:
         names = ("input", "weight", "bias", "stride", "padding", "dilation")
         if node.op == "aten.convolution.default":
             found = _arguments(node, (*names, "transposed", "output_padding", "groups"))
@@ -180,6 +187,13 @@ class _Lowering:
             return None
         options: dict[str, Option] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         members, last = {number}, number
+        padded = self._padding(number, source)
+        if padded is not None and (
+            moved := _joined(padded[1], padding, may_widen and weight.shape[1] == 1 and dilation == (1, 1))
+        ):
+            members.add(source.index)
+            source = padded[0]
+            options |= moved
         norm = self._only_user(number, "aten.batch_norm.default")
         if norm is not None and (folded := self._norm(norm, number, channels)):
             norm_parts, options["epsilon"] = folded
@@ -187,6 +201,27 @@ class _Lowering:
             members.add(norm)
             last = norm
         return _Fusion(_recipe("conv2d", parts, options), source, node.origin, last, members)
+
+    def _padding(self, number: int, source: Value) -> tuple[Value, tuple[int, ...]] | None:
+        """Return what a node's input pads with zeros, and by how much left, right, above and below; None where it does not."""
+        if source.kind != "node" or self.users[source.index] != [number]:
+            return None
+        node = self.graph.nodes[source.index]
+        if node.op == "aten.pad.default":
+            found = _arguments(node, ("self", "pad", "mode", "value"))
+        elif node.op == "aten.constant_pad_nd.default":
+            found = _arguments(node, ("self", "pad", "value"))
+        else:
+            return None
+        inner, sizes = found.get("self"), found.get("pad")
+        if (
+            not isinstance(inner, Value)
+            or not isinstance(sizes, tuple)
+            or found.get("mode", Enum("constant")) != Enum("constant")
+        ):
+            return None
+        margins = tuple(size for size in sizes if type(size) is int and size >= 0)
+        return (inner, margins) if len(margins) == len(sizes) == 4 and not found.get("value") else None
 
     def _linear(self, number: int, node: Node) -> _Fusion | None:
         found = _arguments(node, ("input", "weight", "bias"))
@@ -320,10 +355,6 @@ class _Rewriting:
         return Value("weight", self.weights.setdefault(weight, len(self.weights)))
 
 
-def _source_bytes(recipe: Recipe) -> int:
-    return sum(weight.size_bytes for weight in recipe.sources)
-
-
 def _recipe(kind: Kind, parts: dict[str, Weight], options: dict[str, Option]) -> Recipe:
     return Recipe(kind, tuple(parts), tuple(parts.values()), tuple(sorted(options.items())))
 
@@ -343,6 +374,20 @@ def _pair(argument: Argument, smallest: int) -> tuple[int, int] | None:
     if len(numbers) != len(sizes) or len(sizes) not in (1, 2):
         return None
     return numbers[0], numbers[-1]
+
+
+def _joined(margins: tuple[int, ...], padding: tuple[int, int], may_widen: bool) -> dict[str, Option] | None:
+    """Return the options of a convolution that also does the padding before it, or None.
+
+    oneDNN's operator pads both sides alike. Where they differ, the kernel may be widened by zeros on the narrower side, which
+    the longer padding then covers; for a convolution within each channel this costs less than a padded copy of its input.
+    """
+    left, right, top, bottom = margins
+    longest = (padding[0] + max(top, bottom), padding[1] + max(left, right))
+    if top == bottom and left == right:
+        return {"padding": longest}
+    zeros = (max(right - left, 0), max(left - right, 0), max(bottom - top, 0), max(top - bottom, 0))
+    return {"padding": longest, "zeros": zeros} if may_widen else None
 
 
 # What oneDNN calls each activation, and the names and values of the constants it takes.

@@ -24,7 +24,7 @@ _linear: Callable[..., torch.Tensor] = torch._C._nn.linear
 
 @dataclasses.dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Packed:
-    """The handle of one packed weight, whose shape was ``shape``. ``rest`` is what its operator takes after the inputs."""
+    """The handle of one packed weight of shape ``shape``. ``rest`` is what its operator takes after the inputs."""
 
     shape: tuple[int, ...]
     rest: tuple[Any, ...]
@@ -80,6 +80,8 @@ def _pack_conv2d(parts: dict[str, torch.Tensor], options: dict[str, Any]) -> Pac
         if "norm bias" in parts:
             shift = shift + parts["norm bias"].double()
         weight, bias = weight * scale.float()[:, None, None, None], shift.float()
+    if "zeros" in options:
+        weight = torch.nn.functional.pad(weight, options["zeros"])
     steps = (list(options["padding"]), list(options["stride"]), list(options["dilation"]), options["groups"])
     turned = weight.contiguous(memory_format=torch.channels_last)
     blocked = torch.ops.mkldnn._reorder_convolution_weight(turned, *steps)

@@ -190,6 +190,25 @@ def test_convolutions_with_and_without_norm(device: TorchDevice, plan: Any, abse
             assert_close(program(x), plain(x))
 
 
+@pytest.mark.parametrize("margins", [(1, 1, 1, 1), (2, 2, 0, 0), (0, 1, 0, 1), (1, 2, 1, 2), (2, 0, 0, 1)], ids=str)
+@pytest.mark.parametrize("groups", [1, 32])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_padding_is_taken_in(device: TorchDevice, margins: tuple[int, ...], groups: int, stride: int, padding: int) -> None:
+    make = Maker()
+    padded = make.add("pad.default", X, margins)
+    out = make.add("conv2d.default", padded, make.weight(torch.randn(32, 32 // groups, 3, 3)), None, stride, padding, 1, groups)
+    plain, program, graph = make.both(device, make.add("add.Tensor", make.norm(out, 32), Y))
+    alike = margins[0] == margins[1] and margins[2] == margins[3]
+    # A kernel that would grow too much is not widened either.
+    taken_in = alike or (groups == 32 and margins != (2, 0, 0, 1))
+    assert [node.op for node in graph.nodes] == ([CONV2D] if taken_in else ["aten.pad.default", CONV2D])
+    for size in (9, 14):
+        x = torch.randn(2, 32, size, size + 1)
+        y = torch.randn(plain(x)[0].shape)
+        assert_close(program(x, y), plain(x, y))
+
+
 ACTIVATIONS: list[tuple[str, tuple[Argument, ...]]] = [
     ("relu", ()),
     ("relu6", ()),

@@ -254,6 +254,29 @@ def test_what_would_grow_is_left_alone(make: Maker) -> None:
     assert lower(graph, lambda recipe: 2 * size(recipe)).graph is graph
 
 
+@pytest.mark.parametrize(
+    ("args", "taken_in"),
+    [
+        (((1, 1, 1, 1),), True),
+        (((1, 1, 1, 1), Enum("constant"), 0.0), True),
+        (((1, 1, 1, 1), Enum("constant"), 1.0), False),
+        (((1, 1, 1, 1), Enum("reflect")), False),
+        (((1, 1, 1, -1),), False),
+        (((1, 1),), False),
+        (((0, 1, 0, 1),), False),  # sides that differ, and channels that mix
+    ],
+)
+def test_padding_with_zeros_is_taken_in(make: Maker, args: tuple[Argument, ...], taken_in: bool) -> None:
+    lowered = lower(make.graph(make.conv(make.add("pad.default", X, *args))), size)
+    assert ops(lowered) == ([CONV2D] if taken_in else ["pad.default", CONV2D])
+    assert dict(only_recipe(lowered).options)["padding"] == ((2, 2) if taken_in else (1, 1))
+
+
+def test_padding_that_others_take_stays(make: Maker) -> None:
+    padded = make.add("pad.default", X, (1, 1, 1, 1))
+    assert ops(lower(make.graph(make.conv(padded), padded), size)) == ["pad.default", CONV2D]
+
+
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
