@@ -313,6 +313,8 @@ SAMPLES: dict[str, tuple[tuple[torch.Tensor, ...], tuple[Argument, ...], dict[st
     "aten.sum.dim_IntList": ((A,), (X, (0, 2), False), {}),
     "aten.cat.default": ((A, A), ((X, Y), 1), {}),
     "aten.reshape.default": ((A,), (X, (4, -1)), {}),
+    "aten.view.default": ((A,), (X, (4, -1)), {}),
+    "aten.view_as.default": ((A, A.reshape(-1)), (X, Y), {}),
     "aten.permute.default": ((A,), (X, (2, 0, 1)), {}),
     "aten.transpose.int": ((A,), (X, 0, 2), {}),
     "aten.unsqueeze.default": ((A,), (X, -1), {}),
