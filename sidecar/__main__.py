@@ -170,6 +170,8 @@ def status(ctx: click.Context, as_json: bool) -> None:
         f"sharing: {size(memory['logical_bytes'])} of models take {size(memory['resident_bytes'])}, "
         f"[bold]{size(memory['saved_bytes'])} saved[/]"
     )
+    shared = found["sharing"]
+    console.print(f"computation: {shared['stage_requests']} stages of requests took {shared['stages']} runs")
     console.print(
         f"requests: {counts['answered']} answered, {counts['failed']} failed, {counts['expired']} expired, "
         f"{counts['waiting']} waiting"
@@ -247,6 +249,11 @@ def model_show(ctx: click.Context, name: str, as_json: bool) -> None:
         f"{size(found['bytes'])} in {found['weight_count']} weights, {found['node_count']} operators "
         f"({found['shared_node_count']} of them computed by other models, too), "
         f"{size(found['shared_bytes'])} shared with {', '.join(found['shared_with']) or 'nobody'}"
+    )
+    batched = "in batches with others" if found["batched"] else f"one by one ({found['unbatched_because']})"
+    console.print(
+        f"runs in {found['stage_count']} stages, {found['packed_stage_count']} of them with packed weights; requests are served {batched}",
+        markup=False,
     )
     signature = found["signature"]
     for kind in ("inputs", "outputs"):

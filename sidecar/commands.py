@@ -147,6 +147,7 @@ class Commands:
             "shared_node_count": self._catalog.graph.nodes_of(work.model)[1],
             "weight_count": len(deployed.weights),
             "stage_count": len(deployed.steps),
+            "packed_stage_count": sum(1 for step in deployed.steps if step.recipes),
             "batched": deployed.layouts is not None,
             "unbatched_because": deployed.verdict.reason if deployed.verdict else "it was not tried yet",
             "signature": deployed.signature.to_plain(),

@@ -278,6 +278,7 @@ def test_the_life_of_a_model(sidecar: SidecarProcess, tmp_path: Path) -> None:
     assert "resident" in cli(sidecar, "model", "ls").output
     assert "input x: float32 [batch, 1000]" in cli(sidecar, "model", "show", "adder").output
     assert json.loads(cli(sidecar, "model", "show", "adder", "--json").output)["weight_count"] == 1
+    assert "runs in 1 stages, " in cli(sidecar, "model", "show", "adder").output
     assert "pinned" in cli(sidecar, "model", "pin", "adder").output
     assert cli(sidecar, "model", "evict", "adder").exit_code == 1
     assert cli(sidecar, "model", "unpin", "adder").exit_code == 0

@@ -50,6 +50,7 @@ STATUS = {
     "models": [MODEL, CORRUPT],
     "sessions": 5,
     "requests": {"answered": 7, "failed": 1, "expired": 0, "waiting": 0},
+    "sharing": {"stages": 4, "stage_rows": 5, "stage_requests": 9, "programs": 1},
 }
 
 
@@ -88,6 +89,7 @@ def test_status_shows_memory_and_what_is_shared(answers: Answers) -> None:
     assert result.exit_code == 0, result.output
     assert f"memory [{'#' * 8}{'.' * 22}] 1.0 MB of 4.0 MB, 500.0 kB pinned" in result.output
     assert "3.0 MB of models take 1.0 MB, 2.0 MB saved" in result.output
+    assert "9 stages of requests took 4 runs" in result.output
     row = next(line for line in result.output.splitlines() if line.split()[:1] == ["m"])
     assert row.split() == [
         *("m", "resident,", "pinned", "3.0", "MB", "1.0", "MB", "2.0", "MB", "7"),
