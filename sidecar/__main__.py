@@ -252,7 +252,8 @@ def model_show(ctx: click.Context, name: str, as_json: bool) -> None:
     )
     batched = "in batches with others" if found["batched"] else f"one by one ({found['unbatched_because']})"
     console.print(
-        f"runs in {found['stage_count']} stages, {found['packed_stage_count']} of them with packed weights; requests are served {batched}",
+        f"runs in {found['stage_count']} stages, {found['packed_stage_count']} of them with packed weights; "
+        f"requests are served {batched}",
         markup=False,
     )
     signature = found["signature"]
