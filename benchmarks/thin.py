@@ -8,127 +8,58 @@ turns in short blocks, so that a machine that slows down slows all of them.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import requests
 import torch
 from trunkline import client
-from trunkline.errors import TrunklineError
 
 from benchmarks.comparators.bare_wire import BareClient
 from benchmarks.comparators.stream_server import REQUEST_BYTES, receive
+from benchmarks.harness import Bench, interleaved
 from benchmarks.memory import available_bytes, pss_bytes
 from benchmarks.models import SIDE, SIZES_MB, build
 from benchmarks.report import Report, arguments, summary
-from sidecar.admin_client import AdminClient
 from sidecar.bundle import write_bundle
 from sidecar.export import convert
-from sidecar.local.environment import ensure_environment
-from sidecar.processes import die_with_parent
 
-ROOT = Path(__file__).parent.parent
-TEMPLATE = ROOT / "template" / "python3-trunkline"
-BLOCK = 20
 SHAPE = (1, 3, SIDE, SIDE)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Bench:
-    """The processes of one benchmark run, in a folder that goes with it."""
+class ThinBench(Bench):
+    """One sidecar, models by name, and functions that hold private, mapped or shared copies of them."""
 
     def __init__(self, report: Report, seed: int) -> None:
-        self.report = report
-        self.seed = seed
-        self.folder = Path(tempfile.mkdtemp(prefix="trunkline-bench-"))
+        super().__init__(report, seed)
         self.shared = Path(tempfile.mkdtemp(prefix="trunkline-bench-", dir="/dev/shm"))
-        self.socket = self.folder / "run" / "public" / "trunkline.sock"
-        self.admin = AdminClient(f"unix:{self.folder}/run/admin.sock")
         self.image = np.random.default_rng(seed).random(SHAPE).astype(np.float32)
-        self._started: list[subprocess.Popen[bytes]] = []
         self._weights: dict[str, Path] = {}
-        state = ROOT / ".trunkline"
-        self.interpreter = ensure_environment([TEMPLATE / "requirements.txt"], state / "envs")
-        context = self.folder / "context"
-        shutil.copytree(TEMPLATE, context, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "benchmarks" / "thin_handler.py", context / "function" / "handler.py")
+        self.ours = self.sidecar()
 
     def close(self) -> None:
-        for process in list(self._started):
-            self.stop(process)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        super().close()
         shutil.rmtree(self.shared, ignore_errors=True)
-
-    def start(self, command: list[str], folder: Path = ROOT, clean: bool = False, **environment: str) -> subprocess.Popen[bytes]:
-        inherited = {"PATH": os.environ["PATH"]} if clean else dict(os.environ)
-        if not clean:
-            inherited["PYTHONPATH"] = f"{ROOT}:{TEMPLATE}"
-        parent = os.getpid()
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=inherited | environment,
-            stdout=subprocess.DEVNULL,
-            stderr=(self.folder / "stderr.log").open("ab"),
-            preexec_fn=lambda: die_with_parent(parent),
-        )
-        self._started.append(process)
-        return process
-
-    def stop(self, process: subprocess.Popen[bytes]) -> None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        self._started.remove(process)
-
-    # --- ours --------------------------------------------------------------------------------------------------------
-
-    def sidecar(self, threads: int = 1) -> subprocess.Popen[bytes]:
-        run = ["--run-dir", str(self.folder / "run"), "--store-dir", str(self.folder / "store"), "--admin-port", "0"]
-        chosen = ["--threads", str(threads), "--device", self.report.device]
-        process = self.start([sys.executable, "-m", "sidecar", "serve", *run, *chosen])
-        self.until(lambda: bool(self.admin.get("status")))
-        return process
 
     def push(self, name: str) -> None:
         packed = convert(build(name, self.seed), (torch.zeros(SHAPE),), name=name)
         write_bundle(self.folder / name, packed.bundle, packed.blobs)
-        self.admin.push(self.folder / name)
+        self.ours.admin.push(self.folder / name)
         shutil.rmtree(self.folder / name)
 
-    def thin_function(self, name: str) -> tuple[subprocess.Popen[bytes], str]:
-        port = free_port()
-        process = self.start(
-            [str(self.interpreter), "index.py"],
-            self.folder / "context",
-            clean=True,
-            PORT=str(port),
-            bind_address="127.0.0.1",
-            MODEL=name,
-            TRUNKLINE_SOCKET=str(self.socket),
-            healthcheck_interval="0s",
-        )
-        return process, f"http://127.0.0.1:{port}/"
+    def thin(self, name: str) -> tuple[subprocess.Popen[bytes], str]:
+        return self.thin_function(name, self.ours)
 
-    # --- comparators -------------------------------------------------------------------------------------------------
+    def holding(self, name: str, copies: str) -> tuple[subprocess.Popen[bytes], str]:
+        return self.torch_function(name, [self.weights(name)], copies, THREADS="1", OMP_NUM_THREADS="1")
 
     def weights(self, name: str) -> Path:
         """Return the state dict of a model, its shared segment beside it (a link into shared memory)."""
@@ -145,65 +76,12 @@ class Bench:
             self._weights[name] = path
         return self._weights[name]
 
-    def torch_function(self, name: str, copies: str) -> tuple[subprocess.Popen[bytes], str]:
-        port = free_port()
-        command = [sys.executable, "-m", "gunicorn", "benchmarks.comparators.torch_function:app"]
-        options = ["-b", f"127.0.0.1:{port}", "-k", "gthread", "--threads", "4", "--keep-alive", "75", "--timeout", "0"]
-        process = self.start(
-            [*command, *options, "--log-level", "error"],
-            MODEL=name,
-            WEIGHTS=str(self.weights(name)),
-            COPIES=copies,
-            THREADS="1",
-            OMP_NUM_THREADS="1",
-        )
-        return process, f"http://127.0.0.1:{port}/"
-
-    # --- waiting -----------------------------------------------------------------------------------------------------
-
-    def until(self, holds: Callable[[], bool], timeout_s: float = 120) -> None:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            with contextlib.suppress(TrunklineError, requests.RequestException):
-                if holds():
-                    return
-            if time.monotonic() > deadline:
-                raise TimeoutError((self.folder / "stderr.log").read_text()[-2000:])
-            time.sleep(0.005)
-
-    def answers(self, url: str) -> np.ndarray:
+    def scores(self, url: str) -> np.ndarray:
         """Wait for a function's first right answer and return it."""
-        found: list[np.ndarray] = []
-
-        def ask() -> bool:
-            answer = requests.post(url, data=self.image.tobytes(), timeout=60)
-            if answer.status_code == 200:
-                found.append(np.frombuffer(answer.content, np.float32))
-            elif answer.status_code < 500:
-                raise ValueError(answer.text)
-            return bool(found)
-
-        self.until(ask)
-        return found[0]
+        return np.frombuffer(self.answers(url, self.image.tobytes()), np.float32)
 
 
-def interleaved(variants: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
-    """Time each variant ``count`` times, in blocks that take turns; return microseconds."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for variant in variants.values():
-        for _ in range(3):
-            variant()
-    block = min(BLOCK, count)
-    for _ in range(-(-count // block)):
-        for name, variant in variants.items():
-            for _ in range(block):
-                started = time.perf_counter_ns()
-                variant()
-                times[name].append((time.perf_counter_ns() - started) / 1000)
-    return times
-
-
-def added_latency(bench: Bench, count: int) -> None:
+def added_latency(bench: ThinBench, count: int) -> None:
     """One call of a model that costs next to nothing, against the same forward in this process."""
     report = bench.report
     model = build("tiny", bench.seed)
@@ -211,8 +89,7 @@ def added_latency(bench: Bench, count: int) -> None:
     torch.set_num_threads(1)
     expected = model(torch.from_numpy(image)).detach().numpy()
     bench.push("tiny")
-    os.environ["TRUNKLINE_SOCKET"] = str(bench.socket)
-    ours = client.model("tiny")
+    ours = bench.ours.model("tiny")
     np.testing.assert_array_equal(ours(image), expected)
 
     def in_process() -> None:
@@ -263,7 +140,7 @@ def added_latency(bench: Bench, count: int) -> None:
             {
                 "in_process": in_process,
                 "request": written_in_place,
-                "call": lambda: ours(image),  # type: ignore[dict-item,return-value]
+                "call": lambda: ours(image),
                 "unix_stream": over_stream,
                 "bare_wire": bare.call,
             },
@@ -273,11 +150,11 @@ def added_latency(bench: Bench, count: int) -> None:
     bare.socket.close()
     bench.stop(stream)
     bench.stop(bare_server)
-    process, url = bench.torch_function("tiny", "private")
-    bench.answers(url)
+    process, url = bench.holding("tiny", "private")
+    bench.scores(url)
     session = requests.Session()
     plain = image.tolist()
-    times |= interleaved({"http_json": lambda: session.post(url + "json", json=plain).raise_for_status()}, max(3, count // 50))  # type: ignore[dict-item,return-value]
+    times |= interleaved({"http_json": lambda: session.post(url + "json", json=plain).raise_for_status()}, max(3, count // 50))
     bench.stop(process)
     summaries = {name: summary(samples) for name, samples in times.items()}
     report.raw["added_latency_us"] = summaries
@@ -292,12 +169,12 @@ def added_latency(bench: Bench, count: int) -> None:
     report.figures["http_json_added_p50_us"] = summaries["http_json"]["median"] - base["median"]
 
 
-def end_to_end(bench: Bench, count: int) -> None:
+def end_to_end(bench: ThinBench, count: int) -> None:
     """Raw bytes over HTTP, one client: a thin function against A, on the same model."""
     bench.push("mobilenet")
-    ours, ours_url = bench.thin_function("mobilenet")
-    private, private_url = bench.torch_function("mobilenet", "private")
-    np.testing.assert_allclose(bench.answers(ours_url), bench.answers(private_url), rtol=1e-4, atol=1e-4)
+    ours, ours_url = bench.thin("mobilenet")
+    private, private_url = bench.holding("mobilenet", "private")
+    np.testing.assert_allclose(bench.scores(ours_url), bench.scores(private_url), rtol=1e-4, atol=1e-4)
     body = bench.image.tobytes()
     session = requests.Session()
     model = build("mobilenet", bench.seed)
@@ -309,8 +186,8 @@ def end_to_end(bench: Bench, count: int) -> None:
 
     times = interleaved(
         {
-            "ours": lambda: session.post(ours_url, data=body).raise_for_status(),  # type: ignore[dict-item,return-value]
-            "private": lambda: session.post(private_url, data=body).raise_for_status(),  # type: ignore[dict-item,return-value]
+            "ours": lambda: session.post(ours_url, data=body).raise_for_status(),
+            "private": lambda: session.post(private_url, data=body).raise_for_status(),
             "forward": forward,
         },
         count,
@@ -325,7 +202,7 @@ def end_to_end(bench: Bench, count: int) -> None:
     figures["private_over_forward_ms"] = (summaries["private"]["median"] - summaries["forward"]["median"]) / 1000
 
 
-def memory_of(bench: Bench, start: Callable[[], tuple[subprocess.Popen[bytes], str]], counts: list[int]) -> dict[int, int]:
+def memory_of(bench: ThinBench, start: Callable[[], tuple[subprocess.Popen[bytes], str]], counts: list[int]) -> dict[int, int]:
     """Start functions up to each count, let each answer once, return the PSS of all of them."""
     running: list[subprocess.Popen[bytes]] = []
     found = {}
@@ -333,27 +210,27 @@ def memory_of(bench: Bench, start: Callable[[], tuple[subprocess.Popen[bytes], s
         while len(running) < count:
             process, url = start()
             running.append(process)
-            bench.answers(url)
+            bench.scores(url)
         found[count] = pss_bytes(process.pid for process in running)
     for process in running:
         bench.stop(process)
     return found
 
 
-def memory(bench: Bench, sidecar: subprocess.Popen[bytes], names: list[str], counts: list[int], comparators: list[str]) -> None:
+def memory(bench: ThinBench, names: list[str], counts: list[int], comparators: list[str]) -> None:
     """PSS of N functions and the sidecar, against A, A mapped and B."""
     report = bench.report
     table: dict[str, dict[str, dict[int, float]]] = {}
     for name in names:
         size = f"{SIZES_MB[name]}mb"
-        if name not in [model["name"] for model in bench.admin.get("models")["models"]]:
+        if name not in [model["name"] for model in bench.ours.admin.get("models")["models"]]:
             bench.push(name)
-        for other in bench.admin.get("models")["models"]:
-            bench.admin.post(f"models/{other['name']}/evict")
-        thin = memory_of(bench, lambda name=name: bench.thin_function(name), counts)  # type: ignore[misc]
+        for other in bench.ours.admin.get("models")["models"]:
+            bench.ours.admin.post(f"models/{other['name']}/evict")
+        thin = memory_of(bench, lambda name=name: bench.thin(name), counts)
         # An idle sidecar gives back what its last runs left in the allocator.
         time.sleep(2)
-        shared_bytes = pss_bytes([sidecar.pid])
+        shared_bytes = pss_bytes([bench.ours.process.pid])
         table[size] = {"ours": {n: (pss + shared_bytes) / 1e6 for n, pss in thin.items()}}
         table[size]["functions_only"] = {n: pss / 1e6 for n, pss in thin.items()}
         for copies in comparators:
@@ -361,7 +238,7 @@ def memory(bench: Bench, sidecar: subprocess.Popen[bytes], names: list[str], cou
             if copies == "private" and needed > 0.8 * available_bytes():
                 report.lack(f"{counts[-1]} private copies need {needed / 1e9:.0f} GB", f"pss_saved_n{counts[-1]}_{size}")
                 continue
-            found = memory_of(bench, lambda name=name, copies=copies: bench.torch_function(name, copies), counts)  # type: ignore[misc]
+            found = memory_of(bench, lambda name=name, copies=copies: bench.holding(name, copies), counts)
             table[size][copies] = {n: pss / 1e6 for n, pss in found.items()}
         for n in counts:
             for copies, figure in (
@@ -384,18 +261,18 @@ def memory(bench: Bench, sidecar: subprocess.Popen[bytes], names: list[str], cou
         report.figures["pss_per_function_mb"] = max(per_function)
 
 
-def cold_start(bench: Bench, count: int) -> None:
+def cold_start(bench: ThinBench, count: int) -> None:
     """Process start to the first right answer, while the sidecar holds the model, against A."""
-    name = "resnet50" if any(m["name"] == "resnet50" for m in bench.admin.get("models")["models"]) else "mobilenet"
-    bench.admin.post(f"models/{name}/load")
+    name = "resnet50" if any(m["name"] == "resnet50" for m in bench.ours.admin.get("models")["models"]) else "mobilenet"
+    bench.ours.admin.post(f"models/{name}/load")
     times: dict[str, list[float]] = {"ours": [], "private": []}
-    starters = {"ours": lambda: bench.thin_function(name), "private": lambda: bench.torch_function(name, "private")}
+    starters = {"ours": lambda: bench.thin(name), "private": lambda: bench.holding(name, "private")}
     bench.weights(name)
     for repetition in range(count + 1):
         for who, start in starters.items():
             started = time.perf_counter()
             process, url = start()
-            bench.answers(url)
+            bench.scores(url)
             if repetition:  # the first fills caches
                 times[who].append(time.perf_counter() - started)
             bench.stop(process)
@@ -405,32 +282,21 @@ def cold_start(bench: Bench, count: int) -> None:
     bench.report.figures["cold_start_speedup"] = summaries["private"]["median"] / summaries["ours"]["median"]
 
 
-@contextlib.contextmanager
-def prepared(report: Report, seed: int) -> Iterator[Bench]:
-    bench = Bench(report, seed)
-    try:
-        yield bench
-    finally:
-        client._pool.close()
-        bench.close()
-
-
 def main() -> None:
     chosen = arguments(__doc__ or "")
     report = Report("thin", chosen.quick, chosen.device)
-    with prepared(report, chosen.seed) as bench:
-        sidecar = bench.sidecar()
+    with ThinBench(report, chosen.seed) as bench:
         added_latency(bench, 60 if chosen.quick else 2000)
         end_to_end(bench, 10 if chosen.quick else 300)
         if chosen.quick:
-            memory(bench, sidecar, ["mobilenet"], [1, 2], ["private"])
+            memory(bench, ["mobilenet"], [1, 2], ["private"])
             report.lack(
                 "left out of --quick",
                 *("pss_saved_n5_103mb", "pss_saved_n20_103mb", "pss_saved_n20_553mb", "pss_saved_vs_shared_n5_103mb"),
             )
         else:
-            memory(bench, sidecar, ["mobilenet", "resnet50"], [1, 5, 10, 20], ["private", "mapped", "shared"])
-            memory(bench, sidecar, ["vgg16"], [1, 5, 10, 20], ["private", "shared"])
+            memory(bench, ["mobilenet", "resnet50"], [1, 5, 10, 20], ["private", "mapped", "shared"])
+            memory(bench, ["vgg16"], [1, 5, 10, 20], ["private", "shared"])
         cold_start(bench, 1 if chosen.quick else 7)
     report.finish(chosen.json)
 

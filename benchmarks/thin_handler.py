@@ -1,4 +1,4 @@
-"""The function that `benchmarks.thin` measures: raw float32 image in, raw scores out, written straight into shared memory."""
+"""The function that the benchmarks measure: raw float32 image in, raw scores out, written straight into shared memory."""
 
 import os
 
@@ -6,9 +6,10 @@ import numpy as np
 from trunkline import model
 
 m = model(os.environ["MODEL"])
+INPUT = os.environ.get("INPUT", "image")
 
 
 def handle(event, context):
     with m.request() as request:
-        request["image"].reshape(-1)[...] = np.frombuffer(event.body, np.float32)
+        request[INPUT].reshape(-1)[...] = np.frombuffer(event.body, np.float32)
         return request.run().tobytes()

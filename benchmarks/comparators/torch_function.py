@@ -1,28 +1,33 @@
 """Comparators A and B: a Flask function that holds its model itself, in the process that answers HTTP.
 
-Environment: MODEL, WEIGHTS (a state dict), and COPIES: ``private`` (A: its own copy), ``mapped`` (A with a memory-mapped file,
-assigned, not copied) or ``shared`` (B, as ShmFaas does it: tensors over one shared memory segment). All import torch.
-Run as ``gunicorn benchmarks.comparators.torch_function:app``; the body is 1x3x224x224 float32, the answer the scores.
+Environment: MODEL; WEIGHTS, a state dict, or several with ``:`` between them: the first is asked at ``/``, the others at ``/1``,
+``/2`` and so on; COPIES: ``private`` (A: its own copy), ``mapped`` (A with a memory-mapped file, assigned, not copied) or
+``shared`` (B, as ShmFaas does it: tensors over one shared memory segment); THREADS of torch, else torch chooses; DEVICE. All
+import torch. Run as ``gunicorn benchmarks.comparators.torch_function:app``; the body is one float32 image [1, 3, side, side], the
+answer the scores.
 """
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
 import torch
 from flask import Flask, Response, request
 
-from benchmarks.models import MODELS, SIDE
+from benchmarks.models import MODELS
 
-torch.set_num_threads(int(os.environ.get("THREADS", "1")))
+DEVICE = os.environ.get("DEVICE", "cpu")
+if "THREADS" in os.environ:
+    torch.set_num_threads(int(os.environ["THREADS"]))
 
 
 def _load(name: str, weights: str, copies: str) -> torch.nn.Module:
     if copies == "private":
         model = MODELS[name]()
         model.load_state_dict(torch.load(weights, weights_only=True))
-        return model.eval()
+        return model.eval().to(DEVICE)
     with torch.device("meta"):
         model = MODELS[name]()
     if copies == "mapped":
@@ -37,23 +42,28 @@ def _load(name: str, weights: str, copies: str) -> torch.nn.Module:
             state[key] = segment[offset : offset + count].view(like.dtype).view(like.shape)
             offset += -(-count // 64) * 64
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
-MODEL = _load(os.environ["MODEL"], os.environ["WEIGHTS"], os.environ.get("COPIES", "private"))
+NAME, COPIES = os.environ["MODEL"], os.environ.get("COPIES", "private")
+HELD = [_load(NAME, weights, COPIES) for weights in os.environ["WEIGHTS"].split(os.pathsep)]
 app = Flask(__name__)
 
 
-@app.post("/")
-def call() -> Response:
-    image = np.frombuffer(request.get_data(), np.float32).reshape(-1, 3, SIDE, SIDE).copy()
+def _scores(number: int, image: np.ndarray) -> torch.Tensor:
     with torch.inference_mode():
-        return Response(MODEL(torch.from_numpy(image)).numpy().tobytes())
+        return HELD[number](torch.from_numpy(image).to(DEVICE)).cpu()
+
+
+@app.post("/", defaults={"number": 0})
+@app.post("/<int:number>")
+def call(number: int) -> Response:
+    body = request.get_data()
+    side = math.isqrt(len(body) // 12)
+    return Response(_scores(number, np.frombuffer(body, np.float32).reshape(1, 3, side, side).copy()).numpy().tobytes())
 
 
 @app.post("/json")
 def call_json() -> Response:
     """Comparator H over HTTP: the same tensor as nested JSON lists."""
-    image = np.asarray(request.get_json(), np.float32)
-    with torch.inference_mode():
-        return app.json.response(MODEL(torch.from_numpy(image)).tolist())
+    return app.json.response(_scores(0, np.asarray(request.get_json(), np.float32)).tolist())
