@@ -37,7 +37,9 @@ cov: $(STAMP)
 	$(BIN)/coverage report
 
 bench: $(STAMP)
+	$(BIN)/pip install --quiet --group bench
 	$(BIN)/python -m benchmarks.thin --json benchmarks/results/thin.json
+	$(BIN)/python -m benchmarks.sharing --json benchmarks/results/sharing.json
 
 clean:
 	rm -rf $(VENV) .trunkline

@@ -12,5 +12,6 @@ if [ -d .whl ]; then
 fi
 status=0
 timeout 240 python3 -m pytest -q -m gpu --override-ini addopts=--import-mode=importlib 2>&1 | tee "$OUT/gpu_tests.txt" || status=1
-timeout 280 python3 -m benchmarks.thin --quick --device "$DEVICE" --json "$OUT/thin_gpu.json" || status=1
+timeout 140 python3 -m benchmarks.thin --quick --device "$DEVICE" --json "$OUT/thin_gpu.json" || status=1
+timeout 140 python3 -m benchmarks.sharing --quick --device "$DEVICE" --json "$OUT/sharing_gpu.json" || status=1
 exit $status

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "numpy", "flask", "gunicorn", "msgpack", "posix-ipc", "requests")
+PACKAGES = ("torch", "numpy", "flask", "gunicorn", "msgpack", "posix-ipc", "requests", "onnx", "onnxruntime")
 
 
 def arguments(description: str) -> argparse.Namespace:

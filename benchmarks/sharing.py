@@ -34,7 +34,7 @@ from sidecar.export import convert
 
 @dataclass(frozen=True)
 class Scale:
-    """How much one run does. ``rounds`` are repetitions of what takes long, ``count`` of single calls."""
+    """How much one run does. ``rounds`` are repetitions of what takes as long as eight models, ``count`` of single calls."""
 
     side: int
     unrelated_widths: tuple[int, ...]
@@ -50,7 +50,7 @@ FULL = Scale(
     unrelated_widths=(16, 24, 32, 20, 40, 28, 48),
     heads=(4, 8, 16, 64),
     tuned_units=(0, 1, 2, 4, 9),
-    rounds=10,
+    rounds=8,
     count=60,
 )
 
@@ -79,10 +79,15 @@ class Sharing(VariantBench):
         model = encoder(width, heads, layers, tokens)
         return Family(model, torch.zeros(1, tokens, dtype=torch.int64), self.seed, {"x": (0, 8191)})
 
-    def timed(self, section: str, variants: dict[str, Call], heavy: bool = True) -> dict[str, float]:
-        """Time variants in turns, keep their summaries under ``section``, return their medians in microseconds."""
-        count = self.scale.rounds if heavy else self.scale.count
-        times = interleaved(variants, count, block=1 if heavy else 5, warm=1 if heavy else 3)
+    def timed(self, section: str, variants: dict[str, Call], models: int = 1) -> dict[str, float]:
+        """Time variants in turns, keep their summaries under ``section``, return their medians in microseconds.
+
+        ``models`` are run by one call of each; the more they are, the fewer calls are made.
+        """
+        if models == 1:
+            times = interleaved(variants, self.scale.count, block=5)
+        else:
+            times = interleaved(variants, max(3, round(min(2, AT_ONCE / models) * self.scale.rounds)), block=1, warm=1)
         summaries = {name: summary(samples) for name, samples in times.items()}
         self.report.raw.setdefault("us", {})[section] = summaries
         return {name: each["median"] for name, each in summaries.items()}
@@ -111,6 +116,7 @@ class Sharing(VariantBench):
                     "wrapped": self.wrapped(chosen, array, frozen=False),
                     "wrapped_frozen": self.wrapped(chosen, array, frozen=True),
                 },
+                models=k,
             )
             ratios["time"][f"k{k}"] = medians["joint"] / medians["separate_eager"]
             ratios["wrapped_time"][f"k{k}"] = medians["joint"] / medians["wrapped"]
@@ -149,12 +155,12 @@ class Sharing(VariantBench):
         for count in self.scale.heads:
             names, arrays = list(self.heads)[:count], [array] * count
             variants = {"eager": self.one_by_one(list(self.heads.values())[:count], arrays)}
-            for variant, sidecar in self.sidecars.items():
+            for variant, sidecar in self.forms.items():
                 if variant == "on" or count == AT_ONCE:
                     variants[f"calls_{variant}"] = self.in_calls(sidecar, names, array)
                     variants[f"clients_{variant}"] = self.by_clients(sidecar, names, arrays)
             before = self.counts(self.on)
-            medians = self.timed(f"same_input_n{count}", variants)
+            medians = self.timed(f"same_input_n{count}", variants, models=count)
             self.report.raw.setdefault("counts", {})[f"same_input_n{count}"] = {"before": before, "after": self.counts(self.on)}
             self.report.figures[f"same_input_speedup_n{count}"] = medians["eager"] / medians["calls_on"]
             self.report.figures[f"same_input_clients_speedup_n{count}"] = medians["eager"] / medians["clients_on"]
@@ -163,9 +169,9 @@ class Sharing(VariantBench):
         """Eight clients with inputs of their own, against the same requests one by one."""
         arrays = [self.random(family, number) for number in range(AT_ONCE)]
         variants = {"eager": self.one_by_one(list(heads.values()), arrays)}
-        for variant, sidecar in self.sidecars.items():
+        for variant, sidecar in self.forms.items():
             variants[f"clients_{variant}"] = self.by_clients(sidecar, list(heads), arrays)
-        medians = self.timed(f"different_input_{kind}", variants)
+        medians = self.timed(f"different_input_{kind}", variants, models=AT_ONCE)
         self.report.figures[f"different_input_speedup_{kind}_n8"] = medians["eager"] / medians["clients_on"]
 
     def resident(self) -> None:
@@ -182,19 +188,19 @@ class Sharing(VariantBench):
         """One model, one client: what the machinery of sharing costs where it finds nothing."""
         array = self.random(self.images)
         calls = {variant: asking(self.sidecars[variant].model("base"), array) for variant in ("on", "plain")}
-        medians = self.timed("unshared", calls, heavy=False)
+        medians = self.timed("unshared", calls)
         self.report.figures["unshared_overhead"] = medians["on"] / medians["plain"] - 1
 
     def horizontal(self) -> None:
         """32 heads of one structure and different weights, asked about one input: stacked against one after another."""
         family = Family(perceptron(512, 256), torch.zeros(1, 256), self.seed)
         heads = {f"stack{number:02}": family.with_head(self.seed + number) for number in range(32)}
-        sidecars = {name: self.sidecars[name] for name in (("on", "no_stacking") if self.report.quick else self.sidecars)}
+        sidecars = {name: self.sidecars[name] for name in ("on", "no_stacking")}
         self.push(family, heads, sidecars.values())
         array = self.random(family)
         variants = {"eager": self.one_by_one(list(heads.values()), [array] * len(heads))}
         variants |= {f"calls_{name}": self.in_calls(sidecar, list(heads), array) for name, sidecar in sidecars.items()}
-        medians = self.timed("horizontal_n32", variants, heavy=False)
+        medians = self.timed("horizontal_n32", variants)
         self.report.figures["horizontal_speedup_n32"] = medians["calls_no_stacking"] / medians["calls_on"]
 
     # --- programs ---------------------------------------------------------------------------------------------------------
@@ -205,7 +211,7 @@ class Sharing(VariantBench):
         for kind, family, name in (("cnn", self.images, "base"), ("transformer", self.texts, "text0")):
             array = self.random(family)
             calls = {variant: asking(self.sidecars[variant].model(name), array) for variant in ("on", "no_packing")}
-            medians = self.timed(f"compiled_{kind}", calls, heavy=False)
+            medians = self.timed(f"compiled_{kind}", calls)
             speedups[kind] = medians["no_packing"] / medians["on"]
         self.report.raw["compiled_speedup"] = speedups
         self.report.figures["compiled_speedup"] = _mean(speedups.values())
@@ -234,7 +240,7 @@ class Sharing(VariantBench):
                     return
                 variants[f"ours_{threads}"] = asking(sidecar.model(kind), array)
                 variants[f"transport_{threads}"] = asking(sidecar.model(f"floor_{kind}"), array)
-            medians = self.timed(f"onnxruntime_{kind}", variants, heavy=False)
+            medians = self.timed(f"onnxruntime_{kind}", variants)
             theirs = min(medians[f"onnxruntime_{threads}"] for threads in sidecars)
             ours = min(medians[f"ours_{threads}"] for threads in sidecars)
             compute = min(medians[f"ours_{threads}"] - medians[f"transport_{threads}"] for threads in sidecars)
@@ -292,6 +298,7 @@ class Sharing(VariantBench):
                     "joint": asking(joint, array),
                     "eager": self.one_by_one([self.images.base, model], [array] * 2),
                 },
+                models=2,
             )
             stored = self.on.admin.get(f"models/{name}")
             sweep[f"k{k}"] = {
@@ -320,9 +327,10 @@ class Sharing(VariantBench):
         self.report.raw["threads"] = self.threads
         eight = dict(list(self.heads.items())[:AT_ONCE])
         text_heads = {f"text{number}": self.texts.with_head(self.seed + 1 + number) for number in range(AT_ONCE)}
-        self.push(self.images, {"base": self.images.base, **eight})
+        self.push(self.images, {"base": self.images.base})
+        self.push(self.images, eight, self.forms.values())
         self.push(self.images, dict(list(self.heads.items())[AT_ONCE:]), [self.on])
-        self.push(self.texts, text_heads)
+        self.push(self.texts, text_heads, self.forms.values())
         self.unshared_overhead()
         self.same_input()
         self.different_inputs("conv", self.images, eight)

@@ -61,6 +61,11 @@ class VariantBench(Bench):
     def on(self) -> Sidecar:
         return self.sidecars["on"]
 
+    @property
+    def forms(self) -> dict[str, Sidecar]:
+        """The sidecar with all forms of sharing, and those with one form off."""
+        return {variant: sidecar for variant, sidecar in self.sidecars.items() if variant != "plain"}
+
     def wait(self) -> None:
         """Wait until all sidecars answer."""
         for sidecar in (*self.sidecars.values(), self.all_cores):
