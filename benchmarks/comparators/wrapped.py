@@ -25,4 +25,7 @@ def wrapped(models: Sequence[nn.Module], example: Tensor, frozen: bool) -> Any:
     """
     with torch.inference_mode():
         traced = torch.jit.trace(_Wrapped(models).eval(), (example,), check_trace=False)
-        return torch.jit.freeze(traced) if frozen else traced
+        graph = torch.jit.freeze(traced) if frozen else traced
+        for _ in range(3):
+            graph(example)  # torch looks at the first runs and optimises
+        return graph

@@ -1,0 +1,138 @@
+"""Rows of `benchmarks.sharing` about prepared programs: their speed alone, and how many models one of them serves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.comparators.onnx_session import onnx_session
+from benchmarks.harness import Sidecar, interleaved
+from benchmarks.models import perceptron
+from benchmarks.report import summary
+from benchmarks.sharing_bench import Sharing, geometric_mean
+from benchmarks.siblings import Family, content_of
+from benchmarks.variants import asking
+from sidecar.bundle import write_bundle
+from sidecar.devices import open_device
+from sidecar.export import convert
+
+
+class Floor(nn.Module):
+    """Takes what a model takes and computes next to nothing: what is left is transport."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :1].to(torch.float32)
+
+
+def compiled(bench: Sharing) -> None:
+    """The prepared form against the base form, one model alone."""
+    speedups = {}
+    for kind, family, name in (("cnn", bench.images, "base"), ("transformer", bench.texts, "text0")):
+        array = bench.random(family)
+        calls = {variant: asking(bench.sidecars[variant].model(name), array) for variant in ("on", "no_packing")}
+        medians = bench.timed(f"compiled_{kind}", calls)
+        speedups[kind] = medians["no_packing"] / medians["on"]
+    bench.report.raw["compiled_speedup"] = speedups
+    bench.report.figures["compiled_speedup"] = geometric_mean(speedups.values())
+
+
+def over_onnxruntime(bench: Sharing) -> None:
+    """One model alone, batch 1, all cores, against ONNX Runtime; once more without what transport takes."""
+    kinds = ("cnn", "transformer")
+    figures = [f"cpu_over_onnxruntime_{kind}" for kind in kinds]
+    if bench.device.type != "cpu":
+        bench.report.lack("compared on the CPU only", *figures)
+        return
+    # The sizes of MiniLM, 32 tokens.
+    texts = bench.texts if bench.report.quick else bench.encoder_family(384, 12, 6, 32)
+    families = dict(zip(kinds, (bench.images, texts), strict=True))
+    sidecars = {bench.threads: bench.on, os.cpu_count() or 1: bench.all_cores}
+    for kind, family in families.items():
+        array = bench.random(family)
+        bench.push(family, {kind: family.base}, sidecars.values())
+        _push_floor(bench, f"floor_{kind}", family, sidecars.values())
+        variants = {}
+        for threads, sidecar in sidecars.items():
+            try:
+                variants[f"onnxruntime_{threads}"] = asking(onnx_session(family.base, family.example, threads), array)
+            except ImportError as error:
+                bench.report.lack(f"{error.name} is not installed", *figures)
+                return
+            variants[f"ours_{threads}"] = asking(sidecar.model(kind), array)
+            variants[f"transport_{threads}"] = asking(sidecar.model(f"floor_{kind}"), array)
+        medians = bench.timed(f"onnxruntime_{kind}", variants)
+        theirs = min(medians[f"onnxruntime_{threads}"] for threads in sidecars)
+        ours = min(medians[f"ours_{threads}"] for threads in sidecars)
+        compute = min(medians[f"ours_{threads}"] - medians[f"transport_{threads}"] for threads in sidecars)
+        bench.report.figures[f"cpu_over_onnxruntime_{kind}"] = ours / theirs
+        bench.report.raw.setdefault("over_onnxruntime_without_transport", {})[kind] = compute / theirs
+
+
+def _push_floor(bench: Sharing, name: str, family: Family, sidecars: Iterable[Sidecar]) -> None:
+    spec = family.graph.inputs[0]
+    bounds = None if spec.minimum is None or spec.maximum is None else {spec.name: (spec.minimum, spec.maximum)}
+    packed = convert(Floor(), (family.example,), name=name, input_bounds=bounds)
+    folder = bench.folder / "floor"
+    write_bundle(folder, packed.bundle, packed.blobs)
+    for sidecar in sidecars:
+        sidecar.admin.push(folder)
+    shutil.rmtree(folder)
+
+
+def switching(bench: Sharing) -> None:
+    """One prepared program run with two sets of weights in turns, against always the same, in this process."""
+    device = open_device(bench.report.device, bench.threads)
+    # Little computation, so that binding is not lost in it.
+    family = bench.texts if bench.report.quick else bench.encoder_family(64, 2, 2, 8)
+    program = device.prepare(family.graph)
+    sets = []
+    for model in (family.base, family.tuned(len(family.base.units), bench.seed + 1)):
+        pairs = family.weights(model)
+        sets.append([device.new_weight(weight, _filling(content_of(tensor))) for weight, tensor in pairs])
+    array = bench.random(family)
+    given = [device.view(memoryview(array).cast("B"), "int64", array.shape)]
+    turn = 0
+
+    def run(handles: Sequence[Tensor]) -> None:
+        device.run(program, handles, given)[0].cpu()
+
+    def alternating() -> None:
+        nonlocal turn
+        turn = 1 - turn
+        run(sets[turn])
+
+    times = interleaved({"same": lambda: run(sets[0]), "alternating": alternating}, 40 * bench.scale.count)
+    summaries = {name: summary(samples) for name, samples in times.items()}
+    bench.report.raw.setdefault("us", {})["switching"] = summaries
+    bench.report.figures["switch_us"] = summaries["alternating"]["median"] - summaries["same"]["median"]
+
+
+def variants_per_compile(bench: Sharing) -> None:
+    """Fully tuned siblings of one architecture, over the programs that the sidecar prepared for them."""
+    if _prepared(bench.counts(bench.on)) is None:
+        bench.report.lack("the sidecar's status does not tell how many programs it prepared", "variants_per_compile")
+        return
+    family = Family(perceptron(64, 32), torch.zeros(1, 256), bench.seed)
+    before = _prepared(bench.counts(bench.on))
+    tuned = {f"variant{number}": family.tuned(1, bench.seed + number) for number in range(16)}
+    bench.push(family, tuned, [bench.on])
+    made = _prepared(bench.counts(bench.on)) - before
+    bench.report.raw["variants_per_compile"] = {"variants": len(tuned), "programs": made}
+    bench.report.figures["variants_per_compile"] = len(tuned) / max(1, made)
+
+
+def _filling(content: memoryview) -> Any:
+    def fill(target: memoryview) -> None:
+        target[:] = content
+
+    return fill
+
+
+def _prepared(status: dict[str, Any]) -> Any:
+    """Return how many programs a sidecar has prepared, None where it does not say."""
+    return status.get("programs", {}).get("prepared")
