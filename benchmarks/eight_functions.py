@@ -10,6 +10,7 @@ import http.client
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -23,15 +24,14 @@ from benchmarks.variants import VariantBench
 
 def _load(urls: Sequence[str], bodies: Sequence[bytes], count: int) -> tuple[float, list[float]]:
     """Have a client for each URL send its body ``count`` times; return seconds in all and milliseconds of each request."""
-    found: list[float] = []
-    failed: list[int] = []
     barrier = threading.Barrier(len(urls) + 1)
 
-    def client(url: str, body: bytes) -> None:
+    def client(url: str, body: bytes) -> list[float]:
         parts = urlsplit(url)
         connection = http.client.HTTPConnection(parts.netloc, timeout=120)
         connection.connect()
         barrier.wait()
+        found = []
         for _ in range(count):
             started = time.perf_counter()
             connection.request("POST", parts.path, body)
@@ -39,20 +39,16 @@ def _load(urls: Sequence[str], bodies: Sequence[bytes], count: int) -> tuple[flo
             answer.read()
             found.append((time.perf_counter() - started) * 1000)
             if answer.status != 200:
-                failed.append(answer.status)
+                raise RuntimeError(f"{url} answered {answer.status}")
         connection.close()
+        return found
 
-    threads = [threading.Thread(target=client, args=pair) for pair in zip(urls, bodies, strict=True)]
-    for thread in threads:
-        thread.start()
-    barrier.wait()
-    started = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    elapsed_s = time.perf_counter() - started
-    if failed:
-        raise RuntimeError(f"{len(failed)} requests failed, the first with {failed[0]}")
-    return elapsed_s, found
+    with ThreadPoolExecutor(len(urls)) as threads:
+        futures = [threads.submit(client, *pair) for pair in zip(urls, bodies, strict=True)]
+        barrier.wait()
+        started = time.perf_counter()
+        found = [each for future in futures for each in future.result()]
+        return time.perf_counter() - started, found
 
 
 def eight_functions(
@@ -72,7 +68,7 @@ def eight_functions(
         "one_process": [bench.torch_function(architecture, weights, **device)],
     }
     urls = {variant: [url for _, url in functions] for variant, functions in started.items()}
-    urls["one_process"] = [f"{urls['one_process'][0]}{number}" for number in range(len(named))]
+    urls["one_process"] = [f"{urls['one_process'][0]}{number or ''}" for number in range(len(named))]
     arrays = [bench.random(family, number) for number in range(len(named))]
     bodies = [array.tobytes() for array in arrays]
     expected = bench.eager(list(named.values()), arrays)

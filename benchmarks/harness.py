@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -76,7 +77,6 @@ class Bench:
         os.environ["TRUNKLINE_SOCKET"] = str(self.folder)
         self._started: list[subprocess.Popen[bytes]] = []
         self._sidecars: list[Sidecar] = []
-        self.interpreter = ensure_environment([TEMPLATE / "requirements.txt"], ROOT / ".trunkline" / "envs")
         self.context = self.folder / "context"
         shutil.copytree(TEMPLATE, self.context, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "benchmarks" / "thin_handler.py", self.context / "function" / "handler.py")
@@ -95,6 +95,11 @@ class Bench:
         for process in list(self._started):
             self.stop(process)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @cached_property
+    def interpreter(self) -> Path:
+        """The interpreter of functions, in an environment that is made once for all runs."""
+        return ensure_environment([TEMPLATE / "requirements.txt"], ROOT / ".trunkline" / "envs")
 
     # --- processes ---------------------------------------------------------------------------------------------------
 
