@@ -51,7 +51,9 @@ def over_onnxruntime(bench: Sharing) -> None:
     # The sizes of MiniLM, 32 tokens.
     texts = bench.texts if bench.report.quick else bench.encoder_family(384, 12, 6, 32)
     families = dict(zip(kinds, (bench.images, texts), strict=True))
-    sidecars = {bench.threads: bench.on, os.cpu_count() or 1: bench.all_cores}
+    sidecars = {bench.threads: bench.on}
+    if bench.all_cores is not bench.on:
+        sidecars[os.cpu_count() or 1] = bench.all_cores
     for kind, family in families.items():
         array = bench.random(family)
         bench.push(family, {kind: family.base}, sidecars.values())

@@ -48,7 +48,7 @@ class VariantBench(Bench):
             self.sidecars[variant] = self.start_sidecar(variant, self.threads, **settings)
         # All cores: threads that wait for each other are slower wherever a core is busy, so most is measured without it.
         self.all_cores = self.on
-        if (cores := os.cpu_count() or 1) != self.threads:
+        if (cores := os.cpu_count() or 1) != self.threads and not report.quick:
             self.all_cores = self.start_sidecar("all_cores", cores)
         self._threads = ThreadPoolExecutor(64)
         self.idle_pss_bytes = 0
