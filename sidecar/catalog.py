@@ -53,6 +53,8 @@ class Step:
     graph: Graph
     recipes: dict[str, Recipe]
     program: Any = None
+    # Runs this step and others of its structure, on one input, as one; None where that cannot be.
+    stacked: Any = None
     bound: list[object] | None = None
 
 
@@ -121,8 +123,8 @@ class Catalog:
     broken: dict[str, TrunklineError] = field(default_factory=dict)
     # Versions that were replaced while they were in use, by plan.
     retired: dict[str, Deployed] = field(default_factory=dict)
-    # Prepared programs by skeleton, of the models that are deployed.
-    programs: dict[str, Any] = field(default_factory=dict)
+    # Prepared programs by skeleton, of the models that are deployed, each with its stacked form.
+    programs: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     # Replaced as a whole, never changed in place, so that other threads may read it without a lock.
     _published: dict[str, Signature | TrunklineError] = field(default_factory=dict)
     _bundles: dict[str, Bundle] = field(default_factory=dict)
@@ -199,7 +201,7 @@ class Catalog:
 
     def _skeletons(self) -> set[str]:
         used = {id(step.program) for entry in self.all() for step in entry.steps}
-        return {skeleton for skeleton, program in self.programs.items() if id(program) in used}
+        return {skeleton for skeleton, (program, _) in self.programs.items() if id(program) in used}
 
     def all(self) -> Iterator[Deployed]:
         """Yield every version there is, retired ones too."""
@@ -316,11 +318,12 @@ class Catalog:
             if step.program is None:
                 # Stages that differ in nothing but the bytes of their weights are run by one program.
                 skeleton = skeleton_id(step.graph)
-                program = self.programs.get(skeleton)
-                if program is None:
+                prepared = self.programs.get(skeleton)
+                if prepared is None:
                     prepare = self.device.prepare_lowered if step.recipes else self.device.prepare
-                    program = self.programs[skeleton] = prepare(step.graph)
-                step.program = program
+                    program = prepare(step.graph)
+                    prepared = self.programs[skeleton] = (program, self.device.stacked(step.graph, program))
+                step.program, step.stacked = prepared
 
     def unbind(self) -> None:
         """Forget the handles of weights that may have left."""

@@ -40,8 +40,7 @@ def _default_budget_bytes() -> int:
 
 
 def _default_threads() -> int:
-    # One core is left to the functions: an operator's threads wait for each other, and so for whoever shares a core.
-    return max(1, core_count() - 1)
+    return core_count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,7 @@ class Settings:
     batch_limit: int = 8
     compute_once: bool = True
     packing: bool = True
+    stacking: bool = True
     arena_limit_bytes: int = 64 * 2**20
     arena_total_bytes: int = 2 * 2**30
     connection_limit: int = 1024
@@ -160,6 +160,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "batch_limit": _integer(1, 1024),
     "compute_once": _switch,
     "packing": _switch,
+    "stacking": _switch,
     "arena_limit_bytes": _size(65536),
     "arena_total_bytes": _size(131072),
     "connection_limit": _integer(1, 100_000),

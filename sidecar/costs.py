@@ -40,6 +40,10 @@ class BatchCosts:
         known = self._seconds.get(place, seconds / rows)
         self._seconds[place] = known + _WEIGHT * (seconds / rows - known)
 
+    def is_known(self, key: str, rows: int) -> bool:
+        """Say whether a stage was measured with a batch of this size."""
+        return (key, _class(rows)) in self._seconds
+
     def pays(self, keys: Sequence[str], apart: int, together: int) -> bool:
         """Say whether rows should go through the stages ``keys`` as a batch of ``together``, instead of at most ``apart``.
 

@@ -23,6 +23,7 @@ from sidecar.ir import Graph, Weight
 from sidecar.lowering import Recipe
 from sidecar.prepare import prepare
 from sidecar.programs import Program
+from sidecar.stacked import Stack, StackedProgram, stack, stackable
 
 # The dtypes that travel between a function and a model.
 _DTYPE_NAMES = {getattr(torch, name): name for name in ITEM_BYTES}
@@ -219,6 +220,31 @@ class TorchDevice:
         finite = other[other.isfinite()].abs()
         largest = float(finite.max()) if finite.numel() else 0.0
         return torch.allclose(one, other, rtol=0.0, atol=tolerance * largest, equal_nan=True)
+
+    # --- several models on one input --------------------------------------------------------------------------------
+
+    def stacked(self, graph: Graph, program: Program) -> StackedProgram | None:
+        """Return the program that runs any number of models of this structure on one input; None where there is none."""
+        return StackedProgram(graph, program) if stackable(graph) else None
+
+    def stack(self, handles: Sequence[Sequence[object]]) -> list[Stack]:
+        """Return the weights of several models, each in the graph's order, as ``run_stacked`` takes them: copies.
+
+        Raises DeviceFault when there is no memory.
+        """
+        try:
+            return stack(handles)
+        except RuntimeError as error:
+            raise DeviceFault(f"the weights of {len(handles)} models could not be stacked: {type(error).__name__}") from error
+
+    def run_stacked(
+        self, program: StackedProgram, weights: Sequence[Stack], inputs: Sequence[torch.Tensor], count: int
+    ) -> list[list[torch.Tensor]]:
+        """Run ``count`` models on one input; return the outputs of each. Raises DeviceFault."""
+        try:
+            return program.run(weights, [tensor.to(self._device) for tensor in inputs], count)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise DeviceFault(f"{count} models could not be run as one: {type(error).__name__}") from error
 
     # --- inputs and outputs -----------------------------------------------------------------------------------------
 

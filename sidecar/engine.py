@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from trunkline.errors import (
     DeadlineExceeded,
+    DeviceFault,
     Draining,
     QueueFull,
     SidecarFault,
@@ -69,6 +70,8 @@ class Counts:
     stages: int = 0
     stage_rows: int = 0
     stage_requests: int = 0
+    # Stages that were run within another's run, their weights stacked.
+    stacked: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +99,7 @@ class Engine:
         batch_limit: int = 8,
         compute_once: bool = True,
         packing: bool = True,
+        stacking: bool = True,
         verdicts: Verdicts | None = None,
         generation: int = 0,
         facts: dict[str, object] | None = None,
@@ -105,6 +109,7 @@ class Engine:
         self._clock = clock
         self._batch_limit = batch_limit
         self._compute_once = compute_once
+        self._stacking = stacking
         self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
         self._mover = Mover(device, source, self._post)
         self._residency = Residency(budget_bytes)
@@ -329,17 +334,55 @@ class Engine:
             return
         step = group.step
         assert isinstance(step, Step)
-        self._counts.stages += 1
-        self._counts.stage_rows += len(group.rows)
-        self._counts.stage_requests += sum(1 for _ in group.tickets())
-        started_s = self._clock()
         try:
-            outputs = self._device.run(step.program, self._loads.bind(step), group.takes())
-            self._costs.record(step.key, group.extent, self._clock() - started_s)
-            finished = self._wavefront.advance(group, outputs)
+            given = self._run_stacked(group, step) or [(group, self._run_alone(group, step))]
         except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
             self._stage_failed(group, error)
             return
+        self._counts.stages += 1
+        for each, outputs in given:
+            if next(each.tickets(), None) is None:
+                continue  # its calls failed with another stage of theirs, just now
+            self._counts.stage_rows += len(each.rows)
+            self._counts.stage_requests += sum(1 for _ in each.tickets())
+            try:
+                self._advance(each, outputs)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._stage_failed(each, error)
+
+    def _run_alone(self, group: Group[_Call], step: Step) -> Sequence[Any]:
+        started_s = self._clock()
+        outputs = self._device.run(step.program, self._loads.bind(step), group.takes())
+        seconds = self._clock() - started_s
+        self._costs.record(step.key, group.extent, seconds)
+        if step.stacked is not None:
+            self._costs.record(_structure(group, step), 1, seconds)
+        return outputs
+
+    def _run_stacked(self, group: Group[_Call], step: Step) -> list[tuple[Group[_Call], Sequence[Any]]] | None:
+        """Run a stage of several models on one input as one; None when there is nothing to stack, or it does not pay."""
+        if step.stacked is None or not self._stacking:
+            return None
+        groups = [group, *self._wavefront.beside(group, lambda one, other: one.stacked is other.stacked)]  # type: ignore[attr-defined]
+        structure = _structure(group, step)
+        # Measured one by one as well, or nobody knows whether it pays.
+        if len(groups) == 1 or not self._costs.is_known(structure, 1) or not self._costs.pays([structure], 1, len(groups)):
+            return None
+        steps: list[Any] = [each.step for each in groups]
+        started_s = self._clock()
+        try:
+            given = self._device.run_stacked(step.stacked, self._loads.stack(steps), group.takes(), len(groups))
+        except DeviceFault as error:
+            log.warning("stages of one structure are run one by one: %s", error.message)
+            for each in steps:
+                each.stacked = None
+            return None
+        self._costs.record(structure, len(groups), self._clock() - started_s)
+        self._counts.stacked += len(groups) - 1
+        return list(zip(groups, given, strict=True))
+
+    def _advance(self, group: Group[_Call], outputs: Sequence[Any]) -> None:
+        finished = self._wavefront.advance(group, outputs)
         for ticket, results in finished:
             call = ticket.call
             call.results[ticket] = results
@@ -467,6 +510,7 @@ class Engine:
                 "stages": self._counts.stages,
                 "stage_rows": self._counts.stage_rows,
                 "stage_requests": self._counts.stage_requests,
+                "stacked": self._counts.stacked,
                 "programs": len(self._catalog.programs),
             },
         }
@@ -504,6 +548,10 @@ def _incident(what: str, error: Exception) -> SidecarFault:
     incident = secrets.token_hex(4)
     log.error("incident %s: %s failed", incident, what, exc_info=error)
     return SidecarFault(f"the sidecar failed at {what}; its log has incident {incident}", incident=incident)
+
+
+def _structure(group: Group[_Call], step: Step) -> str:
+    return f"stacked {id(step.stacked)} {group.extent}"
 
 
 def _draining() -> Draining:

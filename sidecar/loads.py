@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 from trunkline.errors import TrunklineError
 
@@ -13,6 +14,9 @@ from sidecar.catalog import Deployed, Step
 from sidecar.mover import Mover
 from sidecar.ports import Device, Work
 from sidecar.residency import Residency
+
+# Copies of weights that were stacked may take this part of the budget beside it.
+_STACKED_SHARE: Final = 0.01
 
 log = logging.getLogger("trunkline.engine")
 
@@ -24,6 +28,12 @@ class _Load:
     deployed: Deployed
     waiting: set[str]
     error: TrunklineError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stacked:
+    weights: Any
+    size_bytes: int
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +71,8 @@ class Loads:
         self._loads: dict[str, _Load] = {}
         # Weights that the mover was asked for and has not brought yet.
         self._in_flight: set[str] = set()
+        # Weights of several steps as one, by the steps' keys.
+        self._stacks: dict[tuple[str, ...], _Stacked] = {}
         self.parked: list[Parked] = []
         self.fetched_bytes = 0
 
@@ -132,8 +144,23 @@ class Loads:
             step.bound = [self._device.as_weight(self._handles[weight.digest], weight) for weight in step.graph.weights]
         return step.bound
 
+    def stack(self, steps: Sequence[Step]) -> Any:
+        """Return the weights of steps of one structure as one. What was stacked lately is kept, up to a small size."""
+        names = tuple(step.key for step in steps)
+        found = self._stacks.pop(names, None)
+        if found is None:
+            size_bytes = sum(weight.size_bytes for step in steps for weight in step.graph.weights)
+            found = _Stacked(self._device.stack([self.bind(step) for step in steps]), size_bytes)
+        limit_bytes = self._residency.budget_bytes * _STACKED_SHARE
+        # The latest last.
+        self._stacks[names] = found
+        while sum(each.size_bytes for each in self._stacks.values()) > limit_bytes:
+            del self._stacks[next(iter(self._stacks))]
+        return found.weights
+
     def drop(self, digests: Sequence[str]) -> None:
-        """Forget the handles of weights that were evicted."""
+        """Forget the handles of weights that were evicted, and copies of them."""
+        self._stacks.clear()
         for digest in digests:
             self._handles.pop(digest, None)
 

@@ -219,6 +219,22 @@ class Wavefront(Generic[C]):
             chosen.apart = True
         return chosen
 
+    def beside(self, group: Group[C], alike: Callable[[Step, Step], bool]) -> list[Group[C]]:
+        """Return the groups that are about to run other stages on the very tensors that ``group`` runs on.
+
+        ``alike`` says which stages are of interest: many heads on one trunk may have one structure.
+        """
+        takes = group.takes()
+        if len(self._groups) == 1 or not takes:
+            return []
+        return [
+            other
+            for other in self._groups
+            if other is not group
+            and alike(group.step, other.step)
+            and all(one is another for one, another in zip(takes, other.takes(), strict=True))
+        ]
+
     def _behind(self, group: Group[C]) -> Group[C] | None:
         """Return a group that catches up with this one, if it should be waited for."""
         if group.awaited is None and not group.waited and 0 < 2 * group.index <= len(group.first.steps):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import threading
@@ -54,6 +55,9 @@ def serve(settings: Settings) -> int:
 
 def _preload() -> None:
     """Import what an engine needs, torch above all, once for all engines to come. No device is touched."""
+    # An operator's threads wait for each other at its end. Where functions share their cores, threads that spin meanwhile keep
+    # those off that they wait for. Read when torch's OpenMP library is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import sidecar.devices
     import sidecar.engine
     import sidecar.server
@@ -78,6 +82,7 @@ def _engine_process(settings: Settings, run: RunDirectory, listener: socket.sock
         batch_limit=settings.batch_limit,
         compute_once=settings.compute_once,
         packing=settings.packing,
+        stacking=settings.stacking,
         verdicts=Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values())),
         generation=generation,
         facts=device.facts(),

@@ -126,6 +126,9 @@ class FakeDevice:
         total = sum(int(np.frombuffer(weight.memory, np.uint8).sum()) for weight in weights)
         return [inputs[0] + inputs[0].dtype.type(total) for _ in program.outputs]
 
+    def stacked(self, graph: Graph, program: Any) -> Any:
+        return None
+
     def join(self, tensors: Sequence[Any], axis: int) -> Any:
         return np.concatenate(tensors, axis)
 
@@ -191,6 +194,7 @@ def running_server(
     arena_total_bytes: int = 1 << 24,
     connection_limit: int = 64,
     transport: str | None = None,
+    **engine_settings: Any,
 ) -> Iterator[Running]:
     """Serve ``source`` on a socket in ``directory`` until the block ends; check that nothing was left behind.
 
@@ -202,7 +206,9 @@ def running_server(
     listener.bind(str(path))
     listener.listen(64)
     device = device or FakeDevice()
-    engine = Engine(device, source, Pins(directory / "pins.json"), budget_bytes=budget_bytes, queue_limit=queue_limit)
+    engine = Engine(
+        device, source, Pins(directory / "pins.json"), budget_bytes=budget_bytes, queue_limit=queue_limit, **engine_settings
+    )
     server = Server(
         listener,
         engine,

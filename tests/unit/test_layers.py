@@ -40,6 +40,7 @@ LAYERS = {
         "calls",
         "devices",
         "packed",
+        "stacked",
         "programs",
         "prepare",
         "export",

@@ -1,0 +1,314 @@
+"""Real models on a real device, tried out, batched, packed and stacked: right answers, and nothing computed twice."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from trunkline import client, model, models
+from trunkline.admin import AdminConnection
+from trunkline.errors import DeviceFault
+from trunkline.pool import Pool
+
+from sidecar.devices import TorchDevice, open_device
+from sidecar.ir import Graph, Node, Value
+from sidecar.stacked import stackable
+from sidecar.verdicts import Verdicts
+from tests.fakes import ADMIN_TOKEN, FakeSource, Running, running_server
+from tests.networks import Arrays, Network, agrees, network
+
+COUNTS = ("stages", "stage_rows", "stage_requests", "stacked")
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: TorchDevice | None = None, **settings: Any
+) -> Iterator[Running]:
+    made = running_server(
+        folder,
+        FakeSource(),
+        device=device or open_device("cpu"),
+        budget_bytes=1 << 26,
+        verdicts=Verdicts(folder / "verdicts", "test"),
+        **settings,
+    )
+    with made as running:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", running.path)
+        yield running
+        client._pool.close()
+
+
+def ask(running: Running, command: str, **arguments: object) -> Any:
+    return AdminConnection(running.path, ADMIN_TOKEN).command(command, arguments)
+
+
+def deploy(running: Running, *networks: Network) -> None:
+    """Deploy models and wait until they were tried."""
+    for each in networks:
+        each.put(running.source)
+        ask(running, "model_changed", name=each.name)
+    deadline = time.monotonic() + 120
+    for each in networks:
+        while ask(running, "model", name=each.name)["unbatched_because"] == "it was not tried yet":
+            assert time.monotonic() < deadline, f"{each.name} was never tried"
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def counted(running: Running) -> Iterator[dict[str, int]]:
+    """Count what the engine does inside the block."""
+    found: dict[str, int] = {}
+    before = ask(running, "status")["sharing"]
+    yield found
+    after = ask(running, "status")["sharing"]
+    found |= {name: after[name] - before[name] for name in COUNTS}
+
+
+def at_once(running: Running, *calls: tuple[str, Arrays]) -> list[Any]:
+    """Ask about everything while the engine is held up, so that all of it is there when the first is begun."""
+    release, queued = threading.Event(), running.engine._queue
+    running.engine._post(lambda: release.wait(60))  # type: ignore[arg-type, return-value]
+    # A pool each: clients that know nothing of each other.
+    pools = [Pool() for _ in calls]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        answers = [
+            threads.submit(client.Model(name, pool).call, inputs) for (name, inputs), pool in zip(calls, pools, strict=True)
+        ]
+        deadline = time.monotonic() + 60
+        while running.engine._inbox.qsize() + len(queued) < len(calls) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        release.set()
+        found = [answer.result() for answer in answers]
+    for pool in pools:
+        pool.close()
+    return found
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "mobilenet", "densenet", "vit", "minilm", "pair", "outputs", "unet"])
+@pytest.mark.usefixtures("small_blocks")
+def test_networks_answer_alone_and_in_batches_as_the_original_does(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = network(kind)
+    with serving(tmp_path, monkeypatch) as running:
+        deploy(running, made)
+        inputs = [made.inputs(batch, seed) for seed, batch in enumerate((1, 1, 2, 1))]
+        with counted(running) as counts:
+            answers = at_once(running, *((made.name, each) for each in inputs))
+        for given, each in zip(answers, inputs, strict=True):
+            assert agrees(given, made.eager(each), exact=False)
+        shown = ask(running, "model", name=made.name)
+        assert shown["batched"], shown["unbatched_because"]
+        assert counts["stages"] == shown["stage_count"]
+        assert counts["stage_rows"] == 4 * counts["stages"]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_siblings_share_their_trunk_whoever_asks_and_however(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = network("resnet")
+    siblings = [original.tuned(f"sibling-{number}", number) for number in range(3)]
+    with serving(tmp_path, monkeypatch, stacking=False) as running:
+        deploy(running, *siblings)
+        count = ask(running, "model", name=siblings[0].name)["stage_count"]
+        names = [each.name for each in siblings]
+        inputs = [original.inputs(1, seed) for seed in range(3)]
+        # One call about three models: the trunk once, three heads.
+        with counted(running) as counts:
+            answers = models(*names).call(inputs[0])
+        assert counts["stages"] == count + 2
+        assert counts["stage_requests"] == 3 * count
+        for each in siblings:
+            assert agrees(answers[each.name], each.eager(inputs[0]), exact=False)
+        # Three functions, one input: the same.
+        with counted(running) as counts:
+            alone = at_once(running, *((name, inputs[0]) for name in names))
+        assert counts["stages"] == count + 2
+        assert counts["stage_rows"] == count + 2
+        assert all(np.array_equal(given, answers[name]) for name, given in zip(names, alone, strict=True))
+        # Three functions, three inputs: one batch up to the heads.
+        with counted(running) as counts:
+            given = at_once(running, *zip(names, inputs, strict=True))
+        assert counts["stages"] == count + 2
+        assert counts["stage_rows"] == 3 * (count - 1) + 3
+        for each, array, answer in zip(siblings, inputs, given, strict=True):
+            assert agrees(answer, each.eager(array), exact=False)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_each_form_of_sharing_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = network("resnet")
+    siblings = [original.tuned(f"sibling-{number}", number) for number in range(2)]
+    names = [each.name for each in siblings]
+    one, other = original.inputs(1, 0), original.inputs(1, 1)
+    with serving(tmp_path, monkeypatch, batch_limit=1, compute_once=False, packing=False, stacking=False) as running:
+        deploy(running, *siblings)
+        shown = ask(running, "model", name=names[0])
+        assert shown["packed_stage_count"] == 0
+        for inputs in ((one, one), (one, other)):
+            with counted(running) as counts:
+                given = at_once(running, *zip(names, inputs, strict=True))
+            assert counts["stages"] == counts["stage_rows"] == counts["stage_requests"] == 2 * shown["stage_count"]
+            # Unpacked and unbatched: to the bit.
+            for each, array, answer in zip(siblings, inputs, given, strict=True):
+                assert agrees(answer, each.eager(array), exact=True)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_packed_weights_stand_in_for_those_they_are_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    # Whatever is faster on this machine at this moment: here the packed form is taken wherever there is one.
+    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    with serving(tmp_path, monkeypatch) as running:
+        deploy(running, made)
+        assert agrees(model(made.name).call(made.inputs(1)), made.eager(made.inputs(1)), exact=False)
+        shown, memory = ask(running, "model", name=made.name), ask(running, "memory")
+        assert shown["packed_stage_count"] > 0
+        assert memory["weight_bytes"] == memory["resident_bytes"]
+        digests = set(running.engine._loads._handles)
+        # The convolutions and norms themselves are nowhere.
+        folded = {weight.digest for weight in made.bundle.graph.weights if len(weight.shape) == 4}
+        assert len(folded & digests) < len(folded)
+        ask(running, "evict", name=made.name)
+        assert ask(running, "memory")["weight_bytes"] == 0
+        assert agrees(model(made.name).call(made.inputs(1)), made.eager(made.inputs(1)), exact=False)
+        assert {block["form"] for block in ask(running, "blocks")["blocks"]} <= {"packed", "plain"}
+        del running.source.bundles[made.name]
+        ask(running, "model_removed", name=made.name)
+        assert ask(running, "memory")["weight_bytes"] == 0
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_model_in_use_changes_its_form_without_losing_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    inputs = made.inputs(1)
+    expected = made.eager(inputs)
+    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    with serving(tmp_path, monkeypatch) as running:
+        made.put(running.source)
+        ask(running, "model_changed", name=made.name)
+        forms: set[int] = set()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and len(forms) < 2:
+            assert agrees(model(made.name).call(inputs), expected, exact=False)
+            forms.add(ask(running, "model", name=made.name)["packed_stage_count"])
+        assert len(forms) == 2
+        # Nothing of the form before is left.
+        model(made.name).call(inputs)
+        memory = ask(running, "memory")
+        assert memory["weight_bytes"] == memory["resident_bytes"]
+
+
+# --- stacking ---------------------------------------------------------------------------------------------------------
+
+
+class Head(torch.nn.Module):
+    """A trunk that all have in common, and a perceptron of one's own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        torch.manual_seed(seed)
+        self.head = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.GELU(), torch.nn.Linear(16, 3, bias=seed < 100))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.trunk(x))
+
+
+def heads(count: int) -> list[Network]:
+    return [network_of(Head(number + 1), f"head-{number}") for number in range(count)]
+
+
+def network_of(module: torch.nn.Module, name: str) -> Network:
+    from sidecar.export import Source, convert
+
+    source = Source(module.eval(), (torch.randn(2, 64),))
+    made = convert(source.module, source.inputs, name=name)
+    return Network(made.bundle, {digest: bytes(content) for digest, content in made.blobs}, source)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_heads_of_one_structure_run_as_one(packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 16 * 1024)
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
+    made = heads(6)
+    with serving(tmp_path, monkeypatch, packing=packing) as running:
+        deploy(running, *made)
+        assert ask(running, "model", name="head-0")["stage_count"] == 2
+        together = models(*(each.name for each in made))
+        for turn in range(4):
+            inputs = made[0].inputs(1 + turn % 2, turn)
+            with counted(running) as counts:
+                answers = together.call(inputs)
+            for each in made:
+                assert agrees(answers[each.name], each.eager(inputs), exact=False)
+        assert counts["stages"] == 2
+        assert counts["stacked"] == 5
+        assert counts["stage_requests"] == 12
+        assert running.engine._loads._stacks
+        # Weights that go take their copies along.
+        ask(running, "evict", name="head-0")
+        assert not running.engine._loads._stacks
+
+
+def test_heads_that_cannot_be_stacked_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 16 * 1024)
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
+
+    class Full(TorchDevice):
+        def stack(self, handles: object) -> Any:
+            raise DeviceFault("no room")
+
+    made = heads(3)
+    with serving(tmp_path, monkeypatch, Full(torch.device("cpu"))) as running:
+        deploy(running, *made)
+        inputs = made[0].inputs(1)
+        for _ in range(4):
+            answers = models(*(each.name for each in made)).call(inputs)
+        assert all(agrees(answers[each.name], each.eager(inputs), exact=False) for each in made)
+        assert ask(running, "status")["sharing"]["stacked"] == 0
+
+
+def head_graph(*nodes: Node, results: tuple[Value, ...] = (Value("node", 0),)) -> Graph:
+    weights = network("mlp").bundle.graph.weights[:2]
+    spec = network("mlp").bundle.graph.inputs[0]
+    return Graph((), (spec,), (spec,), weights, nodes, results)
+
+
+X, W, B = Value("input", 0), Value("weight", 0), Value("weight", 1)
+
+
+@pytest.mark.parametrize(
+    ("graph", "can"),
+    [
+        (lambda: head_graph(Node("aten.linear.default", (X, W, B))), True),
+        (lambda: head_graph(Node("aten.linear.default", (X, W))), True),
+        (lambda: head_graph(Node("aten.add.Tensor", (X, B))), False),
+        (lambda: head_graph(Node("aten.relu.default", (X,))), False),
+        (lambda: head_graph(Node("aten.linear.default", (W, W))), False),
+        (lambda: head_graph(Node("aten.linear.default", (X, W)), results=(Value("node", 0), X)), False),
+        (lambda: head_graph(Node("aten.linear.default", (X, W)), Node("aten.sum.default", (Value("node", 0),))), False),
+    ],
+)
+def test_what_can_be_stacked(graph: Callable[[], Graph], can: bool) -> None:
+    assert stackable(graph()) is can
+
+
+def test_large_weights_are_not_copied() -> None:
+    made = head_graph(Node("aten.linear.default", (X, W)))
+    large: Mapping[str, Any] = {**vars(made.weights[0]), "size_bytes": 1 << 20}
+    weights = (type(made.weights[0])(**large), made.weights[1])
+    assert not stackable(Graph((), made.inputs, made.outputs, weights, made.nodes, made.results))
