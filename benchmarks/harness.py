@@ -129,7 +129,7 @@ class Bench:
         self._started.remove(process)
 
     def start_sidecar(self, name: str = "ours", threads: int = 1, **environment: str) -> Sidecar:
-        """Start a sidecar without waiting for it. ``environment`` holds settings: TRUNKLINE_BATCHING="off"."""
+        """Start a sidecar without waiting for it. ``environment`` holds settings: TRUNKLINE_PACKING="off"."""
         folder = self.folder / name
         run = ["--run-dir", str(folder / "run"), "--store-dir", str(folder / "store"), "--admin-port", "0"]
         chosen = ["--threads", str(threads), "--device", self.report.device]

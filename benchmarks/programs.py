@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -51,28 +50,26 @@ def over_onnxruntime(bench: Sharing) -> None:
     # The sizes of MiniLM, 32 tokens.
     texts = bench.texts if bench.report.quick else bench.encoder_family(384, 12, 6, 32)
     families = dict(zip(kinds, (bench.images, texts), strict=True))
-    sidecars = {bench.threads: bench.on}
-    if bench.all_cores is not bench.on:
-        sidecars[os.cpu_count() or 1] = bench.all_cores
     for kind, family in families.items():
         array = bench.random(family)
-        bench.push(family, {kind: family.base}, sidecars.values())
-        _push_floor(bench, f"floor_{kind}", family, sidecars.values())
-        variants = {}
-        for threads, sidecar in sidecars.items():
-            try:
-                variants[f"onnxruntime_{threads}"] = asking(onnx_session(family.base, family.example, threads), array)
-            except ImportError as error:
-                bench.report.lack(f"{error.name} is not installed", *figures)
-                return
-            variants[f"ours_{threads}"] = asking(sidecar.model(kind), array)
-            variants[f"transport_{threads}"] = asking(sidecar.model(f"floor_{kind}"), array)
-        medians = bench.timed(f"onnxruntime_{kind}", variants)
-        theirs = min(medians[f"onnxruntime_{threads}"] for threads in sidecars)
-        ours = min(medians[f"ours_{threads}"] for threads in sidecars)
-        compute = min(medians[f"ours_{threads}"] - medians[f"transport_{threads}"] for threads in sidecars)
-        bench.report.figures[f"cpu_over_onnxruntime_{kind}"] = ours / theirs
-        bench.report.raw.setdefault("over_onnxruntime_without_transport", {})[kind] = compute / theirs
+        bench.push(family, {kind: family.base}, [bench.on])
+        _push_floor(bench, f"floor_{kind}", family, [bench.on])
+        try:
+            session = onnx_session(family.base, family.example, bench.threads)
+        except ImportError as error:
+            bench.report.lack(f"{error.name} is not installed", *figures)
+            return
+        medians = bench.timed(
+            f"onnxruntime_{kind}",
+            {
+                "onnxruntime": asking(session, array),
+                "ours": asking(bench.on.model(kind), array),
+                "transport": asking(bench.on.model(f"floor_{kind}"), array),
+            },
+        )
+        bench.report.figures[f"cpu_over_onnxruntime_{kind}"] = medians["ours"] / medians["onnxruntime"]
+        without = (medians["ours"] - medians["transport"]) / medians["onnxruntime"]
+        bench.report.raw.setdefault("over_onnxruntime_without_transport", {})[kind] = without
 
 
 def _push_floor(bench: Sharing, name: str, family: Family, sidecars: Iterable[Sidecar]) -> None:
@@ -115,15 +112,12 @@ def switching(bench: Sharing) -> None:
 
 
 def variants_per_compile(bench: Sharing) -> None:
-    """Fully tuned siblings of one architecture, over the programs that the sidecar prepared for them."""
-    if _prepared(bench.counts(bench.on)) is None:
-        bench.report.lack("the sidecar's status does not tell how many programs it prepared", "variants_per_compile")
-        return
+    """Fully tuned siblings of one architecture, over the programs that the sidecar keeps for them."""
     family = Family(perceptron(64, 32), torch.zeros(1, 256), bench.seed)
-    before = _prepared(bench.counts(bench.on))
+    before = bench.counts(bench.on)["sharing"]["programs"]
     tuned = {f"variant{number}": family.tuned(1, bench.seed + number) for number in range(16)}
     bench.push(family, tuned, [bench.on])
-    made = _prepared(bench.counts(bench.on)) - before
+    made = bench.counts(bench.on)["sharing"]["programs"] - before
     bench.report.raw["variants_per_compile"] = {"variants": len(tuned), "programs": made}
     bench.report.figures["variants_per_compile"] = len(tuned) / max(1, made)
 
@@ -133,8 +127,3 @@ def _filling(content: memoryview) -> Any:
         target[:] = content
 
     return fill
-
-
-def _prepared(status: dict[str, Any]) -> Any:
-    """Return how many programs a sidecar has prepared, None where it does not say."""
-    return status.get("programs", {}).get("prepared")

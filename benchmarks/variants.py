@@ -18,10 +18,15 @@ from benchmarks.memory import pss_bytes
 from benchmarks.report import Report
 from benchmarks.siblings import Family
 
-# Switches of the sidecar; all are on by default.
-SWITCHES = ("BATCHING", "COMPUTE_ONCE", "PACKING", "STACKING")
-# `plain` keeps the prepared form, which has nothing to do with sharing.
-PLAIN = ("BATCHING", "COMPUTE_ONCE", "STACKING")
+# What switches each form of sharing off; all are on by default.
+SWITCHES = {
+    "batching": {"TRUNKLINE_BATCH_LIMIT": "1"},
+    "compute_once": {"TRUNKLINE_COMPUTE_ONCE": "off"},
+    "packing": {"TRUNKLINE_PACKING": "off"},
+    "stacking": {"TRUNKLINE_STACKING": "off"},
+}
+# `plain` keeps the packed form, which has nothing to do with sharing.
+PLAIN = ("batching", "compute_once", "stacking")
 QUICK_VARIANTS = ("on", "plain", "no_packing", "no_stacking")
 AT_ONCE = 8  # models that one call may name
 Call = Callable[[], object]
@@ -32,24 +37,25 @@ def asking(model: Callable[[np.ndarray], object], array: np.ndarray) -> Call:
     return lambda: model(array)
 
 
+def _is_tried(sidecar: Sidecar, name: str) -> bool:
+    """Say whether a sidecar has seen how a model is served best; until then it serves it as it is."""
+    return bool(sidecar.admin.get(f"models/{name}")["tried"])
+
+
 class VariantBench(Bench):
     """``sidecars`` by variant: ``on``, ``plain`` (nothing is shared but bytes), and one with each switch off."""
 
     def __init__(self, report: Report, seed: int) -> None:
         super().__init__(report, seed)
-        self.threads = max(1, (os.cpu_count() or 1) - 1)  # as many as a sidecar takes by default
+        self.threads = os.cpu_count() or 1  # as many as a sidecar takes by default
         torch.set_num_threads(self.threads)
         self.device = torch.device(report.device)
-        off = {"on": (), "plain": PLAIN, **{f"no_{switch.lower()}": (switch,) for switch in SWITCHES}}
+        off: dict[str, tuple[str, ...]] = {"on": (), "plain": PLAIN, **{f"no_{switch}": (switch,) for switch in SWITCHES}}
         chosen = QUICK_VARIANTS if report.quick else tuple(off)
         self.sidecars: dict[str, Sidecar] = {}
         for variant in chosen:
-            settings = {f"TRUNKLINE_{switch}": "off" if switch in off[variant] else "on" for switch in SWITCHES}
+            settings = {key: value for switch in off[variant] for key, value in SWITCHES[switch].items()}
             self.sidecars[variant] = self.start_sidecar(variant, self.threads, **settings)
-        # All cores: threads that wait for each other are slower wherever a core is busy, so most is measured without it.
-        self.all_cores = self.on
-        if (cores := os.cpu_count() or 1) != self.threads and not report.quick:
-            self.all_cores = self.start_sidecar("all_cores", cores)
         self._threads = ThreadPoolExecutor(64)
         self.idle_pss_bytes = 0
 
@@ -68,7 +74,7 @@ class VariantBench(Bench):
 
     def wait(self) -> None:
         """Wait until all sidecars answer."""
-        for sidecar in (*self.sidecars.values(), self.all_cores):
+        for sidecar in self.sidecars.values():
             self.until(partial(sidecar.admin.get, "status"))
         self.idle_pss_bytes = pss_bytes([self.on.process.pid])
 
@@ -91,6 +97,7 @@ class VariantBench(Bench):
             expected = self.eager([model.to(self.device)], [array])[0]
             for sidecar in sidecars:
                 sidecar.admin.push(folder)
+                self.until(partial(_is_tried, sidecar, name))
                 found = sidecar.model(name)(array)
                 np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3 * float(np.abs(expected).max()))
             shutil.rmtree(folder)

@@ -148,6 +148,7 @@ class Commands:
             "weight_count": len(deployed.weights),
             "stage_count": len(deployed.steps),
             "packed_stage_count": sum(1 for step in deployed.steps if step.recipes),
+            "tried": deployed.verdict is not None,
             "batched": deployed.layouts is not None,
             "unbatched_because": deployed.verdict.reason if deployed.verdict else "it was not tried yet",
             "signature": deployed.signature.to_plain(),

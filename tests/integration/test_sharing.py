@@ -97,7 +97,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
 
 
-@pytest.mark.parametrize("kind", ["resnet", "mobilenet", "densenet", "vit", "minilm", "pair", "outputs", "unet"])
+@pytest.mark.parametrize("kind", ["resnet", "mobilenet", "densenet", "vit", "minilm", "pair", "unet"])
 @pytest.mark.usefixtures("small_blocks")
 def test_networks_answer_alone_and_in_batches_as_the_original_does(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,6 +114,18 @@ def test_networks_answer_alone_and_in_batches_as_the_original_does(
         assert shown["batched"], shown["unbatched_because"]
         assert counts["stages"] == shown["stage_count"]
         assert counts["stage_rows"] == 4 * counts["stages"]
+
+
+def test_a_model_that_numbers_its_rows_is_served_one_by_one_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("outputs")
+    with serving(tmp_path, monkeypatch) as running:
+        deploy(running, made)
+        inputs = [made.inputs(2, seed) for seed in range(3)]
+        with counted(running) as counts:
+            answers = at_once(running, *((made.name, each) for each in inputs))
+        assert all(agrees(given, made.eager(each), exact=False) for given, each in zip(answers, inputs, strict=True))
+        assert counts["stages"] == counts["stage_rows"] == 3
+        assert "for a row at another place" in ask(running, "model", name=made.name)["unbatched_because"]
 
 
 @pytest.mark.usefixtures("small_blocks")
