@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ from sidecar.residency import Residency
 from sidecar.stages import Key, Stage, Staged
 from sidecar.together import Interface, join
 from sidecar.trials import Verdict
-from sidecar.wavefront import Layouts
+from sidecar.wavefront import Layouts, Padding
 
 log = logging.getLogger("trunkline.engine")
 
@@ -93,6 +93,21 @@ class Deployed:
     def layouts(self) -> Layouts | None:
         """Return where the rows of a batch lie; None where rows must not stand beside others."""
         return None if self.verdict is None else self.verdict.layouts
+
+    def padding(self, inputs: Mapping[Key, Any]) -> Padding | None:
+        """Return how a call's inputs may be made longer; None where that would change its answer, or was not tried."""
+        symbol = "" if self.verdict is None else self.verdict.padded
+        if not symbol:
+            return None
+        graph = self.bundle.graph
+        axes = {
+            key: spec.shape.index(symbol)
+            for key, spec in zip(self.staged.inputs, graph.inputs, strict=True)
+            if symbol in spec.shape
+        }
+        cuts = tuple(spec.shape.index(symbol) if symbol in spec.shape else None for spec in graph.outputs)
+        key, axis = next(iter(axes.items()))
+        return Padding(axes, cuts, inputs[key].shape[axis])
 
     def unbind(self) -> None:
         """Forget the handles of the weights; they would keep the bytes alive."""

@@ -150,6 +150,7 @@ class Commands:
             "packed_stage_count": sum(1 for step in deployed.steps if step.recipes),
             "tried": deployed.verdict is not None,
             "batched": deployed.layouts is not None,
+            "padded_along": deployed.verdict.padded if deployed.verdict else "",
             "unbatched_because": deployed.verdict.reason if deployed.verdict else "it was not tried yet",
             "signature": deployed.signature.to_plain(),
         }

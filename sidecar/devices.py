@@ -188,6 +188,12 @@ class TorchDevice:
         except RuntimeError as error:
             raise DeviceFault(f"{len(tensors)} tensors could not be joined on {self.name}: {type(error).__name__}") from error
 
+    def pad(self, tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+        """Return a tensor of ``size`` along an axis, zeros after what there is. Raises DeviceFault when there is no memory."""
+        shape = list(tensor.shape)
+        shape[axis] = size - shape[axis]
+        return self.join([tensor, torch.zeros(shape, dtype=tensor.dtype)], axis)
+
     def part(self, tensor: torch.Tensor, axis: int, start: int, length: int) -> torch.Tensor:
         """Return a part of a tensor along an axis; it shares memory with the whole."""
         with torch.inference_mode():

@@ -324,8 +324,9 @@ class Engine:
             own = {key: named[key] for key in deployed.staged.inputs} if joint is None else named
             layouts = deployed.layouts if independent else None
             results = deployed.staged.results
-            most = deployed.most_rows
-            call.tickets.append(Ticket(call, deployed.steps, results, own, extent, layouts, most, self._compute_once))
+            padding = None if layouts is None else deployed.padding(own)
+            ticket = Ticket(call, deployed.steps, results, own, extent, layouts, deployed.most_rows, self._compute_once, padding)
+            call.tickets.append(ticket)
         return call
 
     def _run_stage(self) -> None:
@@ -354,7 +355,7 @@ class Engine:
         started_s = self._clock()
         outputs = self._device.run(step.program, self._loads.bind(step), group.takes())
         seconds = self._clock() - started_s
-        self._costs.record(step.key, group.extent, seconds)
+        self._costs.record(group.cost_key(step), group.extent, seconds)
         if step.stacked is not None:
             self._costs.record(_structure(group, step), 1, seconds)
         return outputs
@@ -551,7 +552,7 @@ def _incident(what: str, error: Exception) -> SidecarFault:
 
 
 def _structure(group: Group[_Call], step: Step) -> str:
-    return f"stacked {id(step.stacked)} {group.extent}"
+    return f"stacked {id(step.stacked)} {group.extent} {group.first.scale}"
 
 
 def _draining() -> Draining:

@@ -49,6 +49,8 @@ _FILLINGS: Final = ("random", "not-a-number", "infinity", "1e30", "zeros")
 _SIZES: Final = (8, 64, 224)
 # Nothing waits for a trial: it must not take the processor from those who are waited for.
 _NICE: Final = 10
+# How much longer a padded input is.
+_LONGER: Final = 5
 # How often each form of a stage is run, and what folding and another order of additions may change of its results.
 _TURNS: Final = 5
 _ROUNDING: Final = 1e-4
@@ -58,12 +60,14 @@ _ROUNDING: Final = 1e-4
 class Verdict:
     """Whether a model's rows are independent; if so, where they lie in every tensor, and if not, why.
 
-    ``forms`` has an entry per stage: its lowered graph, None where it runs as it is.
+    ``forms`` has an entry per stage: its lowered graph, None where it runs as it is. ``padded`` names the symbol along which
+    inputs may be padded with zeros; empty where there is none.
     """
 
     layouts: Layouts | None
     reason: str = ""
     forms: tuple[Lowered | None, ...] = ()
+    padded: str = ""
 
 
 class Trials:
@@ -137,7 +141,8 @@ class Trials:
         for stage, known in zip(staged.stages, rows["layouts"], strict=True):
             for key, layout in zip(stage.gives, known, strict=True):
                 layouts[key] = None if layout is None else Layout(*layout)
-        return Verdict(layouts, "", taken)
+        # Verdicts know structures, which have no names.
+        return Verdict(layouts, "", taken, _masked(bundle) if rows["padded"] else "")
 
     def _lowered(self, stage: Stage) -> Lowered | None:
         if not self._packing:
@@ -159,7 +164,9 @@ class Trials:
             except TrunklineError as error:
                 failed = failed or error.message
                 continue
-            rows = {"layouts": None, "reason": trial.dependence} if trial.dependence else {"layouts": layouts}
+            rows: dict[str, Any] = {"layouts": None, "reason": trial.dependence}
+            if not trial.dependence:
+                rows = {"layouts": layouts, "padded": bool(trial.padded)}
             return rows, trial.forms
         return {"layouts": None, "reason": f"it could not be run on {_ROWS} rows: {failed}"}, {}
 
@@ -176,6 +183,8 @@ class _Trial:
         self._source = source
         self._tolerance = bundle.tolerance
         self.dependence = _fixed_size(bundle)
+        self.padded = ""
+        self._graph = bundle.graph
         self.forms: dict[int, dict[str, Any]] = {}
         random = np.random.default_rng(0)
         sizes = {symbol.name: min(max(size, symbol.minimum), symbol.maximum) for symbol in bundle.graph.symbols}
@@ -196,6 +205,13 @@ class _Trial:
             filled["reverse order"] = np.ascontiguousarray(base[::-1])
             filled["alone"] = base[:1].copy()
             self._inputs.append(filled)
+        symbol = _masked(bundle)
+        longer = sizes.get(symbol, 0) + _LONGER
+        if symbol and not self.dependence and longer <= next(s.maximum for s in bundle.graph.symbols if s.name == symbol):
+            self.padded = symbol
+            for spec, filled in zip(bundle.graph.inputs, self._inputs, strict=True):
+                widths = [(0, _LONGER if axis == symbol else 0) for axis in spec.shape]
+                filled["padded"] = np.pad(filled["alone"], widths)
 
     def run(self, staged: Staged, lowered: Mapping[int, Lowered | None]) -> list[list[Layout | None]]:
         """Return the layout of everything each stage gives; fill ``dependence`` and ``forms``. Raises what a device raises."""
@@ -221,11 +237,24 @@ class _Trial:
                     layouts.append([self._layout(runs, key, f"stage {number} of {len(staged.stages)}") for key in stage.gives])
                 except _Dependent as found:
                     # There is still the form of the stages to come.
-                    self.dependence, runs = str(found), {"alone": runs["alone"]}
+                    self.dependence, self.padded, runs = str(found), "", {"alone": runs["alone"]}
             for values in runs.values():
                 for key in values.keys() - stage.alive:
                     del values[key]
+        if self.padded and not self._survives_padding(staged, runs):
+            self.padded = ""
         return layouts
+
+    def _survives_padding(self, staged: Staged, runs: Mapping[str, Mapping[Key, Any]]) -> bool:
+        """Say whether a longer input, masked, gives the same results, cut to the length of the shorter."""
+        for key, spec in zip(staged.results, self._graph.outputs, strict=True):
+            short, long = runs["alone"][key], runs["padded"][key]
+            if self.padded in spec.shape:
+                axis = spec.shape.index(self.padded)
+                long = self._device.part(long, axis, 0, short.shape[axis])
+            if not self._device.agree(long, short, self._tolerance):
+                return False
+        return True
 
     def _compare(
         self, stage: Stage, program: Any, weights: Sequence[Any], lowered: Lowered, values: Mapping[Key, Any]
@@ -284,6 +313,23 @@ class _Trial:
         return self._device.part(tensor, layout.axis, row * layout.per_row, layout.per_row)
 
 
+def _masked(bundle: Bundle) -> str:
+    """Return the symbol along which a model declares a mask, empty when there is none.
+
+    A mask is an input whose name ends in ``mask``, of a size [batch, symbol], of truth values or of integers from 0 to 1. That it
+    masks is for the trial to see.
+    """
+    for spec in bundle.graph.inputs:
+        is_switch = spec.dtype == "bool" or (spec.minimum, spec.maximum) == (0, 1)
+        if spec.name.endswith("mask") and is_switch and len(spec.shape) == 2 and spec.shape[0] == bundle.batch:
+            symbol = spec.shape[1]
+            others = [other for other in bundle.graph.inputs if symbol in other.shape]
+            # Zero must be a value that all of them take.
+            if isinstance(symbol, str) and all((other.minimum or 0) <= 0 for other in others):
+                return symbol
+    return ""
+
+
 def _is_faster(packed_s: float, base_s: float) -> bool:
     return packed_s < base_s
 
@@ -332,6 +378,8 @@ def _is_whole(plain: Mapping[str, Any], staged: Staged) -> bool:
     def fits(found: object, stage: Stage) -> bool:
         return isinstance(found, list) and len(found) == len(stage.gives) and all(map(_is_layout, found))
 
+    if not isinstance(plain.get("padded"), bool):
+        return False
     return isinstance(layouts, list) and len(layouts) == len(staged.stages) and all(map(fits, layouts, staged.stages))
 
 

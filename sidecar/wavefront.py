@@ -35,8 +35,22 @@ class Layout(NamedTuple):
     per_row: int
 
 
+class Padding(NamedTuple):
+    """How a call's inputs may be made longer without changing what it is answered: with zeros, also in the mask it takes.
+
+    ``axes`` has the axis of each input that is concerned, ``cuts`` that of each result, None where there is none; ``size`` is how
+    long the call is.
+    """
+
+    axes: Mapping[Key, int]
+    cuts: tuple[int | None, ...]
+    size: int
+
+
 # None for a tensor that is the same for every row.
 Layouts = Mapping[Key, Layout | None]
+# Calls whose lengths differ by less are made equally long. Shorter than that, a row costs a transformer what its weights cost.
+_BUCKET: Final = 16
 INPUT: Final = Layout(0, 1)
 
 
@@ -57,6 +71,7 @@ class Arrays(Protocol):
     """What is done with tensors between stages."""
 
     def join(self, tensors: Sequence[Any], axis: int) -> Any: ...
+    def pad(self, tensor: Any, axis: int, size: int) -> Any: ...
     def part(self, tensor: Any, axis: int, start: int, length: int) -> Any: ...
     def same(self, one: Any, other: Any) -> bool: ...
     def copy(self, tensor: Any) -> Any: ...
@@ -81,7 +96,15 @@ class Ticket(Generic[C]):
     layouts: Layouts | None
     most: int = 64
     shares: bool = True
+    padding: Padding | None = None
     order: int = 0
+
+    @property
+    def scale(self) -> tuple[object, ...]:
+        """Return what, beside the number of rows, tells how much there is to compute."""
+        if self.padding is not None:
+            return (-(-self.padding.size // _BUCKET),)
+        return tuple(tuple(value.shape[1:]) for value in self.inputs.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -141,11 +164,20 @@ class Group(Generic[C]):
         """Return what groups must have in common to be run as one."""
         if self.apart or any(ticket.layouts is None for ticket in self.tickets()):
             return (id(self),)
-        shapes = []
+        padded = self.index == 0 and all(ticket.padding is not None for ticket in self.tickets())
+        shapes: list[object] = [self.first.scale] if padded else []
         for key in sorted(self.values):
-            shape, layout = tuple(self.values[key].shape), self.layout(key)
-            shapes.append((key, shape if layout is None else shape[: layout.axis] + shape[layout.axis + 1 :]))
+            shape, layout = list(self.values[key].shape), self.layout(key)
+            if padded and self.first.padding is not None and key in self.first.padding.axes:
+                shape[self.first.padding.axes[key]] = -1
+            if layout is not None:
+                del shape[layout.axis]
+            shapes.append((key, *shape))
         return (self.step.key, *shapes)
+
+    def cost_key(self, step: Step) -> str:
+        """Return the name under which the cost of a stage of this group is known."""
+        return f"{step.key} {self.first.scale}"
 
 
 class Wavefront(Generic[C]):
@@ -254,17 +286,28 @@ class Wavefront(Generic[C]):
         most = min(ticket.most for group in (one, other) for ticket in group.tickets())
         if together > min(most, self._most_rows):
             return False
-        keys = [step.key for step in one.first.steps[one.index :]]
+        keys = [one.cost_key(step) for step in one.first.steps[one.index :]]
         return self._costs.pays(keys, max(one.extent, other.extent), together)
 
     def _merge(self, one: Group[C], other: Group[C]) -> Group[C]:
         values = {}
         for key, value in one.values.items():
             layout = one.layout(key)
-            values[key] = value if layout is None else self._arrays.join([value, other.values[key]], layout.axis)
+            values[key] = (
+                value if layout is None else self._arrays.join(self._level(one, key, value, other.values[key]), layout.axis)
+            )
         merged = Group(one.index, one.rows + other.rows, values, waited=one.waited or other.waited)
         self._groups = [group for group in self._groups if group not in (one, other)] + [merged]
         return merged
+
+    def _level(self, group: Group[C], key: Key, one: Any, other: Any) -> list[Any]:
+        """Return two tensors equally long along the axis that may be padded."""
+        padding = group.first.padding
+        if group.index or padding is None or key not in padding.axes:
+            return [one, other]
+        axis = padding.axes[key]
+        size = max(one.shape[axis], other.shape[axis])
+        return [each if each.shape[axis] == size else self._arrays.pad(each, axis, size) for each in (one, other)]
 
     def _alive(self, group: Group[C]) -> Group[C] | None:
         """Return the group without rows that nobody waits for any more; None when none is left."""
@@ -281,7 +324,8 @@ class Wavefront(Generic[C]):
         for row in group.rows:
             for ticket in row.tickets:
                 if group.index + 1 == len(ticket.steps):
-                    finished.append((ticket, [self._slice(group, [row], key) for key in ticket.results]))
+                    results = [self._slice(group, [row], key) for key in ticket.results]
+                    finished.append((ticket, self._cut(ticket, results)))
                 else:
                     onward.setdefault(ticket.steps[group.index + 1].key, []).append((row, ticket))
         moved = [self._onward(group, pairs) for pairs in onward.values()]
@@ -289,6 +333,16 @@ class Wavefront(Generic[C]):
         self._groups.remove(group)
         self._groups += moved
         return finished
+
+    def _cut(self, ticket: Ticket[C], results: list[Any]) -> list[Any]:
+        """Return results as long as the call was, which may have been padded."""
+        if ticket.padding is None:
+            return results
+        size = ticket.padding.size
+        return [
+            value if axis is None or value.shape[axis] == size else self._arrays.part(value, axis, 0, size)
+            for value, axis in zip(results, ticket.padding.cuts, strict=True)
+        ]
 
     def _onward(self, group: Group[C], pairs: Sequence[tuple[_Row[C], Ticket[C]]]) -> Group[C]:
         """Return those of a group that go on to the same stage."""
@@ -356,5 +410,11 @@ def _passes(ticket: Ticket[Any], group: Group[Any]) -> bool:
 
 
 def _together(behind: Group[Any], ahead: Group[Any]) -> bool:
-    apart = behind.apart or ahead.apart
-    return not apart and all(ticket.layouts is not None and _passes(ticket, ahead) for ticket in behind.tickets())
+    if behind.apart or ahead.apart or behind.first.scale != ahead.first.scale:
+        return False
+    # Of padded calls, only those as long as the others are now would meet them.
+    if behind.first.padding is not None and any(
+        ticket.padding != behind.first.padding for group in (behind, ahead) for ticket in group.tickets()
+    ):
+        return False
+    return all(ticket.layouts is not None and _passes(ticket, ahead) for ticket in behind.tickets())

@@ -132,6 +132,10 @@ class FakeDevice:
     def join(self, tensors: Sequence[Any], axis: int) -> Any:
         return np.concatenate(tensors, axis)
 
+    def pad(self, tensor: Any, axis: int, size: int) -> Any:
+        widths = [(0, size - length if number == axis else 0) for number, length in enumerate(tensor.shape)]
+        return np.pad(tensor, widths)
+
     def part(self, tensor: Any, axis: int, start: int, length: int) -> Any:
         return tensor[(slice(None),) * axis + (slice(start, start + length),)]
 

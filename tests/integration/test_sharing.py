@@ -223,6 +223,28 @@ def test_a_model_in_use_changes_its_form_without_losing_a_request(tmp_path: Path
         assert memory["weight_bytes"] == memory["resident_bytes"]
 
 
+@pytest.mark.parametrize("kind", ["bert", "minilm"])
+@pytest.mark.usefixtures("small_blocks")
+def test_texts_of_different_lengths_share_a_batch_where_the_model_takes_a_mask(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = network(kind)
+    with serving(tmp_path, monkeypatch) as running:
+        deploy(running, made)
+        shown = ask(running, "model", name=made.name)
+        assert shown["padded_along"]
+        calls = []
+        for seed, length in enumerate((2, 3, 5)):
+            whole = made.inputs(1, seed)
+            calls.append({name: np.ascontiguousarray(array[:, :length]) for name, array in whole.items()})
+        with counted(running) as counts:
+            answers = at_once(running, *((made.name, inputs) for inputs in calls))
+        for given, inputs in zip(answers, calls, strict=True):
+            assert agrees(given, made.eager(inputs), exact=False)
+        assert counts["stages"] == shown["stage_count"]
+        assert counts["stage_rows"] == 3 * counts["stages"]
+
+
 # --- stacking ---------------------------------------------------------------------------------------------------------
 
 

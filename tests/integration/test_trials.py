@@ -141,6 +141,40 @@ def test_rows_may_lie_along_another_axis_and_in_several_places(tmp_path: Path, m
     assert Layout(1, 1) in found or Layout(1, 2) in found
 
 
+class Pooled(nn.Module):
+    """The mean of those tokens that the mask has, or of all of them."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.masked = nn.Embedding(10, 4), masked
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        mask = attention_mask.unsqueeze(-1).to(torch.float32)
+        found = self.table(ids) + 1.0
+        total = (found * mask).sum(1) if self.masked else found.sum(1)
+        return total / mask.sum(1).clamp_min(1.0)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_mask_is_believed_when_padding_changes_nothing(masked: bool, tmp_path: Path) -> None:
+    ones = torch.ones(2, 6, dtype=torch.int64)
+    made = convert(
+        Pooled(masked).eval(),
+        {"ids": ones, "attention_mask": ones},
+        name="m",
+        dynamic_axes={"ids": {1: ("tokens", 1, 64)}, "attention_mask": {1: ("tokens", 1, 64)}},
+        input_bounds={"ids": (0, 9), "attention_mask": (0, 1)},
+    )
+    blobs, graph = Blobs(), FusedGraph()
+    blobs.contents |= {digest: bytes(content) for digest, content in made.blobs}
+    graph.add(made.bundle)
+    for _ in range(2):  # tried, and found again
+        (verdict,) = judge(made.bundle, graph.staged("m"), blobs, tmp_path)
+        assert verdict.reason == ""
+        assert verdict.padded == ("tokens" if masked else "")
+
+
 def test_a_model_of_fixed_size_is_not_tried(tmp_path: Path) -> None:
     blobs = Blobs()
     source = zoo.ALL["mlp"]()
