@@ -7,7 +7,7 @@ cache. Nothing of that is assumed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Final
 
 # How much the latest run counts in a running mean.
@@ -24,11 +24,11 @@ class BatchCosts:
     """Seconds per row, by stage and size of batch; sizes that differ by less than a factor of two are one."""
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[str, int], float] = {}
-        self._seen: set[tuple[str, int]] = set()
-        self._refused: dict[tuple[str, int], int] = {}
+        self._seconds: dict[tuple[Hashable, int], float] = {}
+        self._seen: set[tuple[Hashable, int]] = set()
+        self._refused: dict[tuple[Hashable, int], int] = {}
 
-    def record(self, key: str, rows: int, seconds: float) -> None:
+    def record(self, key: Hashable, rows: int, seconds: float) -> None:
         """Note how long a stage took for a batch. The first time counts for nothing: something is always set up then."""
         place = (key, _class(rows))
         if place not in self._seen:
@@ -40,11 +40,11 @@ class BatchCosts:
         known = self._seconds.get(place, seconds / rows)
         self._seconds[place] = known + _WEIGHT * (seconds / rows - known)
 
-    def is_known(self, key: str, rows: int) -> bool:
+    def is_known(self, key: Hashable, rows: int) -> bool:
         """Say whether a stage was measured with a batch of this size."""
         return (key, _class(rows)) in self._seconds
 
-    def pays(self, keys: Sequence[str], apart: int, together: int) -> bool:
+    def pays(self, keys: Sequence[Hashable], apart: int, together: int) -> bool:
         """Say whether rows should go through the stages ``keys`` as a batch of ``together``, instead of at most ``apart``.
 
         What was not measured yet is tried.

@@ -551,8 +551,8 @@ def _incident(what: str, error: Exception) -> SidecarFault:
     return SidecarFault(f"the sidecar failed at {what}; its log has incident {incident}", incident=incident)
 
 
-def _structure(group: Group[_Call], step: Step) -> str:
-    return f"stacked {id(step.stacked)} {group.extent} {group.first.scale}"
+def _structure(group: Group[_Call], step: Step) -> tuple[object, ...]:
+    return ("stacked", id(step.stacked), group.extent, group.first.scale)
 
 
 def _draining() -> Draining:

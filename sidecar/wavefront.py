@@ -98,13 +98,14 @@ class Ticket(Generic[C]):
     shares: bool = True
     padding: Padding | None = None
     order: int = 0
+    # What, beside the number of rows, tells how much there is to compute.
+    scale: tuple[object, ...] = field(init=False)
 
-    @property
-    def scale(self) -> tuple[object, ...]:
-        """Return what, beside the number of rows, tells how much there is to compute."""
+    def __post_init__(self) -> None:
         if self.padding is not None:
-            return (-(-self.padding.size // _BUCKET),)
-        return tuple(tuple(value.shape[1:]) for value in self.inputs.values())
+            self.scale = (-(-self.padding.size // _BUCKET),)
+        else:
+            self.scale = tuple(tuple(value.shape[1:]) for value in self.inputs.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -175,9 +176,9 @@ class Group(Generic[C]):
             shapes.append((key, *shape))
         return (self.step.key, *shapes)
 
-    def cost_key(self, step: Step) -> str:
+    def cost_key(self, step: Step) -> tuple[object, ...]:
         """Return the name under which the cost of a stage of this group is known."""
-        return f"{step.key} {self.first.scale}"
+        return (step.key, self.first.scale)
 
 
 class Wavefront(Generic[C]):
@@ -318,7 +319,13 @@ class Wavefront(Generic[C]):
 
     def advance(self, group: Group[C], outputs: Sequence[Any]) -> list[tuple[Ticket[C], list[Any]]]:
         """Note what a group's stage gave; return the tickets that are finished, with their results."""
-        group.values.update(zip(group.step.gives, outputs, strict=True))
+        step = group.step
+        group.values.update(zip(step.gives, outputs, strict=True))
+        if len(group.rows) == 1 and len(group.rows[0].tickets) == 1 and group.index + 1 < len(group.first.steps):
+            # The ordinary case, for which what follows comes to the same.
+            group.values = {key: group.values[key] for key in step.alive}
+            group.index += 1
+            return []
         finished: list[tuple[Ticket[C], list[Any]]] = []
         onward: dict[str, list[tuple[_Row[C], Ticket[C]]]] = {}
         for row in group.rows:
