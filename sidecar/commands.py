@@ -170,7 +170,7 @@ class Commands:
         weights = {weight.digest: weight.size_bytes for weight in step.graph.weights}
         resident = {digest: size for digest, size in weights.items() if self._residency.is_resident(digest)}
         resident_bytes = sum(size for digest, size in resident.items() if digest not in counted)
-        counted |= weights.keys()
+        counted.update(weights)
         return block.to_plain() | {
             "weights": len(weights),
             "form": "packed" if step.recipes else "plain",

@@ -32,7 +32,7 @@ from trunkline.errors import (
 from trunkline.protocol import JOINT
 from trunkline.signature import Signature
 
-from sidecar.catalog import Catalog, Deployed, Step
+from sidecar.catalog import Catalog, Deployed, Joint, Step
 from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
 from sidecar.loads import Loads, Parked
@@ -281,6 +281,7 @@ class Engine:
         try:
             signature = self.signature(work.model)
             parts = self._catalog.parts(work.model)
+            joint = self._catalog.joint(work.model) if JOINT in work.model else None
         except TrunklineError as error:
             self._fail(work, error)
             return
@@ -301,7 +302,7 @@ class Engine:
             self._blocked = True
             return
         self._drop(grant.evict)
-        self._loads.want(work, parts)
+        self._loads.want(work, parts, joint)
 
     def _enter(self, parked: Parked) -> None:
         """Let a request whose weights are in memory into the wavefront."""
@@ -311,15 +312,16 @@ class Engine:
         elif work.deadline <= self._clock():
             self._conclude(work, parts, lambda: self._fail(work, self._late(work, "waiting for its model to be loaded")))
         else:
-            self._wavefront.add(self._call(work, parts, work.inputs).tickets)
+            self._wavefront.add(self._call(work, parts, parked.joint, work.inputs).tickets)
 
-    def _call(self, work: Work, parts: tuple[Deployed, ...], inputs: Sequence[Any]) -> _Call:
-        joint = self._catalog.joint(work.model) if JOINT in work.model else None
+    def _call(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None, inputs: Sequence[Any]) -> _Call:
         names = parts[0].staged.inputs if joint is None else joint.interface.values
         call = _Call(work, parts, parts[0].signature if joint is None else joint.signature)
         named = dict(zip(names, inputs, strict=True))
-        independent = all(deployed.layouts is not None for deployed in parts)
-        extent = inputs[0].shape[0] if independent else 1
+        # The inputs of models asked together may have batch axes of their own; as rows of a batch they must go side by side.
+        extents = {value.shape[0] if value.shape else 1 for value in inputs}
+        extent = max(extents, default=1)
+        independent = all(deployed.layouts is not None for deployed in parts) and len(extents) == 1 and extent > 0
         for deployed in parts:
             own = {key: named[key] for key in deployed.staged.inputs} if joint is None else named
             layouts = deployed.layouts if independent else None

@@ -10,7 +10,7 @@ from typing import Any, Final
 from trunkline.errors import TrunklineError
 
 from sidecar.bundle import Weight
-from sidecar.catalog import Deployed, Step
+from sidecar.catalog import Deployed, Joint, Step
 from sidecar.mover import Mover
 from sidecar.ports import Device, Work
 from sidecar.residency import Residency
@@ -42,6 +42,7 @@ class Parked:
 
     work: Work
     parts: tuple[Deployed, ...]
+    joint: Joint | None
     waiting: set[str]
 
 
@@ -79,12 +80,15 @@ class Loads:
     def __contains__(self, deployed: Deployed) -> bool:
         return deployed.plan in self._loads
 
-    def want(self, work: Work, parts: tuple[Deployed, ...]) -> None:
-        """Have the weights of leased models loaded; the request is ready, at once or later."""
+    def want(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None) -> None:
+        """Have the weights of leased models loaded; the request is ready, at once or later.
+
+        ``joint`` is what several models were when they were leased: one of them may be gone before the others are loaded.
+        """
         for deployed in parts:
             if deployed.plan not in self._loads:
                 self._start(deployed)
-        parked = Parked(work, parts, {deployed.plan for deployed in parts if deployed.plan in self._loads})
+        parked = Parked(work, parts, joint, {deployed.plan for deployed in parts if deployed.plan in self._loads})
         if parked.waiting:
             self.parked.append(parked)
         else:

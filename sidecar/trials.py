@@ -37,7 +37,7 @@ from sidecar.mover import reader
 from sidecar.ports import Device, Source
 from sidecar.stages import Key, Stage, Staged
 from sidecar.verdicts import Verdicts
-from sidecar.wavefront import INPUT, Layout, Layouts
+from sidecar.wavefront import INPUT, Layouts
 
 log = logging.getLogger("trunkline.trials")
 
@@ -137,10 +137,9 @@ class Trials:
         taken = tuple(each if each and (forms.get(number) or {}).get("packed") else None for number, each in enumerate(lowered))
         if rows["layouts"] is None:
             return Verdict(None, str(rows["reason"]), taken)
-        layouts: dict[Key, Layout | None] = dict.fromkeys(staged.inputs, INPUT)
+        layouts: dict[Key, int | None] = dict.fromkeys(staged.inputs, INPUT)
         for stage, known in zip(staged.stages, rows["layouts"], strict=True):
-            for key, layout in zip(stage.gives, known, strict=True):
-                layouts[key] = None if layout is None else Layout(*layout)
+            layouts.update(zip(stage.gives, known, strict=True))
         # Verdicts know structures, which have no names.
         return Verdict(layouts, "", taken, _masked(bundle) if rows["padded"] else "")
 
@@ -213,8 +212,8 @@ class _Trial:
                 widths = [(0, _LONGER if axis == symbol else 0) for axis in spec.shape]
                 filled["padded"] = np.pad(filled["alone"], widths)
 
-    def run(self, staged: Staged, lowered: Mapping[int, Lowered | None]) -> list[list[Layout | None]]:
-        """Return the layout of everything each stage gives; fill ``dependence`` and ``forms``. Raises what a device raises."""
+    def run(self, staged: Staged, lowered: Mapping[int, Lowered | None]) -> list[list[int | None]]:
+        """Return where rows lie in all that each stage gives; fill ``dependence`` and ``forms``. Raises what a device raises."""
         runs: dict[str, dict[Key, Any]] = {}
         for filling in self._inputs[0] if self._inputs else ():
             arrays = [filled[filling] for filled in self._inputs]
@@ -222,7 +221,7 @@ class _Trial:
             runs[filling] = dict(zip(staged.inputs, views, strict=True))
         if not runs:
             self.dependence, runs = "it has no inputs", {"alone": {}}
-        layouts: list[list[Layout | None]] = []
+        layouts: list[list[int | None]] = []
         for number, stage in enumerate(staged.stages):
             weights = [self._device.new_weight(weight, reader(self._source, weight)) for weight in stage.graph.weights]
             program = self._device.prepare(stage.graph)
@@ -234,7 +233,7 @@ class _Trial:
             del weights
             if not self.dependence:
                 try:
-                    layouts.append([self._layout(runs, key, f"stage {number} of {len(staged.stages)}") for key in stage.gives])
+                    layouts.append([self._axis(runs, key, f"stage {number} of {len(staged.stages)}") for key in stage.gives])
                 except _Dependent as found:
                     # There is still the form of the stages to come.
                     self.dependence, self.padded, runs = str(found), "", {"alone": runs["alone"]}
@@ -287,30 +286,31 @@ class _Trial:
         base_s, packed_s = (statistics.median(seconds[is_packed]) for is_packed in (False, True))
         return {"packed": _is_faster(packed_s, base_s), "base_us": round(base_s * 1e6), "packed_us": round(packed_s * 1e6)}
 
-    def _layout(self, runs: Mapping[str, Mapping[Key, Any]], key: Key, where: str) -> Layout | None:
+    def _axis(self, runs: Mapping[str, Mapping[Key, Any]], key: Key, where: str) -> int | None:
         alone, together = runs["alone"][key], runs["random"][key]
         one, four = tuple(alone.shape), tuple(together.shape)
         axes = [axis for axis, (small, large) in enumerate(zip(one, four, strict=False)) if small != large]
         if len(one) != len(four) or len(axes) > 1 or (axes and four[axes[0]] != _ROWS * one[axes[0]]):
             raise _Dependent(f"{where} gives {list(one)} for one row and {list(four)} for four")
-        layout = Layout(axes[0], one[axes[0]]) if axes else None
+        axis = axes[0] if axes else None
         agree = self._device.agree
         for filling in _FILLINGS:
-            for row in _FIXED if layout else (0,):
-                if not agree(self._row(runs[filling][key], layout, row), self._row(together, layout, row), None):
+            for row in _FIXED if axes else (0,):
+                if not agree(self._row(runs[filling][key], axis, row), self._row(together, axis, row), None):
                     raise _Dependent(f"{where} gives something else for a row beside {filling}")
-        for row in _FIXED if layout else (0,):
-            back = self._row(runs["reverse order"][key], layout, _ROWS - 1 - row)
-            if not agree(back, self._row(together, layout, row), self._tolerance):
+        for row in _FIXED if axes else (0,):
+            back = self._row(runs["reverse order"][key], axis, _ROWS - 1 - row)
+            if not agree(back, self._row(together, axis, row), self._tolerance):
                 raise _Dependent(f"{where} gives something else for a row at another place")
-        if not agree(alone, self._row(together, layout, 0), self._tolerance if layout else None):
+        if not agree(alone, self._row(together, axis, 0), self._tolerance if axes else None):
             raise _Dependent(f"{where} gives something else for a row alone")
-        return layout
+        return axis
 
-    def _row(self, tensor: Any, layout: Layout | None, row: int) -> Any:
-        if layout is None:
+    def _row(self, tensor: Any, axis: int | None, row: int) -> Any:
+        if axis is None:
             return tensor
-        return self._device.part(tensor, layout.axis, row * layout.per_row, layout.per_row)
+        per_row = tensor.shape[axis] // _ROWS
+        return self._device.part(tensor, axis, row * per_row, per_row)
 
 
 def _masked(bundle: Bundle) -> str:
@@ -376,14 +376,12 @@ def _is_whole(plain: Mapping[str, Any], staged: Staged) -> bool:
         return isinstance(plain.get("reason"), str)
 
     def fits(found: object, stage: Stage) -> bool:
-        return isinstance(found, list) and len(found) == len(stage.gives) and all(map(_is_layout, found))
+        return isinstance(found, list) and len(found) == len(stage.gives) and all(map(_is_axis, found))
 
     if not isinstance(plain.get("padded"), bool):
         return False
     return isinstance(layouts, list) and len(layouts) == len(staged.stages) and all(map(fits, layouts, staged.stages))
 
 
-def _is_layout(found: object) -> bool:
-    return found is None or (
-        isinstance(found, list) and len(found) == 2 and all(isinstance(number, int) and 0 <= number < 2**31 for number in found)
-    )
+def _is_axis(found: object) -> bool:
+    return found is None or (isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 64)

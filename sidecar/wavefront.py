@@ -28,13 +28,6 @@ from sidecar.costs import BatchCosts
 from sidecar.stages import Key
 
 
-class Layout(NamedTuple):
-    """Where the rows of a batch lie in a tensor: along ``axis``, ``per_row`` places for each."""
-
-    axis: int
-    per_row: int
-
-
 class Padding(NamedTuple):
     """How a call's inputs may be made longer without changing what it is answered: with zeros, also in the mask it takes.
 
@@ -47,11 +40,12 @@ class Padding(NamedTuple):
     size: int
 
 
-# None for a tensor that is the same for every row.
-Layouts = Mapping[Key, Layout | None]
+# The axis along which the rows of a batch lie in a tensor, each with as many places as the others; None for a tensor that is the
+# same for every row.
+Layouts = Mapping[Key, int | None]
 # Calls whose lengths differ by less are made equally long. Shorter than that, a row costs a transformer what its weights cost.
 _BUCKET: Final = 16
-INPUT: Final = Layout(0, 1)
+INPUT: Final = 0
 
 
 class Step(Protocol):
@@ -154,8 +148,8 @@ class Group(Generic[C]):
         """Return the tensors that the stage is run on."""
         return [self.values[key] for key in self.step.takes]
 
-    def layout(self, key: Key) -> Layout | None:
-        """Return where the rows lie in a tensor of the group."""
+    def axis(self, key: Key) -> int | None:
+        """Return the axis of a tensor along which the group's rows lie."""
         for ticket in self.tickets():
             if ticket.layouts is not None and key in ticket.layouts:
                 return ticket.layouts[key]
@@ -168,11 +162,12 @@ class Group(Generic[C]):
         padded = self.index == 0 and all(ticket.padding is not None for ticket in self.tickets())
         shapes: list[object] = [self.first.scale] if padded else []
         for key in sorted(self.values):
-            shape, layout = list(self.values[key].shape), self.layout(key)
+            shape, axis = list(self.values[key].shape), self.axis(key)
             if padded and self.first.padding is not None and key in self.first.padding.axes:
                 shape[self.first.padding.axes[key]] = -1
-            if layout is not None:
-                del shape[layout.axis]
+            if axis is not None:
+                # Places of one row: its length may be folded into them.
+                shape[axis] //= self.extent
             shapes.append((key, *shape))
         return (self.step.key, *shapes)
 
@@ -293,10 +288,8 @@ class Wavefront(Generic[C]):
     def _merge(self, one: Group[C], other: Group[C]) -> Group[C]:
         values = {}
         for key, value in one.values.items():
-            layout = one.layout(key)
-            values[key] = (
-                value if layout is None else self._arrays.join(self._level(one, key, value, other.values[key]), layout.axis)
-            )
+            axis = one.axis(key)
+            values[key] = value if axis is None else self._arrays.join(self._level(one, key, value, other.values[key]), axis)
         merged = Group(one.index, one.rows + other.rows, values, waited=one.waited or other.waited)
         self._groups = [group for group in self._groups if group not in (one, other)] + [merged]
         return merged
@@ -370,8 +363,11 @@ class Wavefront(Generic[C]):
     def _slice(self, group: Group[C], rows: Sequence[_Row[C]], key: Key) -> Any:
         """Return the part of a tensor that belongs to some rows of a group."""
         value = group.values[key]
-        if len(rows) == len(group.rows) or (layout := group.layout(key)) is None:
+        if len(rows) == len(group.rows) or (axis := group.axis(key)) is None:
             return value
+        per_row, rest = divmod(value.shape[axis], group.extent)
+        if rest:
+            raise DeviceFault(f"{value.shape[axis]} places of a tensor do not go to {group.extent} rows in equal parts")
         parts: list[tuple[int, int]] = []
         start = 0
         for row in group.rows:
@@ -381,7 +377,6 @@ class Wavefront(Generic[C]):
                 else:
                     parts.append((start, row.extent))
             start += row.extent
-        axis, per_row = layout
         pieces = [self._arrays.part(value, axis, first * per_row, length * per_row) for first, length in parts]
         return pieces[0] if len(pieces) == 1 else self._arrays.join(pieces, axis)
 

@@ -45,7 +45,7 @@ def _converter() -> None:
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     """A server without models, on a real device."""
-    with running_server(tmp_path, FakeSource(), device=open_device("cpu"), budget_bytes=1 << 26) as made:
+    with running_server(tmp_path, FakeSource(), device=open_device("cpu"), budget_bytes=1 << 26, stacking=False) as made:
         monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
         yield made
         client._pool.close()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from trunkline.admin import AdminConnection
 from trunkline.errors import DeviceFault
 from trunkline.pool import Pool
 
+from sidecar.bundle import Bundle, graph_digest
 from sidecar.devices import TorchDevice, open_device
+from sidecar.export import Source, convert
 from sidecar.ir import Graph, Node, Value
 from sidecar.stacked import stackable
 from sidecar.verdicts import Verdicts
@@ -74,8 +77,10 @@ def counted(running: Running) -> Iterator[dict[str, int]]:
 
 def at_once(running: Running, *calls: tuple[str, Arrays]) -> list[Any]:
     """Ask about everything while the engine is held up, so that all of it is there when the first is begun."""
-    release, queued = threading.Event(), running.engine._queue
-    running.engine._post(lambda: release.wait(60))  # type: ignore[arg-type, return-value]
+    release, engine, submitted = threading.Event(), running.engine, []
+    submit = engine.submit
+    engine._post(lambda: release.wait(60))  # type: ignore[arg-type, return-value]
+    engine.submit = lambda work: (submit(work), submitted.append(work))  # type: ignore[method-assign,assignment]
     # A pool each: clients that know nothing of each other.
     pools = [Pool() for _ in calls]
     with ThreadPoolExecutor(len(calls)) as threads:
@@ -83,8 +88,9 @@ def at_once(running: Running, *calls: tuple[str, Arrays]) -> list[Any]:
             threads.submit(client.Model(name, pool).call, inputs) for (name, inputs), pool in zip(calls, pools, strict=True)
         ]
         deadline = time.monotonic() + 60
-        while running.engine._inbox.qsize() + len(queued) < len(calls) and time.monotonic() < deadline:
+        while len(submitted) < len(calls) and time.monotonic() < deadline:
             time.sleep(0.005)
+        engine.submit = submit  # type: ignore[method-assign]
         release.set()
         found = [answer.result() for answer in answers]
     for pool in pools:
@@ -103,6 +109,7 @@ def test_networks_answer_alone_and_in_batches_as_the_original_does(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = network(kind)
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
     with serving(tmp_path, monkeypatch) as running:
         deploy(running, made)
         inputs = [made.inputs(batch, seed) for seed, batch in enumerate((1, 1, 2, 1))]
@@ -130,6 +137,8 @@ def test_a_model_that_numbers_its_rows_is_served_one_by_one_and_says_so(tmp_path
 
 @pytest.mark.usefixtures("small_blocks")
 def test_siblings_share_their_trunk_whoever_asks_and_however(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whatever this machine measures at this moment.
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
     original = network("resnet")
     siblings = [original.tuned(f"sibling-{number}", number) for number in range(3)]
     with serving(tmp_path, monkeypatch, stacking=False) as running:
@@ -229,6 +238,7 @@ def test_texts_of_different_lengths_share_a_batch_where_the_model_takes_a_mask(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = network(kind)
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
     with serving(tmp_path, monkeypatch) as running:
         deploy(running, made)
         shown = ask(running, "model", name=made.name)
@@ -243,6 +253,121 @@ def test_texts_of_different_lengths_share_a_batch_where_the_model_takes_a_mask(
             assert agrees(given, made.eager(inputs), exact=False)
         assert counts["stages"] == shown["stage_count"]
         assert counts["stage_rows"] == 3 * counts["stages"]
+
+
+# --- whose rows are whose ----------------------------------------------------------------------------------------------
+
+
+class Folded(torch.nn.Module):
+    """Folds all tokens of all rows into one axis: how many places a row has depends on its length."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU())
+        torch.manual_seed(seed)
+        self.head = torch.nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.trunk(x.reshape(-1, 16))).reshape(x.shape[0], -1, 4)
+
+
+class Centred(torch.nn.Module):
+    """A trunk that others have, too, and after it perhaps a step in which rows touch each other."""
+
+    def __init__(self, seed: int, mixing: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU())
+        torch.manual_seed(seed)
+        self.head, self.mixing = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 3)), mixing
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.trunk(x)
+        return self.head(y - y.mean(0, keepdim=True) if self.mixing else y)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch that can be made is made."""
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
+
+
+@pytest.mark.usefixtures("batches")
+@pytest.mark.parametrize("length", [1, 5, 8, 16])
+def test_rows_are_told_apart_whatever_their_length(length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example, axes = {"x": torch.randn(2, 5, 16)}, {"x": {1: ("tokens", 1, 32)}}
+    made = [network_of(Folded(seed), f"m{seed}", example, dynamic_axes=axes) for seed in (1, 2)]
+    with serving(tmp_path, monkeypatch) as running:
+        deploy(running, *made)
+        calls = [
+            (f"m{seed}", {"x": np.random.default_rng(seed).random((rows, length, 16), np.float32)})
+            for seed, rows in ((1, 1), (2, 2))
+        ]
+        with counted(running) as counts:
+            answers = at_once(running, *calls)
+        assert counts["stage_rows"] > counts["stages"]
+        for each, (_, inputs), given in zip(made, calls, answers, strict=True):
+            assert agrees(given, each.eager(inputs), exact=False)
+
+
+@pytest.mark.usefixtures("batches")
+def test_a_batch_of_several_rows_that_others_join_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [network_of(Centred(1, mixing=True), "mixing"), network_of(Centred(2, mixing=False), "apart")]
+    with serving(tmp_path, monkeypatch, stacking=False) as running:
+        deploy(running, *made)
+        assert not ask(running, "model", name="mixing")["batched"]
+        large, small = made[0].inputs(3, 0), made[0].inputs(1, 1)
+        calls = [("mixing", large), ("apart", large), ("apart", small)]
+        answers = at_once(running, *calls)
+        for each, (_, inputs), given in zip((made[0], made[1], made[1]), calls, answers, strict=True):
+            assert agrees(given, each.eager(inputs), exact=False)
+
+
+@pytest.mark.usefixtures("batches")
+def test_models_with_batch_axes_of_their_own_are_asked_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = network_of(torch.nn.Sequential(torch.nn.Linear(16, 3)), "one", {"input": torch.randn(2, 16)})
+    other = network_of(torch.nn.Sequential(torch.nn.Linear(24, 3)), "other", {"input": torch.randn(2, 24)})
+    one = Network(renamed(one.bundle, "x"), one.blobs, one.source)
+    with serving(tmp_path, monkeypatch) as running:
+        deploy(running, one, other)
+        random = np.random.default_rng(0)
+        for sizes in (((1, 3), (1, 3)), ((2, 1), (2, 1)), ((1, 3), (1, 1)), ((2, 2), (1, 1))):
+            calls = [
+                ("one+other", {"x": random.random((a, 16), np.float32), "input": random.random((b, 24), np.float32)})
+                for a, b in sizes
+            ]
+            for (_, inputs), given in zip(calls, at_once(running, *calls), strict=True):
+                assert agrees(given["one/output"], one.eager({"x": inputs["x"]}), exact=False)
+                assert agrees(given["other/output"], other.eager({"input": inputs["input"]}), exact=False)
+
+
+def renamed(bundle: Bundle, name: str) -> Bundle:
+    """Return a bundle whose input has another name."""
+    graph = replace(bundle.graph, inputs=(replace(bundle.graph.inputs[0], name=name),))
+    return replace(bundle, graph=graph, graph_digest=graph_digest(graph))
+
+
+def test_a_model_that_goes_while_others_of_its_call_are_loaded_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [network_of(torch.nn.Sequential(torch.nn.Linear(64, seed)), f"m{seed}") for seed in (2, 3)]
+    inputs = made[0].inputs(1)
+    with serving(tmp_path, monkeypatch) as running:
+        deploy(running, *made)
+        reading, leave = threading.Event(), threading.Event()
+        running.source.before_read = lambda digest: (reading.set(), leave.wait(60))
+        with ThreadPoolExecutor(1) as threads:
+            answer = threads.submit(lambda: models("m2", "m3").call(inputs))
+            assert reading.wait(60)
+            del running.source.bundles["m3"]
+            ask(running, "model_removed", name="m3")
+            leave.set()
+            given = answer.result(60)
+        for each in made:
+            assert agrees(given[each.name], each.eager(inputs), exact=False)
+        assert ask(running, "model", name="m2")["leases"] == 0
 
 
 # --- stacking ---------------------------------------------------------------------------------------------------------
@@ -266,11 +391,10 @@ def heads(count: int) -> list[Network]:
     return [network_of(Head(number + 1), f"head-{number}") for number in range(count)]
 
 
-def network_of(module: torch.nn.Module, name: str) -> Network:
-    from sidecar.export import Source, convert
-
-    source = Source(module.eval(), (torch.randn(2, 64),))
-    made = convert(source.module, source.inputs, name=name)
+def network_of(module: torch.nn.Module, name: str, inputs: Any = None, **settings: Any) -> Network:
+    source = Source(module.eval(), (torch.randn(2, 64),) if inputs is None else inputs, **settings)
+    given = tuple(source.inputs.values()) if isinstance(module, torch.nn.Sequential) and inputs else source.inputs
+    made = convert(source.module, given, name=name, **settings)
     return Network(made.bundle, {digest: bytes(content) for digest, content in made.blobs}, source)
 
 

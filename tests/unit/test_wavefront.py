@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from trunkline.errors import DeviceFault
 
 from sidecar.costs import BatchCosts
-from sidecar.wavefront import INPUT, Group, Layout, Layouts, Padding, Ticket, Wavefront
+from sidecar.wavefront import INPUT, Group, Layouts, Padding, Ticket, Wavefront
 
 X = b"x"
 
@@ -63,7 +63,7 @@ class Arrays:
 def model(*factors: int, skip: bool = False) -> tuple[list[Step], tuple[bytes, ...], Layouts]:
     """Return steps, results and layouts of a chain; with ``skip`` its first tensor, folded, and a constant stay to the end."""
     steps: list[Step] = []
-    layouts: dict[bytes, Layout | None] = {X: INPUT}
+    layouts: dict[bytes, int | None] = {X: INPUT}
     path, last = "", X
     for number, factor in enumerate(factors):
         path += f"/{factor}"
@@ -74,7 +74,7 @@ def model(*factors: int, skip: bool = False) -> tuple[list[Step], tuple[bytes, .
         layouts[given] = INPUT
         if skip:
             path += "s"
-            layouts |= {b"folded": Layout(1, 2), b"constant": None}
+            layouts |= {b"folded": 1, b"constant": None}
             alive |= {b"folded", b"constant"}
             gives = (given, b"folded", b"constant") if number == 0 else gives
         steps.append(Step(path, factor, takes, gives, frozenset(alive)))
