@@ -250,6 +250,7 @@ class Catalog:
             self.broken[name] = error
             return freed
         deployed = self.retired.pop(plan, None) or _deployed(bundle, plan, self.graph.staged(name))
+        deployed.bundle, deployed.signature = bundle, _signature(bundle)
         self.residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in deployed.weights.items()})
         self.deployed[name] = deployed
         if was_pinned and not self.pin_if_possible(deployed):

@@ -27,6 +27,7 @@ from sidecar.stacked import Stack, StackedProgram, stack, stackable
 
 # The dtypes that travel between a function and a model.
 _DTYPE_NAMES = {getattr(torch, name): name for name in ITEM_BYTES}
+_FIRST_BYTES = 4096
 _LIBC = ctypes.CDLL(None)
 _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
 
@@ -195,16 +196,25 @@ class TorchDevice:
         return self.join([tensor, torch.zeros(shape, dtype=tensor.dtype)], axis)
 
     def part(self, tensor: torch.Tensor, axis: int, start: int, length: int) -> torch.Tensor:
-        """Return a part of a tensor along an axis; it shares memory with the whole."""
-        with torch.inference_mode():
-            return tensor.narrow(axis, start, length)
+        """Return a part of a tensor along an axis; it shares memory with the whole. Raises DeviceFault where there is none."""
+        try:
+            with torch.inference_mode():
+                return tensor.narrow(axis, start, length)
+        except (RuntimeError, IndexError) as error:
+            raise DeviceFault(
+                f"a tensor of shape {list(tensor.shape)} has no {length} places from {start} on axis {axis}"
+            ) from error
 
     def same(self, one: torch.Tensor, other: torch.Tensor) -> bool:
         """Say whether two inputs, contiguous in host memory, are alike in shape, dtype and every bit."""
         if one.shape != other.shape or one.dtype != other.dtype:
             return False
         # Bytes, because numbers that compare equal can differ: zeros have a sign.
-        return one.data_ptr() == other.data_ptr() or torch.equal(_bytes(one), _bytes(other))
+        if one.data_ptr() == other.data_ptr():
+            return True
+        first, second = _bytes(one), _bytes(other)
+        # Inputs that differ mostly do so soon.
+        return torch.equal(first[:_FIRST_BYTES], second[:_FIRST_BYTES]) and torch.equal(first, second)
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy of a tensor."""

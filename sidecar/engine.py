@@ -243,7 +243,7 @@ class Engine:
             self._go_on()
 
     def _try_out(self, deployed: Deployed) -> None:
-        if self._trials is not None and deployed.verdict is None:
+        if self._trials is not None and (deployed.verdict is None or not deployed.verdict.held):
             self._trials.ask(deployed.bundle, deployed.staged, lambda verdict: self._tried(deployed, verdict))
 
     def _tried(self, deployed: Deployed, verdict: Verdict) -> None:
@@ -312,7 +312,11 @@ class Engine:
         elif work.deadline <= self._clock():
             self._conclude(work, parts, lambda: self._fail(work, self._late(work, "waiting for its model to be loaded")))
         else:
-            self._wavefront.add(self._call(work, parts, parked.joint, work.inputs).tickets)
+            try:
+                self._wavefront.add(self._call(work, parts, parked.joint, work.inputs).tickets)
+            except Exception as error:  # noqa: BLE001 - _incident logs it
+                told = _incident(f"{work.model} (call {work.call_id})", error)
+                self._conclude(work, parts, lambda: self._fail(work, told))
 
     def _call(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None, inputs: Sequence[Any]) -> _Call:
         names = parts[0].staged.inputs if joint is None else joint.interface.values
@@ -332,7 +336,12 @@ class Engine:
         return call
 
     def _run_stage(self) -> None:
-        group = self._wavefront.choose()
+        try:
+            group = self._wavefront.choose()
+        except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
+            # It would be chosen again, for ever.
+            self._calls_failed(self._wavefront.abandon(), error)
+            return
         if group is None:
             return
         step = group.step
@@ -396,7 +405,9 @@ class Engine:
                 call.tickets.clear()
 
     def _stage_failed(self, group: Group[_Call], error: Exception) -> None:
-        failed = self._wavefront.fail(group)
+        self._calls_failed(self._wavefront.fail(group), error)
+
+    def _calls_failed(self, failed: Sequence[Ticket[_Call]], error: Exception) -> None:
         for call in dict.fromkeys(ticket.call for ticket in failed):
             self._wavefront.drop(lambda ticket, call=call: ticket.call is call)  # type: ignore[misc]
             work = call.work

@@ -16,6 +16,7 @@ Owned by its thread; the outcome is posted.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import statistics
@@ -49,6 +50,10 @@ _FILLINGS: Final = ("random", "not-a-number", "infinity", "1e30", "zeros")
 _SIZES: Final = (8, 64, 224)
 # Nothing waits for a trial: it must not take the processor from those who are waited for.
 _NICE: Final = 10
+# A trial that the engine did not outlive may have had nothing to do with it, once.
+_MOST_DEATHS: Final = 2
+# Of one row. The trial holds some thirty of them, outside the budget.
+_LARGEST_INPUT_BYTES: Final = 16 * 2**20
 # How much longer a padded input is.
 _LONGER: Final = 5
 # How often each form of a stage is run, and what folding and another order of additions may change of its results.
@@ -61,13 +66,14 @@ class Verdict:
     """Whether a model's rows are independent; if so, where they lie in every tensor, and if not, why.
 
     ``forms`` has an entry per stage: its lowered graph, None where it runs as it is. ``padded`` names the symbol along which
-    inputs may be padded with zeros; empty where there is none.
+    inputs may be padded with zeros; empty where there is none. Where the trial could not be ``held``, nothing is known.
     """
 
     layouts: Layouts | None
     reason: str = ""
     forms: tuple[Lowered | None, ...] = ()
     padded: str = ""
+    held: bool = True
 
 
 class Trials:
@@ -87,6 +93,7 @@ class Trials:
         self._verdicts = verdicts
         self._post = post
         self._packing = packing and device.can_pack
+        self._trying = ""
         self._jobs: queue.SimpleQueue[tuple[Bundle, Staged, Callable[[Verdict], None]] | None] = queue.SimpleQueue()
 
     def ask(self, bundle: Bundle, staged: Staged, told: Callable[[Verdict], None]) -> None:
@@ -94,6 +101,9 @@ class Trials:
         self._jobs.put((bundle, staged, told))
 
     def stop(self) -> None:
+        """End the thread after the trial that it is at. A process that ends before that has not died of it."""
+        if trying := self._trying:
+            self._verdicts.end("rows", trying, None)
         self._jobs.put(None)
 
     def run(self) -> None:
@@ -102,19 +112,23 @@ class Trials:
             bundle, staged, told = job
             try:
                 verdict = self._verdict(bundle, staged)
-            except (TrunklineError, OSError) as error:
-                # A damaged weight, say. Requests will be told; the trial is held when the model is deployed again.
-                log.warning("%s could not be tried (%s); its requests are not batched", bundle.name, error)
-                continue
+            except Exception as error:
+                # A damaged weight, say. Requests will be told; the trial is held when the model is deployed again. Whatever
+                # it is, other models are still to be tried.
+                log.warning("%s could not be tried; its requests are not batched", bundle.name, exc_info=error)
+                verdict = Verdict(None, f"it could not be tried: {error}", held=False)
             if verdict.reason:
                 log.info("%s is served unbatched: %s", bundle.name, verdict.reason)
             self._post(lambda told=told, verdict=verdict: told(verdict))  # type: ignore[misc]
 
     def _verdict(self, bundle: Bundle, staged: Staged) -> Verdict:
-        structure = skeleton_id(bundle.graph)
-        rows = self._verdicts.find("rows", structure)
-        if rows is not None and rows.get("died") is True:
+        # Not by structure: where a weight chooses what is computed, siblings differ in whether rows touch each other.
+        tried_as = f"{bundle.graph_digest} {bundle.batch}"
+        rows = self._verdicts.find("rows", tried_as)
+        if self._verdicts.unfinished("rows", tried_as) >= _MOST_DEATHS:
             return Verdict(None, "the engine ended when it was tried")
+        if (input_bytes := _input_bytes(bundle, _SIZES[0])) > _LARGEST_INPUT_BYTES:
+            return Verdict(None, f"its inputs take {input_bytes} bytes, at most {_LARGEST_INPUT_BYTES} are tried")
         lowered = [self._lowered(stage) for stage in staged.stages]
         forms = {
             number: self._verdicts.find("form", skeleton_id(staged.stages[number].graph))
@@ -124,7 +138,8 @@ class Trials:
         # A form that is known stays: other models that have the stage share its weights.
         unknown = {number: lowered[number] for number, form in forms.items() if not _is_form(form)}
         if rows is None or not _is_whole(rows, staged) or unknown:
-            self._verdicts.begin("rows", structure)
+            self._verdicts.begin("rows", tried_as)
+            self._trying = tried_as
             tried: dict[str, Any] | None = None
             try:
                 tried, found = self._try(bundle, staged, unknown)
@@ -132,7 +147,8 @@ class Trials:
                     self._verdicts.end("form", skeleton_id(staged.stages[number].graph), form)
                 forms |= found
             finally:
-                self._verdicts.end("rows", structure, tried)
+                self._verdicts.end("rows", tried_as, tried)
+                self._trying = ""
             rows = tried
         taken = tuple(each if each and (forms.get(number) or {}).get("packed") else None for number, each in enumerate(lowered))
         if rows["layouts"] is None:
@@ -155,6 +171,8 @@ class Trials:
         """Return the verdict on the rows, and one on the form of each stage that can be lowered."""
         failed = ""
         for size in _SIZES:
+            if _input_bytes(bundle, size) > _LARGEST_INPUT_BYTES:
+                break
             trial = _Trial(self._device, self._source, bundle, size)
             try:
                 layouts = trial.run(staged, lowered)
@@ -328,6 +346,16 @@ def _masked(bundle: Bundle) -> str:
             if isinstance(symbol, str) and all((other.minimum or 0) <= 0 for other in others):
                 return symbol
     return ""
+
+
+def _input_bytes(bundle: Bundle, size: int) -> int:
+    """Return the bytes of one row of a model's inputs, where axes that may vary have ``size`` if they may."""
+    sizes = {symbol.name: min(max(size, symbol.minimum), symbol.maximum) for symbol in bundle.graph.symbols}
+    sizes |= {bundle.batch: 1} if bundle.batch else {}
+    return sum(
+        math.prod(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape) * np.dtype(spec.dtype).itemsize
+        for spec in bundle.graph.inputs
+    )
 
 
 def _is_faster(packed_s: float, base_s: float) -> bool:

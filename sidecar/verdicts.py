@@ -1,8 +1,8 @@
 """Verdicts: what trying a structure out has shown, kept on disk so that it is tried once on a machine and not at every start.
 
-Each verdict is a small JSON file named by what was tried and where: the skeleton of a graph, the device, the version of torch.
-While something is tried a mark lies beside it. A mark without a verdict means that the engine did not outlive the trial, and what
-did that is not tried again. Owned by the trial's thread; a folder that cannot be used costs nothing but time.
+Each verdict is a small JSON file named by what was tried and where: a graph, the device, the version of torch.
+While something is tried a mark lies beside it, one byte long for each time. What the engine did not outlive twice is not tried
+again. Owned by the trial's thread; a folder that cannot be used costs nothing but time.
 """
 
 from __future__ import annotations
@@ -34,21 +34,26 @@ class Verdicts:
         return self._folder / f"{kind}-{name}.json"
 
     def find(self, kind: str, structure: str) -> dict[str, Any] | None:
-        """Return a verdict, None when there is none. ``{"died": True}`` when the engine died while it was being tried."""
-        path = self._path(kind, structure)
+        """Return a verdict, None when there is none."""
         try:
-            found = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return {"died": True} if path.with_suffix(".trying").exists() else None
+            found = json.loads(self._path(kind, structure).read_bytes())
         except (OSError, ValueError):
-            # Tried again, and written anew.
+            # Found again, and written anew.
             return None
         return found if isinstance(found, dict) else None
+
+    def unfinished(self, kind: str, structure: str) -> int:
+        """Return how often a trial was begun and did not end."""
+        try:
+            return self._path(kind, structure).with_suffix(".trying").stat().st_size
+        except OSError:
+            return 0
 
     def begin(self, kind: str, structure: str) -> None:
         """Leave a mark that something is being tried."""
         try:
-            self._path(kind, structure).with_suffix(".trying").touch(mode=0o600)
+            with self._path(kind, structure).with_suffix(".trying").open("ab") as mark:
+                mark.write(b".")
         except OSError as error:
             self._unusable(error)
 

@@ -214,7 +214,7 @@ class Wavefront(Generic[C]):
                 continue
             for row in group.rows:
                 other = row.tickets[0] if row.tickets else None
-                if other is not None and other.shares and self._same(ticket.inputs, other.inputs):
+                if other is not None and other.shares and ticket.extent == row.extent and self._same(ticket.inputs, other.inputs):
                     # What the row was made of belongs to the other, and is written to again when the other is answered.
                     for key, value in group.values.items():
                         if value is other.inputs.get(key):
@@ -385,14 +385,24 @@ class Wavefront(Generic[C]):
 
         None do, where it had several rows: each of them is run once more by itself, so that only the guilty one fails.
         """
-        alone = [self._pick(group, [row]) for row in group.rows]
         self._groups.remove(group)
+        try:
+            alone = [self._pick(group, [row]) for row in group.rows]
+        except DeviceFault:
+            # Where there is no memory even for that, all of it fails.
+            return list(group.tickets())
         if len(alone) == 1:
             return list(group.tickets())
         for each in alone:
             each.apart = True
         self._groups += alone
         return []
+
+    def abandon(self) -> list[Ticket[C]]:
+        """Forget the oldest group, of which the next stage cannot even be chosen; return its tickets."""
+        oldest = min(self._groups, key=lambda group: group.order)
+        self._groups.remove(oldest)
+        return list(oldest.tickets())
 
     def drop(self, belongs: Callable[[Ticket[C]], bool]) -> list[Ticket[C]]:
         """Forget the tickets of which ``belongs`` says so; return them. Rows that nobody else asked about are not run on."""
@@ -401,6 +411,7 @@ class Wavefront(Generic[C]):
             for row in group.rows:
                 dropped += [ticket for ticket in row.tickets if belongs(ticket)]
                 row.tickets = [ticket for ticket in row.tickets if not belongs(ticket)]
+        self._groups = [group for group in self._groups if any(row.tickets for row in group.rows)]
         return dropped
 
 
@@ -419,4 +430,5 @@ def _together(behind: Group[Any], ahead: Group[Any]) -> bool:
         ticket.padding != behind.first.padding for group in (behind, ahead) for ticket in group.tickets()
     ):
         return False
-    return all(ticket.layouts is not None and _passes(ticket, ahead) for ticket in behind.tickets())
+    known = all(ticket.layouts is not None for group in (behind, ahead) for ticket in group.tickets())
+    return known and all(_passes(ticket, ahead) for ticket in behind.tickets())

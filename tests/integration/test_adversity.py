@@ -20,6 +20,7 @@ from trunkline.connection import Connection
 from trunkline.protocol import Infer, Placement, TensorSpec
 
 from sidecar.pins import Pins
+from sidecar.wavefront import Wavefront
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, bundle_of, running_server, weight_of
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -465,3 +466,20 @@ def test_deadlines_are_numbers(running: Running, monkeypatch: pytest.MonkeyPatch
 
 def test_a_call_id_that_cannot_be_encoded_costs_nothing(running: Running) -> None:
     assert model("age").call({"x": X}, call_id="\ud800" * 200) is not None
+
+
+@pytest.mark.parametrize("method", ["add", "choose", "advance"])
+def test_a_bug_in_the_wavefront_costs_one_request(running: Running, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failures = getattr(Wavefront, method), [RuntimeError("a bug")]
+
+    def failing(self: object, *arguments: object) -> object:
+        waiting = method != "choose" or len(self)  # type: ignore[arg-type]
+        if failures and waiting:
+            raise failures.pop()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Wavefront, method, failing)
+    with pytest.raises(errors.SidecarFault, match="incident"):
+        model("age")(X)
+    assert model("age")(X) is not None
+    assert not failures

@@ -194,14 +194,16 @@ def test_a_trial_without_its_weights_is_held_another_time(tmp_path: Path) -> Non
     blobs = Blobs()
     bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
     kept, blobs.contents = blobs.contents, {}
-    assert judge(bundle, staged, blobs, tmp_path) == []
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    assert (verdict.layouts, verdict.held) == (None, False)
+    assert "could not be tried" in verdict.reason
     assert list(tmp_path.iterdir()) == []
     blobs.contents = kept
     (verdict,) = judge(bundle, staged, blobs, tmp_path)
     assert verdict.layouts is not None
 
 
-def test_what_killed_the_engine_is_not_tried_again(tmp_path: Path) -> None:
+def test_what_killed_the_engine_twice_is_not_tried_again(tmp_path: Path) -> None:
     blobs = Blobs()
     bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
 
@@ -212,16 +214,82 @@ def test_what_killed_the_engine_is_not_tried_again(tmp_path: Path) -> None:
         def run(self, *arguments: object) -> list[torch.Tensor]:
             raise Died
 
-    verdicts = Verdicts(tmp_path, "test")
-    monkey = verdicts.end
-    trials = Trials(Dying(torch.device("cpu")), blobs, verdicts, lambda command: None)  # type: ignore[arg-type]
-    verdicts.end = lambda *arguments: None  # type: ignore[method-assign]
-    with pytest.raises(Died):
-        trials._verdict(bundle, staged)
-    verdicts.end = monkey  # type: ignore[method-assign]
+    for _ in range(2):
+        verdicts = Verdicts(tmp_path, "test")
+        trials = Trials(Dying(torch.device("cpu")), blobs, verdicts, lambda command: None)  # type: ignore[arg-type]
+        verdicts.end = lambda *arguments: None  # type: ignore[method-assign]
+        with pytest.raises(Died):
+            trials._verdict(bundle, staged)
     assert [path.suffix for path in tmp_path.iterdir()] == [".trying"]
+    assert judge(bundle, staged, blobs, tmp_path) == [Verdict(None, "the engine ended when it was tried")]
+    # Once may have been anything.
+    (mark,) = tmp_path.iterdir()
+    mark.write_bytes(b".")
     (verdict,) = judge(bundle, staged, blobs, tmp_path)
-    assert verdict == Verdict(None, "the engine ended when it was tried")
+    assert verdict.layouts is not None
+
+
+def test_a_process_that_ends_during_a_trial_has_not_died_of_it(tmp_path: Path) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+    entered, leave = threading.Event(), threading.Event()
+
+    class Slow(TorchDevice):
+        def run(self, *arguments: object) -> list[torch.Tensor]:
+            entered.set()
+            leave.wait(60)
+            return super().run(*arguments)  # type: ignore[arg-type]
+
+    trials = Trials(Slow(torch.device("cpu")), blobs, Verdicts(tmp_path, "test"), lambda command: None)  # type: ignore[arg-type]
+    trials.ask(bundle, staged, lambda verdict: None)
+    thread = threading.Thread(target=trials.run)
+    thread.start()
+    assert entered.wait(60)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".trying"]
+    trials.stop()
+    assert list(tmp_path.iterdir()) == []
+    leave.set()
+    thread.join()
+
+
+def test_whatever_happens_in_a_trial_the_next_model_is_tried(tmp_path: Path) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+
+    class Broken(TorchDevice):
+        def prepare(self, graph: object) -> object:  # type: ignore[override]
+            raise ZeroDivisionError("a bug")
+
+    (verdict,) = judge(bundle, staged, blobs, tmp_path, Broken(torch.device("cpu")))
+    assert (verdict.reason, verdict.held) == ("it could not be tried: a bug", False)
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    assert verdict.layouts is not None
+
+
+def test_inputs_too_large_to_be_tried_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+    monkeypatch.setattr("sidecar.trials._LARGEST_INPUT_BYTES", 8)
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    assert verdict == Verdict(None, "its inputs take 24 bytes, at most 8 are tried")
+
+
+def test_siblings_whose_weights_choose_what_is_computed_are_each_tried(tmp_path: Path) -> None:
+    class Gated(nn.Module):
+        def __init__(self, gate: float) -> None:
+            super().__init__()
+            self.layer, self.gate = nn.Linear(4, 4), nn.Parameter(torch.tensor(gate))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layer(x)
+            return torch.where(self.gate > 0, y - y.mean(0), y)
+
+    found = []
+    for gate in (-1.0, 1.0):
+        blobs = Blobs()
+        bundle, staged = deployed(Source(Gated(gate).eval(), (torch.randn(2, 4),)), blobs)
+        found += judge(bundle, staged, blobs, tmp_path)
+    assert [verdict.layouts is not None for verdict in found] == [True, False]
 
 
 def test_a_model_that_cannot_be_run_on_four_rows_is_served_one_by_one(tmp_path: Path) -> None:
