@@ -198,8 +198,8 @@ def encoder(width: int, heads: int, layers: int, tokens: int, words: int = 8192)
 
 
 def perceptron(width: int, hidden: int) -> Forked:
-    """Return a small multi-layer perceptron: one layer of trunk, two of head."""
-    trunk = [nn.Sequential(nn.Linear(256, width), nn.ReLU())]
+    """Return a small multi-layer perceptron: two layers of trunk, large enough for blocks of their own, two of head."""
+    trunk = [nn.Sequential(nn.Linear(256, 512), nn.ReLU()), nn.Sequential(nn.Linear(512, width), nn.ReLU())]
     return Forked(trunk, nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 16)))
 
 

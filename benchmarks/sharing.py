@@ -73,7 +73,7 @@ def resident(bench: Sharing) -> None:
 
 def horizontal(bench: Sharing) -> None:
     """32 heads of one structure and different weights, asked about one input: stacked against one after another."""
-    family = Family(perceptron(512, 256), torch.zeros(1, 256), bench.seed)
+    family = Family(perceptron(128, 64), torch.zeros(1, 256), bench.seed)
     heads = {f"stack{number:02}": family.with_head(bench.seed + number) for number in range(32)}
     sidecars = {name: bench.sidecars[name] for name in ("on", "no_stacking")}
     bench.push(family, heads, sidecars.values())

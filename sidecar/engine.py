@@ -220,7 +220,7 @@ class Engine:
 
     def _step(self) -> None:
         # Work goes on while there is some, but what has been posted meanwhile comes first.
-        busy = len(self._wavefront) > 0 or (len(self._queue) > 0 and not self._blocked)
+        busy = bool(self._wavefront) or (len(self._queue) > 0 and not self._blocked)
         try:
             command = self._inbox.get(block=not busy, timeout=_IDLE_S if self._untrimmed else None)
         except queue.Empty:
@@ -273,7 +273,7 @@ class Engine:
                 self._fail(late, self._late(late, "waiting"))
             if work is not None:
                 self._admit(work)
-        if len(self._wavefront):
+        if self._wavefront:
             self._run_stage()
         self._finish_if_drained()
 
@@ -491,7 +491,7 @@ class Engine:
         self._finish_if_drained()
 
     def _finish_if_drained(self) -> None:
-        waiting = len(self._wavefront) > 0 or len(self._queue) > 0 or bool(self._loads.parked)
+        waiting = bool(self._wavefront) or len(self._queue) > 0 or bool(self._loads.parked)
         self._finished = self._draining and not waiting
 
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ _POINTWISE: Final = frozenset(
 )
 _LINEAR: Final = frozenset({"aten.linear.default", TURNED_LINEAR})
 # Larger weights are worth their own multiplication, and not worth a copy.
-LARGEST_BYTES: Final = 256 * 1024
+LARGEST_BYTES: Final = 1024 * 1024
 
 # A weight of all heads: [heads, ...]; of a packed linear layer its matrix and its bias.
 Stack = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]

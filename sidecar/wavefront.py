@@ -133,7 +133,10 @@ class Group(Generic[C]):
     @property
     def first(self) -> Ticket[C]:
         """Return a ticket of the group; before this stage it has what all of them have."""
-        return next(self.tickets())
+        for row in self.rows:
+            if row.tickets:
+                return row.tickets[0]
+        raise AssertionError("nobody waits for this group")
 
     @property
     def step(self) -> Step:
@@ -187,7 +190,10 @@ class Wavefront(Generic[C]):
         self._orders = itertools.count(1)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self.tickets())
+        return sum(len(row.tickets) for group in self._groups for row in group.rows)
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
 
     def tickets(self) -> Iterator[Ticket[C]]:
         """Yield the tickets that are not finished."""
@@ -236,8 +242,10 @@ class Wavefront(Generic[C]):
             chosen = behind
         if len(self._groups) == 1 or self._most_rows == 1:
             return chosen
-        place = chosen.place()
-        mates = [group for group in self._groups if group is not chosen and group.place() == place]
+        key = chosen.step.key
+        mates = [group for group in self._groups if group is not chosen and group.step.key == key]
+        place = chosen.place() if mates else ()
+        mates = [group for group in mates if group.place() == place]
         try:
             for mate in sorted(mates, key=lambda group: group.order):
                 if self._pays(chosen, mate):

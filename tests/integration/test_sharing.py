@@ -467,6 +467,6 @@ def test_what_can_be_stacked(graph: Callable[[], Graph], can: bool) -> None:
 
 def test_large_weights_are_not_copied() -> None:
     made = head_graph(Node("aten.linear.default", (X, W)))
-    large: Mapping[str, Any] = {**vars(made.weights[0]), "size_bytes": 1 << 20}
+    large: Mapping[str, Any] = {**vars(made.weights[0]), "size_bytes": 1 << 21}
     weights = (type(made.weights[0])(**large), made.weights[1])
     assert not stackable(Graph((), made.inputs, made.outputs, weights, made.nodes, made.results))
