@@ -113,6 +113,7 @@ def size(size_bytes: float) -> str:
 @click.option("--blob-limit", "blob_limit_bytes", help="The largest weight that may be pushed.")
 @click.option("--queue-limit", help="Requests that may wait.")
 @click.option("--batch-limit", help="Rows of different requests that are run as one batch; 1: none are.")
+@click.option("--batch-window", "batch_window_s", help="Seconds that a request waits for others on an idle device.")
 @click.option("--compute-once", help="on or off: whether requests with equal inputs are computed as one.")
 @click.option("--packing", help="on or off: whether weights are packed for the processor where that is faster.")
 @click.option("--stacking", help="on or off: whether heads of one structure on one input are run as one where that pays.")

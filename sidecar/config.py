@@ -57,6 +57,7 @@ class Settings:
     blob_limit_bytes: int = 64 * 2**30
     queue_limit: int = 256
     batch_limit: int = 8
+    batch_window_s: float = 0.0
     compute_once: bool = True
     packing: bool = True
     stacking: bool = True
@@ -158,6 +159,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "blob_limit_bytes": _size(65536),
     "queue_limit": _integer(1, 1_000_000),
     "batch_limit": _integer(1, 1024),
+    "batch_window_s": _seconds,
     "compute_once": _switch,
     "packing": _switch,
     "stacking": _switch,

@@ -97,6 +97,7 @@ class Engine:
         budget_bytes: int,
         queue_limit: int,
         batch_limit: int = 8,
+        batch_window_s: float = 0.0,
         compute_once: bool = True,
         packing: bool = True,
         stacking: bool = True,
@@ -108,6 +109,9 @@ class Engine:
         self._device = device
         self._clock = clock
         self._batch_limit = batch_limit
+        self._batch_window_s = batch_window_s
+        # When the first of the requests came that wait for others.
+        self._opened_s = 0.0
         self._compute_once = compute_once
         self._stacking = stacking
         self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
@@ -221,8 +225,12 @@ class Engine:
     def _step(self) -> None:
         # Work goes on while there is some, but what has been posted meanwhile comes first.
         busy = bool(self._wavefront) or (len(self._queue) > 0 and not self._blocked)
+        window_s = self._window_left_s() if busy else 0.0
         try:
-            command = self._inbox.get(block=not busy, timeout=_IDLE_S if self._untrimmed else None)
+            if busy:
+                command = self._inbox.get(block=window_s > 0, timeout=window_s or None)
+            else:
+                command = self._inbox.get(timeout=_IDLE_S if self._untrimmed else None)
         except queue.Empty:
             if busy:
                 self._go_on()
@@ -254,17 +262,28 @@ class Engine:
             # It serves on in another form, whose weights are made while nobody waits for them.
             self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
 
+    def _window_left_s(self) -> float:
+        """Return for how long the requests in the queue still wait for others, on a device that has nothing to do."""
+        waiting = len(self._queue)
+        if not self._batch_window_s or self._wavefront or self._draining or not 0 < waiting < self._batch_limit:
+            return 0.0
+        return max(0.0, self._opened_s + self._batch_window_s - self._clock())
+
     def _accept(self, work: Work) -> None:
         if self._draining:
             work.session.fail(work.request_id, _draining())
             return
         try:
             self.signature(work.model)
+            if not len(self._queue):
+                self._opened_s = self._clock()
             self._queue.submit(work)
         except TrunklineError as error:
             self._fail(work, error)
 
     def _go_on(self) -> None:
+        if self._window_left_s() > 0:
+            return
         # Enough are taken up for the largest batch, and for another to form meanwhile; the others keep their deadlines.
         while len(self._queue) and not self._blocked and len(self._wavefront) < 2 * self._batch_limit:
             expired, work = self._queue.take(self._clock())

@@ -80,6 +80,7 @@ def _engine_process(settings: Settings, run: RunDirectory, listener: socket.sock
         budget_bytes=settings.memory_budget_bytes,
         queue_limit=settings.queue_limit,
         batch_limit=settings.batch_limit,
+        batch_window_s=settings.batch_window_s,
         compute_once=settings.compute_once,
         packing=settings.packing,
         stacking=settings.stacking,

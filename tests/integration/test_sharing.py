@@ -168,6 +168,27 @@ def test_siblings_share_their_trunk_whoever_asks_and_however(tmp_path: Path, mon
             assert agrees(answer, each.eager(array), exact=False)
 
 
+def test_an_idle_device_may_wait_a_little_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("mlp")
+    inputs = made.inputs(1)
+    with serving(tmp_path, monkeypatch, batch_window_s=20.0, batch_limit=2, stacking=False) as running:
+        deploy(running, made)
+        with counted(running) as counts, ThreadPoolExecutor(2) as threads:
+            pools = [Pool(), Pool()]
+            first = threads.submit(client.Model(made.name, pools[0]).call, inputs)
+            time.sleep(0.3)
+            assert not first.done()
+            # The second fills the batch: nobody waits for the end of the window.
+            second = threads.submit(client.Model(made.name, pools[1]).call, inputs)
+            assert np.array_equal(first.result(10), second.result(10))
+        assert (counts["stages"], counts["stage_requests"]) == (1, 2)
+        for pool in pools:
+            pool.close()
+    with serving(tmp_path, monkeypatch, batch_window_s=0.05) as running:
+        deploy(running, made)
+        assert agrees(model(made.name).call(inputs), made.eager(inputs), exact=False)
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_each_form_of_sharing_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = network("resnet")

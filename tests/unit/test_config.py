@@ -75,6 +75,7 @@ def test_sizes(text: object, size: int) -> None:
         ("threads", "1.5"),
         ("threads", "-2"),
         ("batch_limit", "0"),
+        ("batch_window_s", "-1"),
         ("compute_once", "maybe"),
         ("compute_once", 1),
         ("packing", "fast"),
