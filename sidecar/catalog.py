@@ -275,8 +275,8 @@ class Catalog:
         formed.request_count, formed.last_used_s = deployed.request_count, deployed.last_used_s
         was_pinned = self.residency.is_pinned(deployed.plan)
         self.residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in formed.weights.items()})
-        freed = self._retire(deployed)
         self.deployed[deployed.name] = formed
+        freed = self._retire(deployed)
         if was_pinned and not self.pin_if_possible(formed):
             self.pins.discard(deployed.name)
         self.publish()

@@ -130,27 +130,30 @@ class Trials:
         if (input_bytes := _input_bytes(bundle, _SIZES[0])) > _LARGEST_INPUT_BYTES:
             return Verdict(None, f"its inputs take {input_bytes} bytes, at most {_LARGEST_INPUT_BYTES} are tried")
         lowered = [self._lowered(stage) for stage in staged.stages]
-        forms = {
-            number: self._verdicts.find("form", skeleton_id(staged.stages[number].graph))
-            for number, each in enumerate(lowered)
-            if each is not None
-        }
-        # A form that is known stays: other models that have the stage share its weights.
-        unknown = {number: lowered[number] for number, form in forms.items() if not _is_form(form)}
+        # One form for all stages of one structure, in this model and in others: they may have weights in common.
+        structures = {number: skeleton_id(staged.stages[number].graph) for number, each in enumerate(lowered) if each is not None}
+        forms = {structure: self._verdicts.find("form", structure) for structure in structures.values()}
+        unknown: dict[str, int] = {}
+        for number, structure in structures.items():
+            if not _is_form(forms[structure]):
+                unknown.setdefault(structure, number)
         if rows is None or not _is_whole(rows, staged) or unknown:
             self._verdicts.begin("rows", tried_as)
             self._trying = tried_as
             tried: dict[str, Any] | None = None
             try:
-                tried, found = self._try(bundle, staged, unknown)
+                tried, found = self._try(bundle, staged, {number: lowered[number] for number in unknown.values()})
                 for number, form in found.items():
-                    self._verdicts.end("form", skeleton_id(staged.stages[number].graph), form)
-                forms |= found
+                    forms[structures[number]] = form
+                    self._verdicts.end("form", structures[number], form)
             finally:
                 self._verdicts.end("rows", tried_as, tried)
                 self._trying = ""
             rows = tried
-        taken = tuple(each if each and (forms.get(number) or {}).get("packed") else None for number, each in enumerate(lowered))
+        taken = tuple(
+            each if each is not None and (forms[structures[number]] or {}).get("packed") else None
+            for number, each in enumerate(lowered)
+        )
         if rows["layouts"] is None:
             return Verdict(None, str(rows["reason"]), taken)
         layouts: dict[Key, int | None] = dict.fromkeys(staged.inputs, INPUT)

@@ -54,7 +54,7 @@ def ask(running: Running, command: str, **arguments: object) -> Any:
 
 
 def deploy(running: Running, *networks: Network) -> None:
-    """Deploy models and wait until they were tried."""
+    """Deploy models, wait until they were tried, and load them: one that is still loading stands in no batch."""
     for each in networks:
         each.put(running.source)
         ask(running, "model_changed", name=each.name)
@@ -63,6 +63,8 @@ def deploy(running: Running, *networks: Network) -> None:
         while ask(running, "model", name=each.name)["unbatched_because"] == "it was not tried yet":
             assert time.monotonic() < deadline, f"{each.name} was never tried"
             time.sleep(0.02)
+    for each in networks:
+        ask(running, "load", name=each.name)
 
 
 @contextlib.contextmanager
@@ -77,16 +79,17 @@ def counted(running: Running) -> Iterator[dict[str, int]]:
 
 def at_once(running: Running, *calls: tuple[str, Arrays]) -> list[Any]:
     """Ask about everything while the engine is held up, so that all of it is there when the first is begun."""
+    # A pool each: clients that know nothing of each other. Their sessions are open before: that is told to the engine, too.
+    pools = [Pool() for _ in calls]
+    asked = [client.Model(name, pool) for (name, _), pool in zip(calls, pools, strict=True)]
+    assert all(each.signature for each in asked)
+    ask(running, "status")
     release, engine, submitted = threading.Event(), running.engine, []
     submit = engine.submit
     engine._post(lambda: release.wait(60))  # type: ignore[arg-type, return-value]
     engine.submit = lambda work: (submit(work), submitted.append(work))  # type: ignore[method-assign,assignment]
-    # A pool each: clients that know nothing of each other.
-    pools = [Pool() for _ in calls]
     with ThreadPoolExecutor(len(calls)) as threads:
-        answers = [
-            threads.submit(client.Model(name, pool).call, inputs) for (name, inputs), pool in zip(calls, pools, strict=True)
-        ]
+        answers = [threads.submit(each.call, inputs) for each, (_, inputs) in zip(asked, calls, strict=True)]
         deadline = time.monotonic() + 60
         while len(submitted) < len(calls) and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -377,6 +380,8 @@ def test_a_model_that_goes_while_others_of_its_call_are_loaded_is_answered(
     inputs = made[0].inputs(1)
     with serving(tmp_path, monkeypatch) as running:
         deploy(running, *made)
+        for each in made:
+            ask(running, "evict", name=each.name)
         reading, leave = threading.Event(), threading.Event()
         running.source.before_read = lambda digest: (reading.set(), leave.wait(60))
         with ThreadPoolExecutor(1) as threads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable
@@ -173,6 +174,23 @@ def test_a_mask_is_believed_when_padding_changes_nothing(masked: bool, tmp_path:
         (verdict,) = judge(made.bundle, graph.staged("m"), blobs, tmp_path)
         assert verdict.reason == ""
         assert verdict.padded == ("tokens" if masked else "")
+
+
+def test_stages_of_one_structure_have_one_form_whatever_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
+    answers = itertools.cycle((True, False))
+    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: next(answers))
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(32, 32), nn.ReLU())]
+    forms = []
+    for head in (3, 5):
+        blobs = Blobs()
+        bundle, staged = deployed(Source(nn.Sequential(*layers, nn.Linear(32, head)).eval(), (torch.randn(2, 32),)), blobs)
+        (verdict,) = judge(bundle, staged, blobs, tmp_path)
+        forms.append([lowered is not None for lowered in verdict.forms])
+    assert len(forms[0]) >= 6
+    assert len(set(forms[0][:6])) == 1
+    assert forms[0][:6] == forms[1][:6]
 
 
 def test_a_model_of_fixed_size_is_not_tried(tmp_path: Path) -> None:
