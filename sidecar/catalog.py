@@ -251,12 +251,15 @@ class Catalog:
             return freed
         deployed = self.retired.pop(plan, None) or _deployed(bundle, plan, self.graph.staged(name))
         deployed.bundle, deployed.signature = bundle, _signature(bundle)
-        self.residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in deployed.weights.items()})
-        self.deployed[name] = deployed
+        self._serve(deployed, was_pinned)
+        return freed
+
+    def _serve(self, deployed: Deployed, was_pinned: bool) -> None:
+        self.residency.add_plan(deployed.plan, {digest: weight.size_bytes for digest, weight in deployed.weights.items()})
+        self.deployed[deployed.name] = deployed
         if was_pinned and not self.pin_if_possible(deployed):
             # After a restart, too: its pin could come before those of others, and keep them out.
-            self.pins.discard(name)
-        return freed
+            self.pins.discard(deployed.name)
 
     def is_deployed(self, deployed: Deployed) -> bool:
         """Say whether this is the version, and the form, that requests are served by."""
@@ -274,11 +277,9 @@ class Catalog:
         formed = self.retired.pop(plan, None) or _deployed(deployed.bundle, plan, deployed.staged, verdict)
         formed.request_count, formed.last_used_s = deployed.request_count, deployed.last_used_s
         was_pinned = self.residency.is_pinned(deployed.plan)
-        self.residency.add_plan(plan, {digest: weight.size_bytes for digest, weight in formed.weights.items()})
-        self.deployed[deployed.name] = formed
+        del self.deployed[deployed.name]
         freed = self._retire(deployed)
-        if was_pinned and not self.pin_if_possible(formed):
-            self.pins.discard(deployed.name)
+        self._serve(formed, was_pinned)
         self.publish()
         return freed
 

@@ -10,6 +10,7 @@ in the wavefront, which is run stage by stage; answered; leases returned.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import queue
@@ -329,13 +330,12 @@ class Engine:
         if work.inputs is None:
             self._conclude(work, parts, lambda: work.session.document(work.request_id, self._commands.describe(parts[0])))
         elif work.deadline <= self._clock():
-            self._conclude(work, parts, lambda: self._fail(work, self._late(work, "waiting for its model to be loaded")))
+            self._refuse(work, parts, self._late(work, "waiting for its model to be loaded"))
         else:
             try:
                 self._wavefront.add(self._call(work, parts, parked.joint, work.inputs).tickets)
             except Exception as error:  # noqa: BLE001 - _incident logs it
-                told = _incident(f"{work.model} (call {work.call_id})", error)
-                self._conclude(work, parts, lambda: self._fail(work, told))
+                self._refuse(work, parts, _incident(f"{work.model} (call {work.call_id})", error))
 
     def _call(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None, inputs: Sequence[Any]) -> _Call:
         names = parts[0].staged.inputs if joint is None else joint.interface.values
@@ -418,7 +418,7 @@ class Engine:
             call = ticket.call
             call.results[ticket] = results
             if len(call.results) == len(call.tickets):
-                self._conclude(call.work, call.parts, lambda call=call: self._answer(call))  # type: ignore[misc]
+                self._conclude(call.work, call.parts, functools.partial(self._answer, call))
                 # Call and tickets know each other; results would stay until the collector comes round.
                 call.results.clear()
                 call.tickets.clear()
@@ -431,7 +431,7 @@ class Engine:
             self._wavefront.drop(lambda ticket, call=call: ticket.call is call)  # type: ignore[misc]
             work = call.work
             told = error if isinstance(error, TrunklineError) else _incident(f"{work.model} (call {work.call_id})", error)
-            self._conclude(work, call.parts, lambda work=work, told=told: self._fail(work, told))  # type: ignore[misc]
+            self._refuse(work, call.parts, told)
 
     def _answer(self, call: _Call) -> None:
         outputs = [output for ticket in call.tickets for output in call.results[ticket]]
@@ -457,9 +457,12 @@ class Engine:
             for deployed in parts:
                 self._release(deployed)
 
+    def _refuse(self, work: Work, parts: tuple[Deployed, ...], error: TrunklineError) -> None:
+        self._conclude(work, parts, functools.partial(self._fail, work, error))
+
     def _load_failed(self, deployed: Deployed, concerned: Sequence[Parked], error: TrunklineError) -> None:
         for parked in concerned:
-            self._conclude(parked.work, parked.parts, lambda work=parked.work: self._fail(work, error))  # type: ignore[misc]
+            self._refuse(parked.work, parked.parts, error)
         self._release(deployed)
         # What did arrive goes too, so that the next request starts the load afresh.
         if not self._residency.lease_count(deployed.plan) and deployed in self._catalog.all():

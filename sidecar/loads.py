@@ -106,9 +106,10 @@ class Loads:
         self._residency.lease(deployed.plan)
         self._loads[deployed.plan] = _Load(deployed, waiting)
         # Those on their way for another model are waited for; those that failed on it are tried again.
+        recipes = deployed.recipes
         for digest in waiting - self._in_flight:
             self._in_flight.add(digest)
-            self._mover.fetch(deployed.weights[digest], deployed.recipes.get(digest), self._arrived)
+            self._mover.fetch(deployed.weights[digest], recipes.get(digest), self._arrived)
 
     def _arrived(self, weight: Weight, outcome: object) -> None:
         error = outcome if isinstance(outcome, TrunklineError) else None

@@ -265,30 +265,28 @@ def test_a_failure_is_one_row_s() -> None:
     assert answers.keys() == {0, 2}
 
 
-def test_where_there_is_no_room_even_to_part_a_batch_all_of_it_fails() -> None:
-    class Torn(Arrays):
-        def part(self, tensor: Any, axis: int, start: int, length: int) -> Any:
-            raise DeviceFault("no room")
+class Torn(Arrays):
+    def part(self, tensor: Any, axis: int, start: int, length: int) -> Any:
+        raise DeviceFault("no room")
 
+
+def batch_that_cannot_be_parted() -> tuple[Wavefront[object], Group[object]]:
     wavefront = front(Torn())
     for number in range(3):
         wavefront.add([ticket(number, model(2, 3), rows(number))])
     group = wavefront.choose()
     assert group is not None
+    return wavefront, group
+
+
+def test_where_there_is_no_room_even_to_part_a_batch_all_of_it_fails() -> None:
+    wavefront, group = batch_that_cannot_be_parted()
     assert sorted(each.call for each in wavefront.fail(group)) == [0, 1, 2]
     assert len(wavefront) == 0
 
 
 def test_a_group_of_which_nothing_can_be_chosen_is_abandoned() -> None:
-    class Torn(Arrays):
-        def part(self, tensor: Any, axis: int, start: int, length: int) -> Any:
-            raise DeviceFault("no room")
-
-    wavefront = front(Torn())
-    for number in range(3):
-        wavefront.add([ticket(number, model(2, 3), rows(number))])
-    group = wavefront.choose()
-    assert group is not None
+    wavefront, group = batch_that_cannot_be_parted()
     wavefront.advance(group, run(group.step, group.takes()))  # type: ignore[arg-type]
     wavefront.drop(lambda each: each.call == 1)
     with pytest.raises(DeviceFault):
