@@ -17,9 +17,9 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from trunkline.errors import (
     DeadlineExceeded,
@@ -43,6 +43,7 @@ from sidecar.pins import Pins
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Residency
 from sidecar.scheduler import Queue
+from sidecar.threadcounts import ThreadCounts
 from sidecar.trials import Trials, Verdict
 from sidecar.verdicts import Verdicts
 from sidecar.wavefront import Group, Ticket, Wavefront
@@ -58,6 +59,8 @@ _IDLE_S: Final = 1.0
 _MOST_TAKEN: Final = 8
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
+
+_Outputs = TypeVar("_Outputs")
 
 
 @dataclass(slots=True)
@@ -122,6 +125,7 @@ class Engine:
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
         self._queue: Queue[Work] = Queue(queue_limit)
         self._costs = BatchCosts()
+        self._threads = ThreadCounts(device.thread_counts)
         self._wavefront: Wavefront[_Call] = Wavefront(device, self._costs, batch_limit)
         # Without a place for verdicts nothing is tried, and so nothing batched.
         self._trials = None if verdicts is None else Trials(device, source, verdicts, self._post, packing=packing)
@@ -382,13 +386,23 @@ class Engine:
                 self._stage_failed(each, error)
 
     def _run_alone(self, group: Group[_Call], step: Step) -> Sequence[Any]:
-        started_s = self._clock()
-        outputs = self._device.run(step.program, self._loads.bind(step), group.takes())
-        seconds = self._clock() - started_s
+        weights, inputs = self._loads.bind(step), group.takes()
+        place = (id(step.program), group.extent, group.first.scale)
+        outputs, seconds = self._timed(place, lambda: self._device.run(step.program, weights, inputs))
         self._costs.record(group.cost_key(step), group.extent, seconds)
         if step.stacked is not None:
             self._costs.record(_structure(group, step), 1, seconds)
         return outputs
+
+    def _timed(self, place: Hashable, run: Callable[[], _Outputs]) -> tuple[_Outputs, float]:
+        """Run something on the number of threads that suits it; return what it gives, and the seconds it took."""
+        threads = self._threads.choose(place)
+        self._device.use_threads(threads)
+        started_s = self._clock()
+        outputs = run()
+        seconds = self._clock() - started_s
+        self._threads.record(place, threads, seconds)
+        return outputs, seconds
 
     def _run_stacked(self, group: Group[_Call], step: Step) -> list[tuple[Group[_Call], Sequence[Any]]] | None:
         """Run a stage of several models on one input as one; None when there is nothing to stack, or it does not pay."""
@@ -400,15 +414,17 @@ class Engine:
         if len(groups) == 1 or not self._costs.is_known(structure, 1) or not self._costs.pays([structure], 1, len(groups)):
             return None
         steps: list[Any] = [each.step for each in groups]
-        started_s = self._clock()
         try:
-            given = self._device.run_stacked(step.stacked, self._loads.stack(steps), group.takes(), len(groups))
+            weights, inputs = self._loads.stack(steps), group.takes()
+            given, seconds = self._timed(
+                (*structure, len(groups)), lambda: self._device.run_stacked(step.stacked, weights, inputs, len(groups))
+            )
         except DeviceFault as error:
             log.warning("stages of one structure are run one by one: %s", error.message)
             for each in steps:
                 each.stacked = None
             return None
-        self._costs.record(structure, len(groups), self._clock() - started_s)
+        self._costs.record(structure, len(groups), seconds)
         self._counts.stacked += len(groups) - 1
         return list(zip(groups, given, strict=True))
 

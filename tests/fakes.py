@@ -94,6 +94,7 @@ class FakeDevice:
 
     name = "fake"
     can_pack = False
+    thread_counts = (1,)
 
     def __init__(self) -> None:
         self.allocated_bytes = 0
@@ -113,6 +114,9 @@ class FakeDevice:
 
     def as_weight(self, held: Any, weight: Weight) -> object:
         return held
+
+    def use_threads(self, count: int) -> None:
+        assert count in self.thread_counts
 
     def prepare(self, graph: Graph) -> Any:
         self.prepare_count += 1

@@ -25,6 +25,7 @@ LAYERS = {
         "together",
         "stages",
         "costs",
+        "threadcounts",
         "blocks",
         "graphfile",
         "lowering",
