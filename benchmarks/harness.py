@@ -103,7 +103,10 @@ class Bench:
 
     # --- processes ---------------------------------------------------------------------------------------------------
 
-    def start(self, command: list[str], folder: Path = ROOT, clean: bool = False, **environment: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, command: list[str], folder: Path = ROOT, clean: bool = False, talks: bool = False, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a process that ends with this one; one that ``talks`` does so over pipes."""
         inherited = {"PATH": os.environ["PATH"]} if clean else dict(os.environ)
         if not clean:
             inherited["PYTHONPATH"] = f"{ROOT}:{TEMPLATE}"
@@ -112,7 +115,8 @@ class Bench:
             command,
             cwd=folder,
             env=inherited | environment,
-            stdout=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if talks else None,
+            stdout=subprocess.PIPE if talks else subprocess.DEVNULL,
             stderr=(self.folder / "stderr.log").open("ab"),
             preexec_fn=lambda: die_with_parent(parent),
         )

@@ -7,22 +7,18 @@ graph (FusedInf); A, functions with private models; ONNX Runtime. Variants take 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.comparators.wrapped import wrapped
 from benchmarks.eight_functions import eight_functions
-from benchmarks.harness import Sidecar
 from benchmarks.memory import pss_bytes
-from benchmarks.models import perceptron, resnet
+from benchmarks.models import perceptron
 from benchmarks.programs import compiled, over_onnxruntime, switching, variants_per_compile
 from benchmarks.report import Report, arguments
-from benchmarks.sharing_bench import Sharing, geometric_mean
+from benchmarks.sharing_bench import Sharing
 from benchmarks.siblings import Family
-from benchmarks.variants import AT_ONCE, Call, asking
+from benchmarks.unrelated import fused, processes
+from benchmarks.variants import AT_ONCE, asking
 
 
 def unshared_overhead(bench: Sharing) -> None:
@@ -108,63 +104,6 @@ def siblings(bench: Sharing) -> None:
     bench.report.raw["siblings"] = sweep
 
 
-def fused(bench: Sharing) -> None:
-    """K unrelated models asked in one call, against each by itself and against one traced graph of all."""
-    models = {"unrelated0": bench.images.tuned(len(bench.images.base.units), bench.seed + 50)}
-    bench.push(bench.images, models, [bench.on])
-    for number, width in enumerate(bench.scale.unrelated_widths, 1):
-        family = Family(resnet(width, 1), bench.images.example, bench.seed + 50 + number)
-        models[f"unrelated{number}"] = family.base
-        bench.push(family, {f"unrelated{number}": family.base}, [bench.on])
-    array = bench.random(bench.images)
-    ratios: dict[str, dict[str, float]] = {"time": {}, "wrapped_time": {}, "bytes": {}}
-    for k in range(2, len(models) + 1):
-        names, chosen = list(models)[:k], [model.to(bench.device) for model in list(models.values())[:k]]
-        joint = bench.on.models(*names)
-        medians = bench.timed(
-            f"fused_k{k}",
-            {
-                "joint": asking(joint, array),
-                "separate_eager": bench.one_by_one(chosen, [array] * k),
-                "separate_sidecar": _in_turn(bench.on, names, array),
-                "wrapped": _run_of_wrapped(bench, chosen, array, frozen=False),
-                "wrapped_frozen": _run_of_wrapped(bench, chosen, array, frozen=True),
-            },
-            models=k,
-        )
-        ratios["time"][f"k{k}"] = medians["joint"] / medians["separate_eager"]
-        ratios["wrapped_time"][f"k{k}"] = medians["joint"] / medians["wrapped"]
-        bench.evict_all()
-        joint(array)
-        ratios["bytes"][f"k{k}"] = bench.on.admin.get("memory")["resident_bytes"] / sum(map(_bytes, chosen))
-    bench.report.raw["fused"] = ratios
-    bench.report.figures["fused_time_ratio"] = geometric_mean(ratios["time"].values())
-    bench.report.figures["fused_bytes_ratio"] = geometric_mean(ratios["bytes"].values())
-    bench.report.figures["wrapped_time_ratio"] = geometric_mean(ratios["wrapped_time"].values())
-
-
-def _run_of_wrapped(bench: Sharing, models: Sequence[nn.Module], array: np.ndarray, frozen: bool) -> Call:
-    """Return one run of comparator C on one input."""
-    graph = wrapped(models, torch.from_numpy(array).to(bench.device), frozen)
-
-    def run() -> list[np.ndarray]:
-        with torch.inference_mode():
-            return [output.cpu().numpy() for output in graph(torch.from_numpy(array).to(bench.device))]
-
-    return run
-
-
-def _in_turn(sidecar: Sidecar, names: Sequence[str], array: np.ndarray) -> Call:
-    """Return models asked one after another, each by itself."""
-    calls = [asking(sidecar.model(name), array) for name in names]
-    return lambda: [call() for call in calls]
-
-
-def _bytes(model: nn.Module) -> int:
-    """Return the bytes of the weights a model computes with."""
-    return sum(tensor.nbytes for tensor in model.state_dict().values() if tensor.is_floating_point())
-
-
 def measure(bench: Sharing) -> None:
     bench.wait()
     bench.report.raw["threads"] = bench.threads
@@ -186,6 +125,7 @@ def measure(bench: Sharing) -> None:
     switching(bench)
     over_onnxruntime(bench)
     fused(bench)
+    processes(bench)
     if bench.report.quick:
         figures = ("eight_functions_speedup", "eight_functions_same_input_speedup", "eight_functions_p99_ratio")
         bench.report.lack("left out of --quick: 25 processes", *figures)
