@@ -4,8 +4,8 @@ Everybody else posts a command to its inbox and is told the outcome through the 
 here waits for a disk: a mover thread reads weights and posts them to the same inbox. Devices and the store
 come in as arguments; this module imports neither torch nor the store.
 
-Life of a request: queued; leased (the weights of its models may no longer be evicted); parked while missing weights are read;
-in the wavefront, which is run stage by stage; answered; leases returned.
+Life of a request: queued; leased (the weights of its models may no longer be evicted); parked while those of its first stage are
+read; in the wavefront, which is run stage by stage as weights arrive; answered; leases returned.
 """
 
 from __future__ import annotations
@@ -134,6 +134,8 @@ class Engine:
         self._untrimmed = False
         # Commands and requests taken from the inbox since a stage was last run.
         self._taken = 0
+        # Set while everything in the wavefront waits for weights; whatever is posted may end that.
+        self._stalled = False
         self._draining = False
         self._drained: Callable[[], None] | None = None
         self._finished = False
@@ -229,7 +231,7 @@ class Engine:
 
     def _step(self) -> None:
         # Work goes on while there is some, but what has been posted meanwhile comes first.
-        busy = bool(self._wavefront) or (len(self._queue) > 0 and not self._blocked)
+        busy = (bool(self._wavefront) and not self._stalled) or (len(self._queue) > 0 and not self._blocked)
         window_s = self._window_left_s() if busy else 0.0
         try:
             if busy:
@@ -360,11 +362,12 @@ class Engine:
 
     def _run_stage(self) -> None:
         try:
-            group = self._wavefront.choose()
+            group = self._wavefront.choose(self._loads.is_ready)  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
             # It would be chosen again, for ever.
             self._calls_failed(self._wavefront.abandon(), error)
             return
+        self._stalled = group is None
         if group is None:
             return
         step = group.step
@@ -479,6 +482,8 @@ class Engine:
     def _load_failed(self, deployed: Deployed, concerned: Sequence[Parked], error: TrunklineError) -> None:
         for parked in concerned:
             self._refuse(parked.work, parked.parts, error)
+        # None of those under way has come to the stage whose weights are missing.
+        self._calls_failed([ticket for ticket in self._wavefront.tickets() if deployed in ticket.call.parts], error)
         self._release(deployed)
         # What did arrive goes too, so that the next request starts the load afresh.
         if not self._residency.lease_count(deployed.plan) and deployed in self._catalog.all():

@@ -1,4 +1,8 @@
-"""Loads: weights on their way into memory, and the requests that wait for them. Owned by the engine thread."""
+"""Loads: weights on their way into memory, and the requests that wait for them. Owned by the engine thread.
+
+Weights are read in the order of the stages that need them. A request is let go on its way when those of its first stage are
+there; the others arrive while it is computed.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ class _Stacked:
 
 @dataclass(slots=True, eq=False)
 class Parked:
-    """A request that waits for the weights of some of its ``parts``."""
+    """A request that waits for weights of its ``parts``: those of their first stages, or all when it is for a load."""
 
     work: Work
     parts: tuple[Deployed, ...]
@@ -49,8 +53,8 @@ class Parked:
 class Loads:
     """Handles of the weights in memory, and the loads under way.
 
-    ``ready`` is called with a request whose weights are all there; ``failed`` with a model whose load failed, the requests
-    that waited for it, and the error.
+    ``ready`` is called with a request that need not wait any more; ``failed`` with a model whose load failed, the requests that
+    waited for it, and the error; ``done`` with one whose weights are all there.
     """
 
     def __init__(
@@ -81,15 +85,20 @@ class Loads:
         return deployed.plan in self._loads
 
     def want(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None) -> None:
-        """Have the weights of leased models loaded; the request is ready, at once or later.
+        """Have the weights of leased models loaded; the request is ready, at once or later. Until it is, it is ``parked``.
 
         ``joint`` is what several models were when they were leased: one of them may be gone before the others are loaded.
         """
+        waiting: set[str] = set()
         for deployed in parts:
             if deployed.plan not in self._loads:
                 self._start(deployed)
-        parked = Parked(work, parts, joint, {deployed.plan for deployed in parts if deployed.plan in self._loads})
-        if parked.waiting:
+            if (load := self._loads.get(deployed.plan)) is None:
+                continue
+            first = {weight.digest for weight in deployed.steps[0].graph.weights}
+            waiting |= load.waiting if work.inputs is None else load.waiting & first
+        parked = Parked(work, parts, joint, waiting)
+        if waiting:
             self.parked.append(parked)
         else:
             self._ready(parked)
@@ -97,19 +106,21 @@ class Loads:
     def _start(self, deployed: Deployed) -> None:
         if deployed.loaded:
             return
-        waiting = {digest for digest in deployed.weights if not self._residency.is_resident(digest)}
-        if not waiting:
+        # In the order of the stages.
+        missing = [digest for digest in deployed.weights if not self._residency.is_resident(digest)]
+        if not missing:
             deployed.loaded = True
             return
         # The load itself holds a lease: bytes that are being read must not be taken for evictable. Some of them may
         # be on their way already, for another model.
         self._residency.lease(deployed.plan)
-        self._loads[deployed.plan] = _Load(deployed, waiting)
+        self._loads[deployed.plan] = _Load(deployed, set(missing))
         # Those on their way for another model are waited for; those that failed on it are tried again.
         recipes = deployed.recipes
-        for digest in waiting - self._in_flight:
-            self._in_flight.add(digest)
-            self._mover.fetch(deployed.weights[digest], recipes.get(digest), self._arrived)
+        for digest in missing:
+            if digest not in self._in_flight:
+                self._in_flight.add(digest)
+                self._mover.fetch(deployed.weights[digest], recipes.get(digest), self._arrived)
 
     def _arrived(self, weight: Weight, outcome: object) -> None:
         error = outcome if isinstance(outcome, TrunklineError) else None
@@ -126,22 +137,31 @@ class Loads:
                 load.error = load.error or error
                 if not load.waiting:
                     self._finish(load)
+        if error is None:
+            self._wake(weight.digest)
 
     def _finish(self, load: _Load) -> None:
         deployed = load.deployed
         del self._loads[deployed.plan]
-        concerned = [parked for parked in self.parked if deployed.plan in parked.waiting]
         if load.error is not None:
+            # Weights of another of their models may have kept them here.
+            concerned = [parked for parked in self.parked if deployed in parked.parts]
             self.parked = [parked for parked in self.parked if parked not in concerned]
             self._failed(deployed, concerned, load.error)
             return
         deployed.loaded = True
-        for parked in concerned:
-            parked.waiting.discard(deployed.plan)
+        self._done(deployed)
+
+    def _wake(self, digest: str) -> None:
+        for parked in [parked for parked in self.parked if digest in parked.waiting]:
+            parked.waiting.discard(digest)
             if not parked.waiting:
                 self.parked.remove(parked)
                 self._ready(parked)
-        self._done(deployed)
+
+    def is_ready(self, step: Step) -> bool:
+        """Say whether all weights of a step are in memory."""
+        return step.bound is not None or all(weight.digest in self._handles for weight in step.graph.weights)
 
     def bind(self, step: Step) -> list[object]:
         """Return the handles of a step's weights, which are in memory."""

@@ -232,12 +232,14 @@ class Wavefront(Generic[C]):
     def _same(self, inputs: Mapping[Key, Any], others: Mapping[Key, Any]) -> bool:
         return inputs.keys() == others.keys() and all(self._arrays.same(value, others[key]) for key, value in inputs.items())
 
-    def choose(self) -> Group[C] | None:
-        """Return the group to run next; None when nothing is under way."""
+    def choose(self, is_ready: Callable[[Step], bool] = lambda step: True) -> Group[C] | None:
+        """Return the group to run next, of those whose stage ``is_ready``; None when there is none."""
         self._groups = [group for group in map(self._alive, self._groups) if group is not None]
-        if not self._groups:
+        ready = [group for group in self._groups if is_ready(group.step)]
+        if not ready:
             return None
-        chosen = min(self._groups, key=lambda group: group.order)
+        chosen = min(ready, key=lambda group: group.order)
+        # Those behind are ready: they stand before stages that this one has run through.
         if (behind := self._behind(chosen)) is not None:
             chosen = behind
         if len(self._groups) == 1 or self._most_rows == 1:

@@ -33,11 +33,15 @@ COUNTS = ("stages", "stage_rows", "stage_requests", "stacked")
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, device: TorchDevice | None = None, **settings: Any
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: TorchDevice | None = None,
+    source: FakeSource | None = None,
+    **settings: Any,
 ) -> Iterator[Running]:
     made = running_server(
         folder,
-        FakeSource(),
+        source or FakeSource(),
         device=device or open_device("cpu"),
         budget_bytes=1 << 26,
         verdicts=Verdicts(folder / "verdicts", "test"),
