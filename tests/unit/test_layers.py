@@ -26,6 +26,7 @@ LAYERS = {
         "stages",
         "costs",
         "threadcounts",
+        "timeline",
         "blocks",
         "graphfile",
         "lowering",
