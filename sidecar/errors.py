@@ -1,4 +1,4 @@
-"""Errors of the sidecar's own work: configuration, store, bundles, conversion.
+"""Errors of the sidecar's own work: configuration, store, memory, bundles, conversion.
 
 They share the base class, and so the JSON shape, of the errors that cross the wire, but functions never meet them:
 they reach publishers and operators through the command line and the admin endpoint.
@@ -40,6 +40,13 @@ class StoreFull(StoreError):
     """The disk is full; nothing that was stored before is harmed."""
 
     code = "store_full"
+    http_status = 507
+
+
+class NoRoom(TrunklineError):
+    """Bytes do not fit into the memory that weights are kept in; the numbers tell why."""
+
+    code = "no_room"
     http_status = 507
 
 

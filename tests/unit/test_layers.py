@@ -17,6 +17,8 @@ WIRE_MAY_IMPORT = {"msgpack", "numpy", "posix_ipc", "trunkline"}
 LAYERS = {
     1: {
         "errors",
+        "extents",
+        "segment",
         "config",
         "bundle",
         "operators",
@@ -37,7 +39,7 @@ LAYERS = {
         "machine",
         "probe",
     },
-    2: {"store", "graph", "residency", "scheduler", "verdicts", "wavefront"},
+    2: {"store", "hosttier", "graph", "residency", "scheduler", "verdicts", "wavefront"},
     3: {
         "calls",
         "devices",

@@ -53,7 +53,8 @@ class ServerArena:
         self._memory: mmap.mmap | None = None
         self._view: memoryview | None = None
         try:
-            self.fd = _sealable_memory(reply=reply) if transport == SEALED else _unlinked_memory()
+            name = "trunkline-reply" if reply else "trunkline-request"
+            self.fd = sealable_memory(name) if transport == SEALED else _unlinked_memory()
         except (OSError, posix_ipc.Error) as error:
             raise ArenaFull(f"the node refuses shared memory ({error})", asked_bytes=size_bytes) from error
         try:
@@ -158,8 +159,8 @@ def choose_transport() -> str:
     return SEALED
 
 
-def _sealable_memory(*, reply: bool) -> int:
-    name = "trunkline-reply" if reply else "trunkline-request"
+def sealable_memory(name: str) -> int:
+    """Return the descriptor of new shared memory without bytes or a path; ``name`` shows in /proc. Raises OSError."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         return os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
