@@ -6,7 +6,9 @@ they reach publishers and operators through the command line and the admin endpo
 
 from __future__ import annotations
 
-from trunkline.errors import TrunklineError
+from collections.abc import Iterable
+
+from trunkline.errors import Detail, TrunklineError
 
 
 class ConfigError(TrunklineError):
@@ -34,6 +36,16 @@ class BlobCorrupt(StoreError):
 
     code = "blob_corrupt"
     http_status = 422
+
+
+class EntriesUnusable(StoreError):
+    """Weights kept on disk in the form they are needed in cannot be read; they can be made anew from the store."""
+
+    code = "entries_unusable"
+
+    def __init__(self, message: str, keys: Iterable[str] = (), **details: Detail) -> None:
+        super().__init__(message, **details)
+        self.keys = tuple(keys)
 
 
 class StoreFull(StoreError):

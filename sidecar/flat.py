@@ -1,0 +1,216 @@
+"""Packed weights as flat bytes, and back without a copy: what lies on disk is what the operators read.
+
+A packed weight becomes *payload* and *meta*. The payload is its weight and its bias, each on a boundary of 64 bytes; the meta
+says how to read them. Of a weight in blocks that includes oneDNN's own description of its layout, which oneDNN believes
+without a check: a wrong one reads and writes anywhere. So a meta is for the very torch and processor it was made with, which it
+names, and must come from a file that this node wrote and whose checksum was compared, never from a bundle.
+
+torch has no Python function for this. Its C interface for compiled models does, which is called through ctypes; where it
+is missing, or does not give back what it was given, packed weights stay in memory only. CPU only; callable from any thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, Final
+
+import msgpack
+import torch
+
+from sidecar.packed import Packed, available
+
+SCHEME: Final = 1
+# Where weight and bias begin: a line of the processor's cache, as in memory that torch allocates.
+_ALIGN_BYTES: Final = 64
+_FLOAT_BYTES: Final = 4
+_CONV2D: Final = "conv2d"
+_BLOCKED: Final = "blocked linear"
+_TRANSPOSED: Final = "transposed linear"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Flat:
+    """A packed weight to be written: ``meta``, and a payload of ``size_bytes`` that ``copy_to`` puts where it is wanted."""
+
+    meta: bytes
+    size_bytes: int
+    _packed: Packed
+
+    def copy_to(self, target: memoryview) -> None:
+        """Write the payload into ``target``, writable, of exactly ``size_bytes`` bytes."""
+        assert target.nbytes == self.size_bytes, f"the payload has {self.size_bytes} bytes, its place {target.nbytes}"
+        weight, bias = self._packed.rest[:2]
+        weight_bytes = _weight_bytes(weight)
+        target[:weight_bytes] = _bytes_of(weight, weight_bytes)
+        target[weight_bytes : _padded(weight_bytes)] = bytes(_padded(weight_bytes) - weight_bytes)
+        if bias is not None:
+            target[_padded(weight_bytes) :] = _bytes_of(bias, bias.nbytes)
+
+
+@functools.cache
+def facts() -> tuple[str, ...]:
+    """Return what the layout of packed weights depends on: the versions of torch and oneDNN, and the processor's abilities."""
+    parts = torch.__config__.show().splitlines()
+    found = next((line.strip(" -") for line in parts if "MKL-DNN" in line or "oneDNN" in line), "no oneDNN")
+    return (torch.__version__, found, torch.backends.cpu.get_cpu_capability())
+
+
+@functools.cache
+def can_flatten() -> bool:
+    """Return whether this torch can do what this module needs, which is tried with one small convolution."""
+    if not available():
+        return False
+    try:
+        _library()
+        weight = torch.arange(144, dtype=torch.float32).reshape(4, 4, 3, 3)
+        steps = ([1, 1], [1, 1], [1, 1], 1)
+        blocked = torch.ops.mkldnn._reorder_convolution_weight(weight, *steps)
+        made = flatten(Packed((4, 4, 3, 3), (blocked, None, *steps), torch.ops.mkldnn._nbytes(blocked)))
+        payload = memoryview(bytearray(made.size_bytes))
+        made.copy_to(payload)
+        return torch.equal(unflatten(made.meta, payload).rest[0].to_dense(), weight)
+    except (OSError, AttributeError, RuntimeError, ValueError):
+        return False
+
+
+def flatten(packed: Packed) -> Flat:
+    """Return the flat form of a packed weight. It refers to the weight; nothing is copied yet."""
+    weight, bias, *steps = packed.rest
+    weight_bytes = _weight_bytes(weight)
+    size_bytes = weight_bytes if bias is None else _padded(weight_bytes) + bias.nbytes
+    blocked = weight.is_mkldnn
+    kind = _CONV2D if steps else _BLOCKED if blocked else _TRANSPOSED
+    layout = torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes() if blocked else b""
+    bias_count = None if bias is None else bias.numel()
+    fields = [SCHEME, _fingerprint(), kind, list(packed.shape), layout, weight_bytes, bias_count, steps, packed.size_bytes]
+    return Flat(msgpack.packb(fields, use_bin_type=True), size_bytes, packed)
+
+
+def unflatten(meta: bytes, payload: memoryview) -> Packed:
+    """Return the packed weight whose bytes ``payload`` are, without a copy; the payload, writable, is held as long as needed.
+
+    The payload begins on a boundary of 64 bytes. Raises ValueError when the meta is for another torch or processor, or does
+    not fit the payload. What it says beyond that is believed.
+    """
+    fields = msgpack.unpackb(meta, use_list=True, strict_map_key=True)
+    if not isinstance(fields, list) or fields[:2] != [SCHEME, _fingerprint()]:
+        raise ValueError("the packed weight was laid out by another torch or for another processor; make it anew")
+    kind, shape, layout, weight_bytes, bias_count, steps, size_bytes = fields[2:]
+    wanted_bytes = weight_bytes if bias_count is None else _padded(weight_bytes) + bias_count * _FLOAT_BYTES
+    if payload.nbytes != wanted_bytes:
+        raise ValueError(f"the packed weight has {wanted_bytes} bytes, {payload.nbytes} were read; make it anew")
+    with torch.inference_mode():
+        held = torch.frombuffer(payload, dtype=torch.uint8)
+        bias = None if bias_count is None else held[_padded(weight_bytes) :].view(torch.float32)
+        if kind == _TRANSPOSED:
+            rows, columns = shape
+            weight = held[:weight_bytes].view(torch.float32).view(columns, rows).t()
+        else:
+            weight = _blocked_over(held, shape, layout)
+            if torch.ops.mkldnn._nbytes(weight) != weight_bytes:
+                raise ValueError(f"a layout of {torch.ops.mkldnn._nbytes(weight)} bytes is given as one of {weight_bytes}")
+    return Packed(tuple(shape), (weight, bias, *steps), size_bytes)
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+def _weight_bytes(weight: torch.Tensor) -> int:
+    return int(torch.ops.mkldnn._nbytes(weight)) if weight.is_mkldnn else weight.nbytes
+
+
+@functools.cache
+def _fingerprint() -> bytes:
+    return hashlib.sha256("\n".join(facts()).encode()).digest()[:8]
+
+
+# --- torch's C interface ----------------------------------------------------------------------------------------------
+
+_Sizes = ctypes.POINTER(ctypes.c_int64)
+_Handle = ctypes.POINTER(ctypes.c_void_p)
+
+
+@functools.cache
+def _library() -> Any:
+    """Return torch's library with the types of what is called. Raises OSError, AttributeError where it has no such thing."""
+    library: Any = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    library.aoti_torch_get_data_ptr.argtypes = [ctypes.c_void_p, _Handle]
+    library.aoti_torch_delete_tensor_object.argtypes = [ctypes.c_void_p]
+    library.aoti_torch_create_tensor_from_blob_v2.argtypes = [
+        ctypes.c_void_p,  # the bytes
+        ctypes.c_int64,  # dimensions
+        _Sizes,
+        _Sizes,  # strides, which blocks do not have
+        ctypes.c_int64,  # where in the bytes it begins
+        ctypes.c_int32,  # dtype
+        ctypes.c_int32,  # kind of device
+        ctypes.c_int32,  # number of the device
+        _Handle,  # the result
+        ctypes.c_int32,  # layout
+        ctypes.c_void_p,  # oneDNN's description of it
+        ctypes.c_int64,  # and its length
+    ]
+    names = ("aoti_torch_dtype_float32", "aoti_torch_device_type_cpu", "aoti_torch_layout__mkldnn")
+    library.float32, library.cpu, library.mkldnn = (getattr(library, name)() for name in names)
+    return library
+
+
+def _capsules() -> Any:
+    import torch._C._aoti as capsules
+
+    return capsules
+
+
+def _blocked_over(held: torch.Tensor, shape: list[int], layout: bytes) -> torch.Tensor:
+    """Return a tensor in oneDNN's layout over the first bytes of ``held``, which it holds on to."""
+    library = _library()
+    sizes = (ctypes.c_int64 * len(shape))(*shape)
+    made = ctypes.c_void_p()
+    failed = library.aoti_torch_create_tensor_from_blob_v2(
+        held.data_ptr(),
+        len(shape),
+        sizes,
+        sizes,
+        0,
+        library.float32,
+        library.cpu,
+        0,
+        ctypes.byref(made),
+        library.mkldnn,
+        layout,
+        len(layout),
+    )
+    if failed:
+        raise RuntimeError(f"torch made no tensor of {shape} over {held.nbytes} bytes")
+    # The function for a single handle would leave it, and with it the weight, alive for ever.
+    (weight,) = _capsules().alloc_tensors_by_stealing_from_void_ptrs([_new_capsule(made.value, None, None)])
+    assert isinstance(weight, torch.Tensor)
+    # torch itself does not know that these bytes must stay. An attribute lives as long as the tensor, whoever else holds it.
+    weight._held = held  # type: ignore[attr-defined]
+    return weight
+
+
+def _bytes_of(tensor: torch.Tensor, size_bytes: int) -> memoryview:
+    """Return the bytes of a tensor of any layout as they lie in memory. Valid while the tensor lives."""
+    library = _library()
+    capsule = _capsules().unsafe_alloc_void_ptr_from_tensor(tensor)
+    handle, address = _capsule_pointer(capsule, _capsule_name(capsule)), ctypes.c_void_p()
+    failed = library.aoti_torch_get_data_ptr(handle, ctypes.byref(address))
+    library.aoti_torch_delete_tensor_object(handle)
+    if failed or not address.value:
+        raise RuntimeError(f"torch does not tell where a tensor of {size_bytes} bytes lies")
+    return memoryview((ctypes.c_ubyte * size_bytes).from_address(address.value)).cast("B")
+
+
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
+_capsule_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
