@@ -9,7 +9,8 @@ checksums: one of the header, one of each piece of 1 MiB of an entry, compared a
 temporary name, synced once and renamed. Readers may read what is being discarded: they see it whole, or learn that it is gone.
 
 What entries depend on beside their key, the *facts* (the device, the version of torch), is part of each file's name and
-header. Files of other facts are removed: a folder belongs to one device.
+header. Files of other facts are removed: a folder belongs to one device. Checksums tell accidents, not intent, and what a meta
+says may be believed without a check: so nobody else may write into the folder, and files of other users are removed, too.
 
 Callable from any thread: a lock is held while the index changes, not while anything is read or written. Must not import torch.
 """
@@ -23,6 +24,7 @@ import hashlib
 import logging
 import mmap
 import os
+import re
 import secrets
 import struct
 import threading
@@ -57,6 +59,7 @@ _PREFIX: Final = struct.Struct("<8s32sQIII")
 _ENTRY: Final = struct.Struct("<32sQI")
 _CHECKSUM: Final = struct.Struct("<I")
 _SUFFIX: Final = ".block"
+_KEY: Final = re.compile(r"[0-9a-f]{64}")
 
 _Result = TypeVar("_Result")
 
@@ -113,12 +116,16 @@ class BlockFiles:
         self._source = source
         self._lock = threading.Lock()
         self._index: dict[str, tuple[_File, _Place]] = {}
+        self._is_usable = True
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Refused unless the folder is this user's.
+            folder.chmod(0o700)
             self._sweep()
             self._open()
         except OSError as error:
-            log.warning("block files cannot be kept in %s (%s); weights are made anew", folder, _reason(error))
+            self._is_usable = False
+            log.warning("block files cannot be kept in %s (%s); weights are made anew each time", folder, _reason(error))
 
     def _sweep(self) -> None:
         """Remove the temporary files of writers that are no more: nobody has them locked."""
@@ -151,7 +158,10 @@ class BlockFiles:
         return f"{self._facts.hex()[:16]}-"
 
     def _read_header(self, descriptor: int) -> dict[str, _Place]:
-        file_bytes = os.fstat(descriptor).st_size
+        state = os.fstat(descriptor)
+        if state.st_uid != os.geteuid():
+            raise _Damaged(f"it was written by user {state.st_uid}")
+        file_bytes = state.st_size
         prefix = os.pread(descriptor, _PREFIX.size, 0)
         if len(prefix) < _PREFIX.size:
             raise _Damaged(f"{file_bytes} bytes are too few for a header")
@@ -198,7 +208,8 @@ class BlockFiles:
         When they cannot be written nothing is left behind, a warning is logged, and ``find`` does not find them.
         """
         fresh: dict[str, tuple[Entry, memoryview]] = {}
-        for entry, content in entries:
+        for entry, content in entries if self._is_usable else ():
+            assert _KEY.fullmatch(entry.key), f"{entry.key[:80]!r} is no key of 64 hexadecimal digits"
             assert len(content) == entry.size_bytes, f"{entry.key[:12]} has {entry.size_bytes} bytes, not {len(content)}"
             if entry.key not in self._index:
                 fresh.setdefault(entry.key, (entry, content))
