@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,10 +54,23 @@ class Flat:
 
 @functools.cache
 def facts() -> tuple[str, ...]:
-    """Return what the layout of packed weights depends on: the versions of torch and oneDNN, and the processor's abilities."""
-    parts = torch.__config__.show().splitlines()
-    found = next((line.strip(" -") for line in parts if "MKL-DNN" in line or "oneDNN" in line), "no oneDNN")
-    return (torch.__version__, found, torch.backends.cpu.get_cpu_capability())
+    """Return what the layout of packed weights depends on: the versions of torch and oneDNN, and the processor's abilities.
+
+    oneDNN counts these by itself, more finely than torch, and may be told to leave some out. So a digest of what it makes of
+    a few weights here is one of the facts. Where ``can_flatten`` is false this may raise what that catches.
+    """
+    lines = torch.__config__.show().splitlines()
+    version = next((line.strip(" -") for line in lines if "MKL-DNN" in line or "oneDNN" in line), "no version")
+    layouts = hashlib.sha256()
+    for shape, groups in (((64, 64, 3, 3), 1), ((64, 3, 7, 7), 1), ((64, 1, 3, 3), 64), ((64, 64), 0)):
+        plain = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+        if groups:
+            weight = torch.ops.mkldnn._reorder_convolution_weight(plain, [1, 1], [1, 1], [1, 1], groups)
+        else:
+            weight = torch.ops.mkldnn._reorder_linear_weight(plain)
+        # The bytes themselves: the description has some that were never written, and differ at every start.
+        layouts.update(_bytes_of(weight, _weight_bytes(weight)))
+    return (torch.__version__, version, torch.backends.cpu.get_cpu_capability(), layouts.hexdigest())
 
 
 @functools.cache

@@ -6,7 +6,11 @@ import ctypes
 import dataclasses
 import gc
 import hashlib
+import json
 import mmap
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -205,10 +209,35 @@ def test_a_layout_of_another_size_is_refused() -> None:
 
 
 def test_the_facts_name_torch_onednn_and_the_processor() -> None:
-    version, onednn, ability = flat.facts()
+    version, onednn, ability, layouts = flat.facts()
     assert version == torch.__version__
     assert "v3." in onednn
     assert ability == torch.backends.cpu.get_cpu_capability()
+    assert len(layouts) == 64
+
+
+def facts_elsewhere(**environment: str) -> list[str]:
+    """Return the facts of another process."""
+    code = "import json; from sidecar import flat; print(json.dumps([*flat.facts(), flat.can_flatten()]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment | {"PYTHONPATH": ":".join(sys.path)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    *facts, possible = json.loads(done.stdout)
+    assert possible
+    return facts
+
+
+def test_facts_outlast_a_process_and_tell_what_onednn_may_use() -> None:
+    here = [*flat.facts()]
+    assert facts_elsewhere() == here
+    if here[2] == "AVX512":
+        # torch says the same as before, oneDNN lays out differently.
+        other = facts_elsewhere(ONEDNN_MAX_CPU_ISA="SSE41")
+        assert other[:3] == here[:3]
+        assert other[3] != here[3]
 
 
 # --- a torch that cannot ----------------------------------------------------------------------------------------------
