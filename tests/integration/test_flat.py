@@ -13,6 +13,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -20,9 +21,14 @@ import pytest
 import torch
 
 from sidecar import flat, packed
+from sidecar.blockfiles import BlockFiles, Entry
+from sidecar.devices import open_device
+from sidecar.disk import BUFFERED, DIRECT, Source, padded_bytes
+from sidecar.export import convert
 from sidecar.ir import Enum, Node, Weight
-from sidecar.lowering import CONV2D, LINEAR, TURNED_LINEAR, Option, Recipe
+from sidecar.lowering import CONV2D, LINEAR, TURNED_LINEAR, Option, Recipe, lower
 from sidecar.packed import Packed
+from tests import zoo
 
 
 @pytest.fixture(autouse=True)
@@ -224,6 +230,7 @@ def facts_elsewhere(**environment: str) -> list[str]:
         env=os.environ | environment | {"PYTHONPATH": ":".join(sys.path)},
         stdout=subprocess.PIPE,
         check=True,
+        timeout=120,
     )
     *facts, possible = json.loads(done.stdout)
     assert possible
@@ -238,6 +245,48 @@ def test_facts_outlast_a_process_and_tell_what_onednn_may_use() -> None:
         other = facts_elsewhere(ONEDNN_MAX_CPU_ISA="SSE41")
         assert other[:3] == here[:3]
         assert other[3] != here[3]
+
+
+@pytest.mark.parametrize("source", [BUFFERED, DIRECT], ids=["buffered", "direct"])
+@pytest.mark.parametrize(
+    "build", [lambda: zoo.mobilenet(16, 64), lambda: zoo.vit(width=384, heads=4, depth=1)], ids=["conv", "vit"]
+)
+def test_a_model_read_from_a_block_file_answers_as_before(tmp_path: Path, build: Callable[[], Any], source: Source) -> None:
+    model = build()
+    made = convert(model.module, model.inputs, name="m", dynamic_axes=model.dynamic_axes)
+    blobs = {digest: bytes(content) for digest, content in made.blobs}
+    device = open_device("cpu")
+    lowered = lower(made.bundle.graph, device.packed_bytes)
+    program = device.prepare_lowered(lowered.graph)
+
+    def filler(digest: str) -> Callable[[memoryview], None]:
+        return lambda target: target.__setitem__(slice(None), blobs[digest])
+
+    handles: list[Any] = []
+    entries: list[tuple[Entry, memoryview]] = []
+    for weight in lowered.graph.weights:
+        recipe = lowered.recipes.get(weight.digest)
+        if recipe is None:
+            handles.append(device.new_weight(weight, filler(weight.digest)))
+        else:
+            handles.append(device.new_packed(recipe, [filler(each.digest) for each in recipe.sources]))
+            form = flat.flatten(handles[-1])
+            entries.append((Entry(weight.digest, form.size_bytes, form.meta), payload_of(form)))
+    assert entries
+    BlockFiles(tmp_path, *flat.facts()).write(entries)
+
+    files = BlockFiles(tmp_path, *flat.facts(), source=source)
+    targets = [memoryview(mmap.mmap(-1, padded_bytes(entry.size_bytes))) for entry, _ in entries]
+    files.read([entry.key for entry, _ in entries], targets)
+    read = {}
+    for (entry, _), target in zip(entries, targets, strict=True):
+        found = files.find(entry.key)
+        assert found is not None
+        read[entry.key] = flat.unflatten(found.meta, target[: found.size_bytes])
+    bound = [read.get(weight.digest, held) for weight, held in zip(lowered.graph.weights, handles, strict=True)]
+    inputs = list(model.inputs.values()) if isinstance(model.inputs, dict) else list(model.inputs)
+    wanted, answer = device.run(program, handles, inputs), device.run(program, bound, inputs)
+    assert all(torch.equal(one, other) for one, other in zip(answer, wanted, strict=True))
 
 
 # --- a torch that cannot ----------------------------------------------------------------------------------------------
