@@ -348,18 +348,22 @@ def test_a_file_cut_short_is_noticed_wherever_it_is_cut(folder: Path, source: So
 
 def test_a_file_cut_short_is_removed_when_it_is_opened(folder: Path) -> None:
     entries = several(SMALL)
+    BlockFiles(folder, *FACTS).write(entries)
+    (path,) = on_disk(folder)
+    content = path.read_bytes()
     for cut in CUTS:
-        BlockFiles(folder, *FACTS).write(entries)
-        os.truncate(on_disk(folder)[0], cut)
+        path.write_bytes(content[:cut])
         assert BlockFiles(folder, *FACTS).find(entries[0][0].key) is None, cut
         assert on_disk(folder) == []
 
 
 def test_a_bit_in_a_header_is_noticed_when_the_file_is_opened(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     entries = several(SMALL)
+    BlockFiles(folder, *FACTS).write(entries)
+    (path,) = on_disk(folder)
+    content = path.read_bytes()
     for offset in [*range(330), *range(330, PAGE_BYTES, 97), PAGE_BYTES - 1]:
-        BlockFiles(folder, *FACTS).write(entries)
-        (path,) = on_disk(folder)
+        path.write_bytes(content)
         alter(path, offset)
         caplog.clear()
         assert BlockFiles(folder, *FACTS).find(entries[0][0].key) is None, offset
