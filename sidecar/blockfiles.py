@@ -28,11 +28,12 @@ import re
 import secrets
 import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
+
+from isal import isal_zlib
 
 from sidecar.disk import (
     BUFFERED,
@@ -171,7 +172,7 @@ class BlockFiles:
         if stated_bytes != file_bytes or not _PREFIX.size <= header_bytes <= file_bytes:
             raise _Damaged(f"it has {file_bytes} bytes instead of {stated_bytes}")
         rest = os.pread(descriptor, header_bytes - _PREFIX.size, _PREFIX.size)
-        if zlib.crc32(rest, zlib.crc32(prefix[: -_CHECKSUM.size])) != checksum:
+        if isal_zlib.crc32(rest, isal_zlib.crc32(prefix[: -_CHECKSUM.size])) != checksum:
             raise _Damaged("its header was altered")
         return _parse_index(rest, count, header_bytes)
 
@@ -266,7 +267,7 @@ class BlockFiles:
             index += struct.pack(f"<{len(place.checksums)}I", *place.checksums)
         rest = index.ljust(header_bytes - _PREFIX.size, b"\0")
         begin = _PREFIX.pack(_MAGIC, self._facts, file_bytes, len(places), header_bytes, 0)[: -_CHECKSUM.size]
-        return begin + _CHECKSUM.pack(zlib.crc32(rest, zlib.crc32(begin))) + rest
+        return begin + _CHECKSUM.pack(isal_zlib.crc32(rest, isal_zlib.crc32(begin))) + rest
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -399,7 +400,7 @@ def _write_entry(descriptor: int, content: memoryview, offset: int) -> tuple[int
     for start, end in _pieces(len(content)):
         piece = content[start:end]
         padding = bytes(end - start - len(piece))
-        checksums.append(zlib.crc32(padding, zlib.crc32(piece)))
+        checksums.append(isal_zlib.crc32(padding, isal_zlib.crc32(piece)))
         write_at(descriptor, piece, offset + start)
         write_at(descriptor, memoryview(padding), offset + start + len(piece))
     return tuple(checksums)
@@ -433,7 +434,7 @@ def _read_run(descriptor: int, source: Source, run: Sequence[_Part]) -> dict[str
         if place.end > reached:
             faults[place.entry.key] = _Fault("the file ends before it")
         elif any(
-            zlib.crc32(target[start:end]) != checksum
+            isal_zlib.crc32(target[start:end]) != checksum
             for (start, end), checksum in zip(_pieces(place.entry.size_bytes), place.checksums, strict=True)
         ):
             faults[place.entry.key] = _Fault("its bytes were altered")

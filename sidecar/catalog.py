@@ -22,6 +22,7 @@ from sidecar.errors import BundleError, StoreError
 from sidecar.graph import FusedGraph
 from sidecar.ir import Graph
 from sidecar.lowering import Lowered, Recipe
+from sidecar.memory import Memory
 from sidecar.merkle import skeleton_id
 from sidecar.pins import Pins
 from sidecar.ports import Device, Source
@@ -80,11 +81,6 @@ class Deployed:
         return self.bundle.name
 
     @property
-    def recipes(self) -> dict[str, Recipe]:
-        """Return how packed weights are made, by digest."""
-        return {digest: recipe for step in self.steps for digest, recipe in step.recipes.items()}
-
-    @property
     def most_rows(self) -> int:
         """Return how large a batch the model takes; 1 where the size is fixed."""
         return next((symbol.maximum for symbol in self.bundle.graph.symbols if symbol.name == self.bundle.batch), 1)
@@ -131,6 +127,7 @@ class Catalog:
 
     source: Source
     device: Device
+    memory: Memory
     residency: Residency
     pins: Pins
     graph: FusedGraph = field(default_factory=FusedGraph)
@@ -255,7 +252,8 @@ class Catalog:
         return freed
 
     def _serve(self, deployed: Deployed, was_pinned: bool) -> None:
-        self.residency.add_plan(deployed.plan, {digest: weight.size_bytes for digest, weight in deployed.weights.items()})
+        size_bytes = self.memory.size_bytes
+        self.residency.add_plan(deployed.plan, {digest: size_bytes(weight) for digest, weight in deployed.weights.items()})
         self.deployed[deployed.name] = deployed
         if was_pinned and not self.pin_if_possible(deployed):
             # After a restart, too: its pin could come before those of others, and keep them out.

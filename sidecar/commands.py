@@ -103,6 +103,7 @@ class Commands:
             "saved_bytes": max(0, logical_bytes - residency.committed_bytes),
             "pinned_bytes": residency.pinned_bytes,
             **self._catalog.device.memory(),
+            **self._catalog.memory.facts(),
         }
 
     def _is_resident(self, deployed: Deployed) -> bool:
@@ -167,7 +168,7 @@ class Commands:
         users = [self._catalog.deployed[name] for name in block.models]
         # What lies in memory are the weights of the form that the block is run in.
         step = next(step for step in users[0].steps if step.block == block.id)
-        weights = {weight.digest: weight.size_bytes for weight in step.graph.weights}
+        weights = {weight.digest: self._catalog.memory.size_bytes(weight) for weight in step.graph.weights}
         resident = {digest: size for digest, size in weights.items() if self._residency.is_resident(digest)}
         resident_bytes = sum(size for digest, size in resident.items() if digest not in counted)
         counted.update(weights)

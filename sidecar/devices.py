@@ -11,13 +11,13 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from trunkline.errors import DeviceFault
 from trunkline.protocol import ITEM_BYTES
 
-from sidecar import packed
+from sidecar import flat, packed
 from sidecar.errors import ConfigError
 from sidecar.ir import Graph, Weight
 from sidecar.lowering import Recipe
@@ -96,6 +96,12 @@ class TorchDevice:
         self._count(tensor, weight.size_bytes)
         return tensor
 
+    def over(self, memory: memoryview, weight: Weight) -> torch.Tensor:
+        """Return the handle of a weight whose bytes are there already, in host memory that it shares. CPU only."""
+        if not weight.size_bytes:
+            return torch.empty(weight.shape, dtype=getattr(torch, weight.dtype))
+        return cast("torch.Tensor", _read_as(torch.frombuffer(memory, dtype=torch.uint8), weight))
+
     def _count(self, handle: object, size_bytes: int) -> None:
         token = object()
         self._sizes[token] = size_bytes
@@ -155,6 +161,22 @@ class TorchDevice:
             raise self._no_room(sum(weight.size_bytes for weight in recipe.sources)) from error
         self._count(handle, handle.size_bytes)
         return handle
+
+    @property
+    def keeps_packed(self) -> bool:
+        """Return whether packed weights can be kept as bytes, on disk or in memory that outlives this process."""
+        return self.can_pack and flat.can_flatten()
+
+    def flatten(self, handle: packed.Packed) -> flat.Flat:
+        """Return a packed weight as bytes, and what is needed to read them. Only where ``keeps_packed``."""
+        return flat.flatten(handle)
+
+    def packed_over(self, meta: bytes, memory: memoryview) -> packed.Packed:
+        """Return the handle of a packed weight whose bytes are there already, in host memory that it shares.
+
+        Raises ValueError where they were laid out otherwise than this device needs them.
+        """
+        return flat.unflatten(meta, memory)
 
     def prepare_lowered(self, graph: Graph) -> Program:
         """Return the weightless program of a graph that ``lower`` made. Raises BundleError when this torch cannot run a node.

@@ -38,6 +38,7 @@ from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
 from sidecar.loads import Loads, Parked
 from sidecar.logs import RateLimit
+from sidecar.memory import DeviceMemory, Memory
 from sidecar.mover import Mover
 from sidecar.pins import Pins
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
@@ -106,6 +107,7 @@ class Engine:
         packing: bool = True,
         stacking: bool = True,
         verdicts: Verdicts | None = None,
+        memory: Memory | None = None,
         generation: int = 0,
         facts: dict[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -119,9 +121,10 @@ class Engine:
         self._compute_once = compute_once
         self._stacking = stacking
         self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
-        self._mover = Mover(device, source, self._post)
+        self._memory = DeviceMemory(device, source) if memory is None else memory
+        self._mover = Mover(self._memory, self._post)
         self._residency = Residency(budget_bytes)
-        self._catalog = Catalog(source, device, self._residency, pins)
+        self._catalog = Catalog(source, device, self._memory, self._residency, pins)
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
         self._queue: Queue[Work] = Queue(queue_limit)
         self._costs = BatchCosts()
@@ -502,6 +505,7 @@ class Engine:
             return
         self._loads.drop(digests)
         self._catalog.unbind()
+        self._loads.free(digests)
 
     def _late(self, work: Work, doing: str) -> DeadlineExceeded:
         late_s = self._clock() - work.deadline

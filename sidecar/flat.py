@@ -22,11 +22,9 @@ from typing import Any, Final
 import msgpack
 import torch
 
-from sidecar.packed import Packed, available
+from sidecar.packed import Packed, available, padded_bytes
 
 SCHEME: Final = 1
-# Where weight and bias begin: a line of the processor's cache, as in memory that torch allocates.
-_ALIGN_BYTES: Final = 64
 _FLOAT_BYTES: Final = 4
 _CONV2D: Final = "conv2d"
 _BLOCKED: Final = "blocked linear"
@@ -47,9 +45,9 @@ class Flat:
         weight, bias = self._packed.rest[:2]
         weight_bytes = _weight_bytes(weight)
         target[:weight_bytes] = _bytes_of(weight, weight_bytes)
-        target[weight_bytes : _padded(weight_bytes)] = bytes(_padded(weight_bytes) - weight_bytes)
+        target[weight_bytes : padded_bytes(weight_bytes)] = bytes(padded_bytes(weight_bytes) - weight_bytes)
         if bias is not None:
-            target[_padded(weight_bytes) :] = _bytes_of(bias, bias.nbytes)
+            target[padded_bytes(weight_bytes) :] = _bytes_of(bias, bias.nbytes)
 
 
 @functools.cache
@@ -95,13 +93,12 @@ def flatten(packed: Packed) -> Flat:
     """Return the flat form of a packed weight. It refers to the weight; nothing is copied yet."""
     weight, bias, *steps = packed.rest
     weight_bytes = _weight_bytes(weight)
-    size_bytes = weight_bytes if bias is None else _padded(weight_bytes) + bias.nbytes
     blocked = weight.is_mkldnn
     kind = _CONV2D if steps else _BLOCKED if blocked else _TRANSPOSED
     layout = torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes() if blocked else b""
     bias_count = None if bias is None else bias.numel()
-    fields = [SCHEME, _fingerprint(), kind, list(packed.shape), layout, weight_bytes, bias_count, steps, packed.size_bytes]
-    return Flat(msgpack.packb(fields, use_bin_type=True), size_bytes, packed)
+    fields = [SCHEME, _fingerprint(), kind, list(packed.shape), layout, weight_bytes, bias_count, steps]
+    return Flat(msgpack.packb(fields, use_bin_type=True), packed.size_bytes, packed)
 
 
 def unflatten(meta: bytes, payload: memoryview) -> Packed:
@@ -113,13 +110,13 @@ def unflatten(meta: bytes, payload: memoryview) -> Packed:
     fields = msgpack.unpackb(meta, use_list=True, strict_map_key=True)
     if not isinstance(fields, list) or fields[:2] != [SCHEME, _fingerprint()]:
         raise ValueError("the packed weight was laid out by another torch or for another processor; make it anew")
-    kind, shape, layout, weight_bytes, bias_count, steps, size_bytes = fields[2:]
-    wanted_bytes = weight_bytes if bias_count is None else _padded(weight_bytes) + bias_count * _FLOAT_BYTES
+    kind, shape, layout, weight_bytes, bias_count, steps = fields[2:]
+    wanted_bytes = weight_bytes if bias_count is None else padded_bytes(weight_bytes) + bias_count * _FLOAT_BYTES
     if payload.nbytes != wanted_bytes:
         raise ValueError(f"the packed weight has {wanted_bytes} bytes, {payload.nbytes} were read; make it anew")
     with torch.inference_mode():
         held = torch.frombuffer(payload, dtype=torch.uint8)
-        bias = None if bias_count is None else held[_padded(weight_bytes) :].view(torch.float32)
+        bias = None if bias_count is None else held[padded_bytes(weight_bytes) :].view(torch.float32)
         if kind == _TRANSPOSED:
             rows, columns = shape
             weight = held[:weight_bytes].view(torch.float32).view(columns, rows).t()
@@ -127,11 +124,7 @@ def unflatten(meta: bytes, payload: memoryview) -> Packed:
             weight = _blocked_over(held, shape, layout)
             if torch.ops.mkldnn._nbytes(weight) != weight_bytes:
                 raise ValueError(f"a layout of {torch.ops.mkldnn._nbytes(weight)} bytes is given as one of {weight_bytes}")
-    return Packed(tuple(shape), (weight, bias, *steps), size_bytes)
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+    return Packed(tuple(shape), (weight, bias, *steps), wanted_bytes)
 
 
 def _weight_bytes(weight: torch.Tensor) -> int:

@@ -16,11 +16,11 @@ import itertools
 import logging
 import mmap
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from isal import isal_zlib
 from trunkline.arena import page_aligned
 
 from sidecar.errors import NoRoom
@@ -169,11 +169,24 @@ class HostTier:
         held = self._held[key]
         return self._view[held.extent.offset : held.extent.offset + held.size_bytes]
 
+    def pages(self, key: str) -> memoryview:
+        """Return the whole pages of a key, of which its bytes are the first."""
+        held = self._held[key]
+        return self._view[held.extent.offset : held.extent.end]
+
+    def holds(self, key: str) -> bool:
+        """Say whether a key was allocated, sealed or not."""
+        return key in self._held
+
+    def __contains__(self, key: str) -> bool:
+        held = self._held.get(key)
+        return held is not None and held.crc32 is not None
+
     def check(self, key: str) -> bool:
         """Return whether the bytes of a sealed key are those that were sealed; if not, the key is freed. Reads them all."""
         held = self._held[key]
         assert held.crc32 is not None, "only sealed bytes have a checksum"
-        found = zlib.crc32(self.view(key))
+        found = isal_zlib.crc32(self.view(key))
         if found == held.crc32:
             return True
         log.error("weight %s was altered in memory: checksum %08x instead of %08x; it is dropped", key, found, held.crc32)
@@ -246,4 +259,4 @@ class HostTier:
 
 def _seal_of(body: bytes) -> int:
     """Return the word that makes a record valid: a checksum of it, never zero, which stands for none."""
-    return zlib.crc32(body) or 1
+    return isal_zlib.crc32(body) or 1

@@ -15,6 +15,7 @@ from trunkline.errors import TrunklineError
 
 from sidecar.bundle import Weight
 from sidecar.catalog import Deployed, Joint, Step
+from sidecar.memory import Wanted
 from sidecar.mover import Mover
 from sidecar.ports import Device, Work
 from sidecar.residency import Residency
@@ -116,13 +117,22 @@ class Loads:
         self._residency.lease(deployed.plan)
         self._loads[deployed.plan] = _Load(deployed, set(missing))
         # Those on their way for another model are waited for; those that failed on it are tried again.
-        recipes = deployed.recipes
-        for digest in missing:
-            if digest not in self._in_flight:
-                self._in_flight.add(digest)
-                self._mover.fetch(deployed.weights[digest], recipes.get(digest), self._arrived)
+        absent = set(missing) - self._in_flight
+        self._in_flight |= absent
+        for step in deployed.steps:
+            wanted = []
+            for weight in step.graph.weights:
+                if weight.digest in absent:
+                    absent.discard(weight.digest)
+                    wanted.append(Wanted(weight, step.recipes.get(weight.digest)))
+            if wanted:
+                self._mover.fetch(wanted, self._arrived)
 
-    def _arrived(self, weight: Weight, outcome: object) -> None:
+    def _arrived(self, pairs: Sequence[tuple[Weight, object]]) -> None:
+        for weight, outcome in pairs:
+            self._weight_arrived(weight, outcome)
+
+    def _weight_arrived(self, weight: Weight, outcome: object) -> None:
         error = outcome if isinstance(outcome, TrunklineError) else None
         self._in_flight.discard(weight.digest)
         if error is None:
@@ -188,6 +198,10 @@ class Loads:
         self._stacks.clear()
         for digest in digests:
             self._handles.pop(digest, None)
+
+    def free(self, digests: Sequence[str]) -> None:
+        """Have the memory of weights freed, of which no handle is left."""
+        self._mover.free(digests)
 
     def count(self, plan: str) -> int:
         """Return how many leases on a plan are held from here."""

@@ -1,66 +1,60 @@
-"""The mover: reads weights into memory in a thread of its own, that owns no state, and posts what came of it."""
+"""The mover: brings weights into memory and lets them go, in the order it was told, in a thread of its own that owns no state."""
 
 from __future__ import annotations
 
-import os
+import logging
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
-from trunkline.errors import ModelCorrupt, SidecarFault, TrunklineError
+from trunkline.errors import SidecarFault
 
 from sidecar.bundle import Weight
-from sidecar.errors import BlobCorrupt, BlobMissing
-from sidecar.lowering import Recipe
-from sidecar.ports import Device, Source
+from sidecar.memory import Memory, Wanted
 
-_Arrived = Callable[[Weight, object], None]
+log = logging.getLogger("trunkline.engine")
 
-
-def reader(source: Source, weight: Weight) -> Callable[[memoryview], None]:
-    """Return the function that writes a weight's bytes, checked, where it is told to."""
-    return lambda target: source.read_blob(weight.digest, target, weight.crc32)
+# Run in the engine thread, with each weight and its handle, or a TrunklineError.
+_Arrived = Callable[[Sequence[tuple[Weight, object]]], None]
 
 
 class Mover:
-    """Reads weights one after the other. ``run`` is its thread's body; ``fetch`` and ``stop`` may be called anywhere."""
+    """Moves weights, what is asked first first. ``run`` is its thread's body; all else may be called anywhere.
 
-    def __init__(self, device: Device, source: Source, post: Callable[[Callable[[], None]], None]) -> None:
-        self._device = device
-        self._source = source
+    What is freed before something is fetched is gone when that is brought in: so bytes in memory stay within what the engine
+    has counted.
+    """
+
+    def __init__(self, memory: Memory, post: Callable[[Callable[[], None]], None]) -> None:
+        self._memory = memory
         self._post = post
-        self._jobs: queue.SimpleQueue[tuple[Weight, Recipe | None, _Arrived] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
-    def fetch(self, weight: Weight, recipe: Recipe | None, arrived: _Arrived) -> None:
-        """Read a weight, or make it by its recipe; ``arrived`` is run in the engine thread with its handle, or with a
-        TrunklineError."""
-        self._jobs.put((weight, recipe, arrived))
+    def fetch(self, wanted: Sequence[Wanted], arrived: _Arrived) -> None:
+        """Bring the weights of a step in; ``arrived`` is told of all of them at once."""
+        self._jobs.put(lambda: self._fetch(wanted, arrived))
+
+    def free(self, digests: Iterable[str]) -> None:
+        """Let go of weights. No handle of them may be left."""
+        self._jobs.put(lambda: self._memory.free(digests))
 
     def stop(self) -> None:
         self._jobs.put(None)
 
     def run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            self._move(*job)
+            try:
+                job()
+            except Exception:
+                # A bug; what it was about is lost, but not the thread.
+                log.exception("the mover failed at a job")
 
-    def _move(self, weight: Weight, recipe: Recipe | None, arrived: _Arrived) -> None:
-        # A frame of its own: a local of the loop would keep the last weight in memory after its eviction.
-        outcome = self._read(weight, recipe)
-        self._post(lambda: arrived(weight, outcome))
-
-    def _read(self, weight: Weight, recipe: Recipe | None) -> object:
-        # Errors are made anew, without trace, cause or context: the frames those hold on to hold the bytes that were read,
-        # which are outside the budget from here on.
-        failed: TrunklineError
+    def _fetch(self, wanted: Sequence[Wanted], arrived: _Arrived) -> None:
+        # A frame of its own: a local of the loop would keep the last weights in memory after their eviction.
+        outcomes: Sequence[object]
         try:
-            if recipe is not None:
-                return self._device.new_packed(recipe, [reader(self._source, each) for each in recipe.sources])
-            return self._device.new_weight(weight, reader(self._source, weight))
-        except (BlobMissing, BlobCorrupt):
-            message = f"weight {weight.digest[:12]} is damaged or missing in the store; push the model again"
-            failed = ModelCorrupt(message, digest=weight.digest)
-        except TrunklineError as error:
-            failed = type(error)(error.message, **error.details)
-        except OSError as error:
-            failed = SidecarFault(f"the store cannot be read ({os.strerror(error.errno or 0)})", digest=weight.digest)
-        failed.__context__ = None
-        return failed
+            outcomes = self._memory.bring(wanted)
+        except Exception:
+            log.exception("%d weights could not be brought in", len(wanted))
+            outcomes = [SidecarFault("a weight could not be brought into memory; the sidecar's log says why")] * len(wanted)
+        pairs = [(each.weight, outcome) for each, outcome in zip(wanted, outcomes, strict=True)]
+        self._post(lambda: arrived(pairs))

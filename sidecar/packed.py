@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -20,6 +20,7 @@ from sidecar.lowering import CONV2D, TURNED_LINEAR, Recipe
 
 _NAMES = ("_convolution_pointwise", "_linear_pointwise", "_reorder_convolution_weight", "_reorder_linear_weight", "_nbytes")
 _linear: Callable[..., torch.Tensor] = torch._C._nn.linear
+_ALIGN_BYTES: Final = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -64,9 +65,9 @@ def pack(recipe: Recipe, sources: Sequence[torch.Tensor]) -> Packed:
         if options["layout"] == "transposed":
             # The same matrix to look at, with its columns one after the other: what MKL multiplies with fastest.
             turned = weight.t().contiguous().t()
-            return Packed(shape, (turned, bias), turned.nbytes + _nbytes(bias))
+            return Packed(shape, (turned, bias), _size_bytes(turned.nbytes, bias))
         blocked = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return Packed(shape, (blocked, bias), torch.ops.mkldnn._nbytes(blocked) + _nbytes(bias))
+        return Packed(shape, (blocked, bias), _size_bytes(torch.ops.mkldnn._nbytes(blocked), bias))
 
 
 def _pack_conv2d(parts: dict[str, torch.Tensor], options: dict[str, Any]) -> Packed:
@@ -85,15 +86,20 @@ def _pack_conv2d(parts: dict[str, torch.Tensor], options: dict[str, Any]) -> Pac
     steps = (list(options["padding"]), list(options["stride"]), list(options["dilation"]), options["groups"])
     turned = weight.contiguous(memory_format=torch.channels_last)
     blocked = torch.ops.mkldnn._reorder_convolution_weight(turned, *steps)
-    return Packed(tuple(weight.shape), (blocked, bias, *steps), torch.ops.mkldnn._nbytes(blocked) + _nbytes(bias))
+    return Packed(tuple(weight.shape), (blocked, bias, *steps), _size_bytes(torch.ops.mkldnn._nbytes(blocked), bias))
 
 
 def _copy(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.clone()
 
 
-def _nbytes(bias: torch.Tensor | None) -> int:
-    return 0 if bias is None else bias.nbytes
+def _size_bytes(weight_bytes: int, bias: torch.Tensor | None) -> int:
+    return weight_bytes if bias is None else padded_bytes(weight_bytes) + bias.nbytes
+
+
+def padded_bytes(weight_bytes: int) -> int:
+    """Return where the bias of a packed weight begins: at the next line of the processor's cache."""
+    return -(-weight_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

@@ -25,12 +25,12 @@ import os
 import re
 import secrets
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from isal import isal_zlib
 from trunkline.errors import ModelCorrupt, UnknownModel
 
 from sidecar.bundle import (
@@ -192,7 +192,7 @@ class Store:
                 if not count:
                     raise BlobCorrupt(f"blob {digest[:12]} ended after {done} of {len(target)} bytes", digest=digest)
                 if crc32 is not None:
-                    checksum = zlib.crc32(target[done : done + count], checksum)
+                    checksum = isal_zlib.crc32(target[done : done + count], checksum)
                 done += count
         if crc32 is not None and checksum != crc32:
             is_altered = self._set_aside_if_altered(digest)

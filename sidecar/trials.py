@@ -33,8 +33,8 @@ from trunkline.errors import TrunklineError
 from sidecar.bundle import Bundle
 from sidecar.errors import BundleError, StoreError
 from sidecar.lowering import Lowered, lower
+from sidecar.memory import packed_from_store, reader
 from sidecar.merkle import skeleton_id
-from sidecar.mover import reader
 from sidecar.ports import Device, Source
 from sidecar.stages import Key, Stage, Staged
 from sidecar.verdicts import Verdicts
@@ -285,7 +285,7 @@ class _Trial:
         handles = []
         for weight in lowered.graph.weights:
             if (recipe := lowered.recipes.get(weight.digest)) is not None:
-                handles.append(device.new_packed(recipe, [reader(self._source, source) for source in recipe.sources]))
+                handles.append(packed_from_store(device, self._source, recipe))
             else:
                 handles.append(device.new_weight(weight, reader(self._source, weight)))
         try:

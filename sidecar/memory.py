@@ -1,0 +1,245 @@
+"""Memory for weights: where the bytes of those that are brought in lie, and how they get there. For the mover's thread.
+
+*Device memory* is the device's own: each weight is read from the store, or packed from what the store has, and goes with its
+handle. *Tier memory* is the host tier (``sidecar.hosttier``): on a CPU the operators work on it in place. Weights come from block
+files where they are in one, the whole of a step at one stroke, else from the store; and what an engine that is no more has left
+there is taken as it is, once its checksum was compared.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+from isal import isal_zlib
+from trunkline.arena import page_aligned
+from trunkline.errors import DeviceFault, ModelCorrupt, SidecarFault, TrunklineError
+
+from sidecar.blockfiles import BlockFiles, Entry
+from sidecar.bundle import Weight
+from sidecar.errors import BlobCorrupt, BlobMissing, EntriesUnusable, NoRoom
+from sidecar.hosttier import HostTier
+from sidecar.ir import Graph
+from sidecar.lowering import Recipe
+from sidecar.ports import Device, Source
+
+log = logging.getLogger("trunkline.engine")
+
+# What a block file keeps of an entry beside its bytes: their checksum, and of packed weights how to read them.
+_CHECKSUM: Final = struct.Struct("<I")
+
+
+class Wanted(NamedTuple):
+    """A weight to bring in; packed ones are made by their ``recipe``."""
+
+    weight: Weight
+    recipe: Recipe | None
+
+
+class Memory(Protocol):
+    """What loads and the mover need. All but ``size_bytes`` and ``facts`` belong to the mover's thread, once it runs."""
+
+    def size_bytes(self, weight: Weight) -> int:
+        """Return the bytes that a weight takes of the budget."""
+
+    def kept(self) -> Iterable[str]:
+        """Return the digests of weights that an earlier engine left here. Called once, before all else."""
+
+    def bring(self, wanted: Sequence[Wanted]) -> list[object]:
+        """Bring weights in; return for each its handle, or a TrunklineError."""
+
+    def free(self, digests: Iterable[str]) -> None:
+        """Let go of weights of which no handle is left."""
+
+    def facts(self) -> Mapping[str, int]:
+        """Return what an operator wants to know, in bytes."""
+
+
+def reader(source: Source, weight: Weight) -> Callable[[memoryview], None]:
+    """Return the function that writes a weight's bytes, checked, where it is told to."""
+    return lambda target: source.read_blob(weight.digest, target, weight.crc32)
+
+
+def packed_from_store(device: Device, source: Source, recipe: Recipe) -> Any:
+    """Return the handle of a packed weight, made of what the store has."""
+    return device.new_packed(recipe, [reader(source, each) for each in recipe.sources])
+
+
+class DeviceMemory:
+    """Weights in memory that the device allocates, one by one."""
+
+    def __init__(self, device: Device, source: Source) -> None:
+        self._device = device
+        self._source = source
+
+    def size_bytes(self, weight: Weight) -> int:
+        return weight.size_bytes
+
+    def kept(self) -> Iterable[str]:
+        return ()
+
+    def bring(self, wanted: Sequence[Wanted]) -> list[object]:
+        return [_outcome(each, self._bring) for each in wanted]
+
+    def _bring(self, wanted: Wanted) -> object:
+        weight, recipe = wanted
+        if recipe is not None:
+            return packed_from_store(self._device, self._source, recipe)
+        return self._device.new_weight(weight, reader(self._source, weight))
+
+    def free(self, digests: Iterable[str]) -> None:
+        """Do nothing: the bytes went with the handles."""
+
+    def facts(self) -> Mapping[str, int]:
+        return {}
+
+
+class TierMemory:
+    """Weights in the host tier. ``keep`` may be called by any thread, and writes block files."""
+
+    def __init__(self, device: Device, source: Source, tier: HostTier, files: BlockFiles) -> None:
+        self._device = device
+        self._source = source
+        self._tier = tier
+        self._files = files
+
+    def size_bytes(self, weight: Weight) -> int:
+        return page_aligned(weight.size_bytes)
+
+    def kept(self) -> Iterable[str]:
+        return self._tier.keys()
+
+    def bring(self, wanted: Sequence[Wanted]) -> list[object]:
+        found: dict[str, object] = {}
+        for each in wanted:
+            key = each.weight.digest
+            if key in self._tier and (handle := self._taken_over(each)) is not None:
+                found[key] = handle
+        missing = [each for each in wanted if each.weight.digest not in found]
+        rooms: dict[str, memoryview] = {}
+        for each in missing:
+            try:
+                rooms[each.weight.digest] = self._tier.allocate(each.weight.digest, each.weight.size_bytes)
+            except NoRoom as error:
+                found[each.weight.digest] = DeviceFault(error.message, **error.details)
+        found |= self._from_files([each for each in missing if each.weight.digest in rooms])
+        for each in missing:
+            key = each.weight.digest
+            if key not in found:
+                found[key] = _outcome(each, self._from_store)
+            if isinstance(found[key], TrunklineError) and key in rooms:
+                self._tier.free(key)
+        return [found[each.weight.digest] for each in wanted]
+
+    def _taken_over(self, wanted: Wanted) -> object | None:
+        """Return the handle of a weight that an earlier engine left, None where it is of no use; it is freed then."""
+        key = wanted.weight.digest
+        entry = self._files.find(key)
+        if wanted.recipe is not None and entry is None:
+            # Only its block file says how it is laid out.
+            self._tier.free(key)
+            return None
+        if not self._tier.check(key):
+            return None
+        try:
+            return self._over(wanted, self._tier.view(key), b"" if entry is None else entry.meta)
+        except ValueError as error:
+            log.error("packed weight %s cannot be used as it lies in memory (%s); it is made anew", key[:12], error)
+            self._tier.free(key)
+            return None
+
+    def _over(self, wanted: Wanted, room: memoryview, meta: bytes) -> object:
+        """Return the handle of the bytes in ``room``. Raises ValueError when what is said of them does not fit them."""
+        if wanted.recipe is None:
+            return self._device.over(room, wanted.weight)
+        return self._device.packed_over(meta[_CHECKSUM.size :], room)
+
+    def _from_files(self, wanted: Sequence[Wanted]) -> dict[str, object]:
+        """Read what is in block files; what cannot be read there is left out, and made anew from the store."""
+        entries = {each.weight.digest: entry for each in wanted if (entry := self._files.find(each.weight.digest)) is not None}
+        unusable: Iterable[str] = ()
+        if entries:
+            try:
+                self._files.read([*entries], [self._tier.pages(key) for key in entries])
+            except EntriesUnusable as error:
+                unusable = error.keys
+        found: dict[str, object] = {}
+        for each in wanted:
+            key = each.weight.digest
+            if key not in entries or key in unusable:
+                continue
+            meta = entries[key].meta
+            room = self._tier.view(key)
+            try:
+                handle = self._over(each, room, meta)
+            except ValueError as error:
+                log.error("packed weight %s cannot be used as it lies on disk (%s); it is made anew", key[:12], error)
+                self._files.discard([key])
+                continue
+            self._tier.seal(key, *_CHECKSUM.unpack_from(meta))
+            found[key] = handle
+        return found
+
+    def _from_store(self, wanted: Wanted) -> object:
+        weight, recipe = wanted
+        room = self._tier.view(weight.digest)
+        if recipe is None:
+            reader(self._source, weight)(room)
+            self._tier.seal(weight.digest, weight.crc32)
+            return self._device.over(room, weight)
+        flat = self._device.flatten(packed_from_store(self._device, self._source, recipe))
+        flat.copy_to(room)
+        self._tier.seal(weight.digest, isal_zlib.crc32(room))
+        return self._device.packed_over(flat.meta, room)
+
+    def free(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            if self._tier.holds(digest):
+                self._tier.free(digest)
+
+    def facts(self) -> Mapping[str, int]:
+        return {"weight_bytes": self._tier.allocated_bytes}
+
+    def keep(self, graph: Graph, recipes: Mapping[str, Recipe]) -> None:
+        """Write the weights of a step into a block file, those that are in none yet. Raises what reading and packing raise."""
+        made: list[tuple[Entry, memoryview]] = []
+        for weight in graph.weights:
+            if self._files.find(weight.digest) is not None:
+                continue
+            content = memoryview(bytearray(weight.size_bytes))
+            meta = b""
+            if (recipe := recipes.get(weight.digest)) is None:
+                reader(self._source, weight)(content)
+                checksum = weight.crc32
+            else:
+                flat = self._device.flatten(packed_from_store(self._device, self._source, recipe))
+                flat.copy_to(content)
+                meta, checksum = flat.meta, isal_zlib.crc32(content)
+            made.append((Entry(weight.digest, weight.size_bytes, _CHECKSUM.pack(checksum) + meta), content))
+        if made:
+            self._files.write(made)
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Discard block files of weights that no model has any more."""
+        self._files.discard(digests)
+
+
+def _outcome(wanted: Wanted, bring: Callable[[Wanted], object]) -> object:
+    # Errors are made anew, without trace, cause or context: the frames those hold on to hold the bytes that were read,
+    # which are outside the budget from here on.
+    weight = wanted.weight
+    failed: TrunklineError
+    try:
+        return bring(wanted)
+    except (BlobMissing, BlobCorrupt):
+        message = f"weight {weight.digest[:12]} is damaged or missing in the store; push the model again"
+        failed = ModelCorrupt(message, digest=weight.digest)
+    except TrunklineError as error:
+        failed = type(error)(error.message, **error.details)
+    except OSError as error:
+        failed = SidecarFault(f"the store cannot be read ({os.strerror(error.errno or 0)})", digest=weight.digest)
+    failed.__context__ = None
+    return failed
