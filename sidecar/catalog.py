@@ -341,7 +341,7 @@ class Catalog:
                 step.program, step.stacked = prepared
 
     def unbind(self) -> None:
-        """Forget the handles of weights that may have left."""
+        """Forget the handles of every model of which a weight may have left; its next load finds out what is still there."""
         for deployed in self.all():
             if not self.residency.is_held(deployed.plan):
                 deployed.unbind()

@@ -91,7 +91,7 @@ class Commands:
             **requests,
         }
 
-    def _memory(self) -> dict[str, int]:
+    def _memory(self) -> dict[str, object]:
         residency, graph = self._residency, self._catalog.graph
         resident = [name for name, deployed in self._catalog.deployed.items() if self._is_resident(deployed)]
         logical_bytes = sum(graph.bytes_of(name)[0] for name in resident)
@@ -102,6 +102,7 @@ class Commands:
             # While a model is being loaded or let go, there may be bytes in memory that no whole model stands for.
             "saved_bytes": max(0, logical_bytes - residency.committed_bytes),
             "pinned_bytes": residency.pinned_bytes,
+            "residency": residency.metrics(),
             **self._catalog.device.memory(),
             **self._catalog.memory.facts(),
         }

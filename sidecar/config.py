@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from sidecar.errors import ConfigError
 from sidecar.machine import available_bytes, core_count
+from sidecar.policies import LeastRecentlyUsed
 
 PREFIX: Final = "TRUNKLINE_"
 _UNITS: Final = {
@@ -52,6 +53,7 @@ class Settings:
     device: str = "auto"
     threads: int = 1
     memory_budget_bytes: int = 0
+    eviction_policy: str = LeastRecentlyUsed.name
     admin_host: str = "127.0.0.1"
     admin_port: int = 9470
     blob_limit_bytes: int = 64 * 2**30
@@ -154,6 +156,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "device": _match(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"),
     "threads": _integer(1, 1024),
     "memory_budget_bytes": _size(1),
+    "eviction_policy": _match("lru|gdsf", "lru or gdsf"),
     "admin_host": _loopback,
     "admin_port": _integer(0, 65535),
     "blob_limit_bytes": _size(65536),

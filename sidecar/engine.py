@@ -41,6 +41,7 @@ from sidecar.logs import RateLimit
 from sidecar.memory import DeviceMemory, Memory
 from sidecar.mover import Mover
 from sidecar.pins import Pins
+from sidecar.policies import POLICIES, LeastRecentlyUsed
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Residency
 from sidecar.scheduler import Queue
@@ -100,6 +101,7 @@ class Engine:
         pins: Pins,
         *,
         budget_bytes: int,
+        eviction_policy: str = LeastRecentlyUsed.name,
         queue_limit: int,
         batch_limit: int = 8,
         batch_window_s: float = 0.0,
@@ -123,7 +125,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
         self._memory = DeviceMemory(device, source) if memory is None else memory
         self._mover = Mover(self._memory, self._post)
-        self._residency = Residency(budget_bytes)
+        self._residency = Residency(budget_bytes, POLICIES[eviction_policy](), clock)
         self._catalog = Catalog(source, device, self._memory, self._residency, pins)
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
         self._queue: Queue[Work] = Queue(queue_limit)
@@ -490,7 +492,7 @@ class Engine:
         self._release(deployed)
         # What did arrive goes too, so that the next request starts the load afresh.
         if not self._residency.lease_count(deployed.plan) and deployed in self._catalog.all():
-            self._drop(self._residency.evict(deployed.plan))
+            self._drop(self._residency.evict(deployed.plan, "failed"))
 
     def _release(self, deployed: Deployed) -> None:
         self._residency.release(deployed.plan)

@@ -114,7 +114,7 @@ class Loads:
             return
         # The load itself holds a lease: bytes that are being read must not be taken for evictable. Some of them may
         # be on their way already, for another model.
-        self._residency.lease(deployed.plan)
+        self._residency.lease_again(deployed.plan)
         self._loads[deployed.plan] = _Load(deployed, set(missing))
         # Those on their way for another model are waited for; those that failed on it are tried again.
         absent = set(missing) - self._in_flight

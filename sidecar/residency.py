@@ -1,9 +1,17 @@
 """Which weights are in memory, and which must leave: a byte budget that is never exceeded. Pure: no I/O, no torch.
 
-A *plan* is the set of weights one model needs, named by an id of the caller's. A *lease* on a plan forbids the
-eviction of its weights; it is taken before they are loaded and given back after the reply. Weights that several plans need
-count once. When room is needed, whole plans leave, least recently leased first, and of those only the weights
-that no plan which stays is using: the LRU of ShmFaas, made aware of sharing.
+A *plan* is the set of weights one model needs, in the order of their use, named by an id of the caller's. A *lease* on a plan
+forbids the eviction of its weights; it is taken before they are loaded and given back after the reply. Weights that
+several plans need count once.
+
+When room is needed, only the shortfall leaves, weight by weight, and a plan may then be in memory in part:
+
+1. A weight that a leased or pinned plan uses never leaves, nor one that the newcomer needs.
+2. What only plans use that were idle beyond their ``ttl_s`` leaves first.
+3. Then lower priority leaves before higher; a weight has the highest priority of its users.
+4. Then the policy says what is worth least (``sidecar.policies``); with ``lru``, what was leased longest ago by all of its users.
+5. Of what is equal in all that, the weights used last leave first: the first ones of a plan stay, because nothing could hide
+   the time it takes to bring them back.
 
 The caller does what this module decides: it drops the weights named as evicted *before* it allocates the ones named as
 missing, so the bytes in memory never pass the budget. Owned by the engine thread.
@@ -11,10 +19,23 @@ missing, so the bytes in memory never pass the budget. Owned by the engine threa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 from trunkline.errors import BudgetExceeded
+
+from sidecar.policies import LeastRecentlyUsed, Policy, Use, Value
+
+DEFAULT_PRIORITY: Final = 5
+HIGHEST_PRIORITY: Final = 9
+# Below the lowest: that of what only plans use that were idle for too long.
+_EXPIRED: Final = -1
+# Why weights leave: for others, idle for too long, on command, their model is gone, their load failed.
+REASONS: Final = ("room", "ttl", "operator", "removed", "failed")
 
 
 @dataclass(frozen=True)
@@ -25,6 +46,50 @@ class Grant:
     fetch: tuple[str, ...]
 
 
+@dataclass(slots=True)
+class Counts:
+    """What has happened since the start. ``hits`` and ``misses`` are weights, found and ordered by leases."""
+
+    hits: int = 0
+    hit_bytes: int = 0
+    misses: int = 0
+    missed_bytes: int = 0
+    # Weights and bytes by reason.
+    evictions: Counter[str] = field(default_factory=Counter)
+    evicted_bytes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True)
+class _Plan:
+    """``weights`` are sizes in bytes by digest, in the order of use, ``places`` their numbers in it."""
+
+    weights: dict[str, int]
+    places: dict[str, int]
+    size_bytes: int
+    priority: int
+    ttl_s: float | None
+    use: Use = field(default_factory=Use)
+
+    def is_idle_too_long(self, now_s: float) -> bool:
+        return self.ttl_s is not None and now_s - self.use.at_s > self.ttl_s
+
+
+@dataclass(slots=True)
+class _Group:
+    """The weights that exactly these plans use. ``committed`` are the sizes in bytes of those that are."""
+
+    users: frozenset[str]
+    digests: set[str] = field(default_factory=set)
+    committed: dict[str, int] = field(default_factory=dict)
+
+
+class _Rank(NamedTuple):
+    """What is smaller leaves first."""
+
+    priority: int
+    value: Value
+
+
 _NOTHING_TO_DO = Grant((), ())
 
 
@@ -32,33 +97,95 @@ class Residency:
     """Weights in memory under one budget.
 
     A weight is *committed* from the moment a lease orders it until it is evicted; it is *resident* once ``arrived`` was
-    told of it. Leased or pinned plans are never chosen for eviction.
+    told of it. A plan is *in use* from its first lease until the last of its weights has left or it was let go; it is *held*
+    while, since its latest lease, none of them has left.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, policy: Policy | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.budget_bytes = budget_bytes
-        self._plans: dict[str, dict[str, int]] = {}
-        # Plans whose weights are committed, least recently leased first; a dict keeps that order.
-        self._held: dict[str, None] = {}
+        self.policy = policy or LeastRecentlyUsed()
+        self.counts = Counts()
+        # How long ago the weight that left last to make room had been used then.
+        self.lru_age_s: float | None = None
+        self.committed_bytes = 0
+        self._clock = clock
+        self._plans: dict[str, _Plan] = {}
+        self._groups: dict[frozenset[str], _Group] = {}
+        self._group_of: dict[str, _Group] = {}
+        self._in_use: set[str] = set()
+        self._held: set[str] = set()
         self._leases: dict[str, int] = {}
         self._pinned: set[str] = set()
         self._committed: dict[str, int] = {}
         self._arrived: set[str] = set()
-        self.committed_bytes = 0
-        # Since the start.
-        self.evicted_bytes = 0
+        self._lease_count = 0
 
-    def add_plan(self, plan: str, weights: Mapping[str, int]) -> None:
-        """Register a plan: size in bytes by digest. Registering it again is harmless."""
-        self._plans.setdefault(plan, dict(weights))
+    # --- plans -------------------------------------------------------------------------------------------------------
+
+    def add_plan(
+        self, plan: str, weights: Mapping[str, int], *, priority: int = DEFAULT_PRIORITY, ttl_s: float | None = None
+    ) -> None:
+        """Register a plan: size in bytes by digest, in the order of use. Registering it again is harmless.
+
+        ``priority`` is 0 to 9; ``ttl_s`` is for how long it is kept without a lease, None: as long as there is room.
+        """
+        if plan in self._plans:
+            return
+        assert 0 <= priority <= HIGHEST_PRIORITY, "a priority is 0 to 9"
+        places = {digest: place for place, digest in enumerate(weights)}
+        self._plans[plan] = _Plan(dict(weights), places, sum(weights.values()), priority, ttl_s)
+        self._regroup(weights, lambda users: users | {plan})
 
     def remove_plan(self, plan: str) -> tuple[str, ...]:
         """Forget an unleased plan and its pin; return the weights to drop."""
         assert not self._leases.get(plan), "a leased plan cannot be removed"
         self._pinned.discard(plan)
-        freed = self._let_go([plan]) if plan in self._held else ()
+        freed = self.evict(plan, "removed")
+        self._regroup(self._plans[plan].weights, lambda users: users - {plan})
         del self._plans[plan]
         return freed
+
+    def set_priority(self, plan: str, priority: int) -> None:
+        """Say how dear a plan is, 0 to 9."""
+        assert 0 <= priority <= HIGHEST_PRIORITY, "a priority is 0 to 9"
+        self._plans[plan].priority = priority
+
+    def set_ttl(self, plan: str, ttl_s: float | None) -> None:
+        """Say for how long a plan is kept without a lease; None: as long as there is room."""
+        self._plans[plan].ttl_s = ttl_s
+
+    def priority(self, plan: str) -> int:
+        return self._plans[plan].priority
+
+    def ttl_s(self, plan: str) -> float | None:
+        return self._plans[plan].ttl_s
+
+    def weights(self, plan: str) -> Mapping[str, int]:
+        """Return the sizes in bytes of a plan's weights, by digest, in the order of use."""
+        return self._plans[plan].weights
+
+    def _regroup(self, digests: Iterable[str], users: Callable[[frozenset[str]], frozenset[str]]) -> None:
+        """Move weights into the groups of those that use them now."""
+        nobody = _Group(frozenset())
+        # Most weights of a plan come from a few groups: theirs is found once.
+        targets: dict[frozenset[str], _Group] = {}
+        for digest in digests:
+            group = self._group_of.pop(digest, nobody)
+            target = targets.get(group.users)
+            if target is None:
+                now = users(group.users)
+                target = targets[group.users] = self._groups.setdefault(now, _Group(now)) if now else nobody
+            group.digests.discard(digest)
+            if group.users and not group.digests:
+                del self._groups[group.users]
+            if target is nobody:
+                continue
+            self._group_of[digest] = target
+            target.digests.add(digest)
+            if digest in group.committed:
+                target.committed[digest] = group.committed.pop(digest)
+
+    # --- leases ------------------------------------------------------------------------------------------------------
 
     def lease(self, *plans: str) -> Grant | None:
         """Take a lease on each of ``plans`` at one stroke; None when they would fit but for leases that others hold now.
@@ -66,29 +193,47 @@ class Residency:
         Raises BudgetExceeded when they cannot fit even with every other lease returned. Leases of one call that were taken
         one by one could wait for each other without end.
         """
-        weights: dict[str, int] = {}
+        missing: dict[str, int] = {}
         for plan in plans:
             if plan not in self._held:
-                weights |= self._plans[plan]
-        missing = [digest for digest in weights if digest not in self._committed]
-        shortfall = self.committed_bytes + sum(weights[digest] for digest in missing) - self.budget_bytes
-        victims = self._choose_victims(shortfall, plans)
+                weights = self._plans[plan].weights
+                missing |= {digest: size for digest, size in weights.items() if digest not in self._committed}
+        missed_bytes = sum(missing.values())
+        victims = self._choose_victims(self.committed_bytes + missed_bytes - self.budget_bytes, plans)
         if victims is None:
             self._refuse_the_impossible(plans)
             return None
-        evicted = self._let_go(victims, keep=weights.keys())
-        for digest in missing:
-            self._committed[digest] = weights[digest]
-            self.committed_bytes += weights[digest]
+        self._let_go(victims, "room")
+        for digest, size_bytes in missing.items():
+            self._committed[digest] = self._group_of[digest].committed[digest] = size_bytes
+        self.committed_bytes += missed_bytes
+        self._note_uses(plans)
+        self.counts.misses += len(missing)
+        self.counts.missed_bytes += missed_bytes
+        self.counts.hits += sum(len(self._plans[plan].weights) for plan in plans) - len(missing)
+        self.counts.hit_bytes += sum(self._plans[plan].size_bytes for plan in plans) - missed_bytes
+        return Grant(tuple(victims), tuple(missing)) if victims or missing else _NOTHING_TO_DO
+
+    def _note_uses(self, plans: Sequence[str]) -> None:
+        now_s = self._clock()
         for plan in plans:
-            # To the recent end.
-            self._held.pop(plan, None)
-            self._held[plan] = None
+            use = self._plans[plan].use
+            self._lease_count += 1
+            use.interval = self._lease_count - use.last if use.last else 0
+            use.last, use.at_s = self._lease_count, now_s
+            use.count = use.count + 1 if plan in self._in_use else 1
+            self.policy.used(use)
+            self._in_use.add(plan)
+            self._held.add(plan)
             self._leases[plan] = self._leases.get(plan, 0) + 1
-        return Grant(evicted, tuple(missing)) if evicted or missing else _NOTHING_TO_DO
+
+    def lease_again(self, plan: str) -> None:
+        """Take one more lease on a leased plan, for the same use of it."""
+        assert self._leases.get(plan, 0) > 0, "the plan is not leased"
+        self._leases[plan] += 1
 
     def _refuse_the_impossible(self, plans: Sequence[str]) -> None:
-        weights = {digest: size for plan in plans for digest, size in self._plans[plan].items()}
+        weights = {digest: size for plan in plans for digest, size in self._plans[plan].weights.items()}
         plan_bytes = sum(weights.values())
         if plan_bytes > self.budget_bytes:
             raise BudgetExceeded(
@@ -99,7 +244,7 @@ class Residency:
             )
         pinned = dict(weights)
         for other in self._pinned:
-            pinned.update(self._plans[other])
+            pinned.update(self._plans[other].weights)
         together_bytes = sum(pinned.values())
         if together_bytes > self.budget_bytes:
             raise BudgetExceeded(
@@ -108,40 +253,6 @@ class Residency:
                 needed_bytes=together_bytes,
                 budget_bytes=self.budget_bytes,
             )
-
-    def _choose_victims(self, shortfall: int, wanted: Sequence[str]) -> list[str] | None:
-        """Return the plans to let go, least recently leased first, or None when that would not free enough."""
-        victims: list[str] = []
-        if shortfall <= 0:
-            return victims
-        staying = dict.fromkeys((*self._held, *wanted))
-        freed = 0
-        for plan in list(self._held):
-            if plan in wanted or self._leases.get(plan) or plan in self._pinned:
-                continue
-            del staying[plan]
-            victims.append(plan)
-            freed += sum(
-                size for digest, size in self._plans[plan].items() if not any(digest in self._plans[other] for other in staying)
-            )
-            if freed >= shortfall:
-                return victims
-        return None
-
-    def _let_go(self, plans: Iterable[str], keep: Iterable[str] = ()) -> tuple[str, ...]:
-        candidates: set[str] = set()
-        for plan in plans:
-            del self._held[plan]
-            candidates.update(self._plans[plan])
-        candidates.difference_update(keep)
-        for plan in self._held:
-            candidates.difference_update(self._plans[plan])
-        for digest in candidates:
-            size_bytes = self._committed.pop(digest)
-            self.committed_bytes -= size_bytes
-            self.evicted_bytes += size_bytes
-            self._arrived.discard(digest)
-        return tuple(sorted(candidates))
 
     def arrived(self, digest: str) -> None:
         """Note that a fetched weight is in memory."""
@@ -154,11 +265,108 @@ class Residency:
         self._leases[plan] -= 1
         if not self._leases[plan]:
             del self._leases[plan]
+            self._plans[plan].use.at_s = self._clock()
 
-    def evict(self, plan: str) -> tuple[str, ...]:
-        """Let an unleased plan go now; return the weights to drop. Weights in use by others stay."""
+    # --- what leaves -------------------------------------------------------------------------------------------------
+
+    def _choose_victims(self, shortfall: int, wanted: Sequence[str]) -> list[str] | None:
+        """Return the weights to let go, or None when what may leave does not free enough. The rule is the module's docstring."""
+        victims: list[str] = []
+        if shortfall <= 0:
+            return victims
+        staying = frozenset((*wanted, *self._leases, *self._pinned))
+        now_s = self._clock()
+        ranked = [
+            (self._rank(group, now_s), group)
+            for group in self._groups.values()
+            if group.committed and staying.isdisjoint(group.users)
+        ]
+        ranked.sort(key=lambda pair: pair[0])
+        for rank, equals in itertools.groupby(ranked, key=lambda pair: pair[0]):
+            for digest, size_bytes in self._last_first([group for _, group in equals]):
+                if shortfall <= 0 and not self.policy.whole:
+                    break
+                victims.append(digest)
+                shortfall -= size_bytes
+            if shortfall <= 0:
+                self.policy.let_go(rank.value)
+                self.lru_age_s = now_s - max(each.use.at_s for each in self._users_of(self._group_of[victims[-1]]))
+                return victims
+        return None
+
+    def _rank(self, group: _Group, now_s: float) -> _Rank:
+        users = self._users_of(group)
+        priority = max(_EXPIRED if user.is_idle_too_long(now_s) else user.priority for user in users)
+        return _Rank(
+            priority, self.policy.value([user.use for user in users], sum(group.committed.values()), len(group.committed))
+        )
+
+    def _users_of(self, group: _Group) -> list[_Plan]:
+        """Return the plans for whose sake a group is in memory."""
+        return [self._plans[plan] for plan in group.users & self._in_use]
+
+    def _last_first(self, groups: Sequence[_Group]) -> list[tuple[str, int]]:
+        """Return the weights of equal groups, the one used last first: last in the latest of the plans that use them."""
+        placed = []
+        for group in groups:
+            places = max(self._users_of(group), key=lambda user: user.use.last).places
+            placed += [(places[digest], digest, size_bytes) for digest, size_bytes in group.committed.items()]
+        placed.sort(reverse=True)
+        return [(digest, size_bytes) for _, digest, size_bytes in placed]
+
+    def _let_go(self, digests: Sequence[str], reason: str) -> None:
+        touched: dict[frozenset[str], _Group] = {}
+        for digest in digests:
+            group = self._group_of[digest]
+            touched[group.users] = group
+            size_bytes = self._committed.pop(digest)
+            del group.committed[digest]
+            self._arrived.discard(digest)
+            self.committed_bytes -= size_bytes
+            self.counts.evictions[reason] += 1
+            self.counts.evicted_bytes[reason] += size_bytes
+        for users in touched:
+            self._held -= users
+            for plan in users & self._in_use:
+                if not any(digest in self._committed for digest in self._plans[plan].weights):
+                    self._in_use.discard(plan)
+
+    def evict(self, plan: str, reason: str = "operator") -> tuple[str, ...]:
+        """Let an unleased plan go now; return the weights to drop. Weights in use by others stay.
+
+        Nor does a weight stay that never arrived and that no lease waits for: its load failed.
+        """
         assert not self._leases.get(plan), "a leased plan cannot be evicted"
-        return self._let_go([plan]) if plan in self._held else ()
+        if plan not in self._in_use:
+            return ()
+        self._in_use.discard(plan)
+        self._held.discard(plan)
+        freed = [digest for digest in self._plans[plan].weights if digest in self._committed and not self._has_use_for(digest)]
+        self._let_go(freed, reason)
+        return tuple(freed)
+
+    def _has_use_for(self, digest: str) -> bool:
+        users = self._group_of[digest].users
+        return not users.isdisjoint(self._in_use if digest in self._arrived else self._leases.keys())
+
+    def expire(self) -> tuple[str, ...]:
+        """Let go of what has been idle beyond its ``ttl_s``; return the weights to drop."""
+        now_s = self._clock()
+        return tuple(
+            digest for plan in self._mortal() if self._plans[plan].is_idle_too_long(now_s) for digest in self.evict(plan, "ttl")
+        )
+
+    def next_expiry_s(self) -> float | None:
+        """Return when ``expire`` is next worth calling, in seconds of the clock; None: not before another lease."""
+        return min(
+            (plan.use.at_s + plan.ttl_s for plan in map(self._plans.__getitem__, self._mortal()) if plan.ttl_s is not None),
+            default=None,
+        )
+
+    def _mortal(self) -> list[str]:
+        return [plan for plan in self._in_use - self._leases.keys() - self._pinned if self._plans[plan].ttl_s is not None]
+
+    # --- pins, and what there is -------------------------------------------------------------------------------------
 
     def pin(self, plan: str) -> None:
         """Forbid the eviction of a plan until it is unpinned. Pinning alone loads nothing.
@@ -174,10 +382,10 @@ class Residency:
 
     def is_ready(self, plan: str) -> bool:
         """Say whether every weight of the plan is in memory."""
-        return self._plans[plan].keys() <= self._arrived
+        return self._plans[plan].weights.keys() <= self._arrived
 
     def is_held(self, plan: str) -> bool:
-        """Say whether the plan's weights are in memory or on their way."""
+        """Say whether all of the plan's weights are in memory or on their way, and have been since its latest lease."""
         return plan in self._held
 
     def is_pinned(self, plan: str) -> bool:
@@ -192,8 +400,27 @@ class Residency:
     @property
     def pinned_bytes(self) -> int:
         """Bytes in memory that pins protect."""
-        pinned = {digest for plan in self._pinned for digest in self._plans[plan]}
+        pinned = {digest for plan in self._pinned for digest in self._plans[plan].weights}
         return sum(self._committed.get(digest, 0) for digest in pinned)
+
+    @property
+    def evicted_bytes(self) -> int:
+        """Bytes that left since the start, for whatever reason."""
+        return self.counts.evicted_bytes.total()
+
+    def metrics(self) -> dict[str, object]:
+        """Return what operators steer by, as plain values."""
+        counts = self.counts
+        return {
+            "policy": self.policy.name,
+            "hits": counts.hits,
+            "hit_bytes": counts.hit_bytes,
+            "misses": counts.misses,
+            "missed_bytes": counts.missed_bytes,
+            "evictions": {reason: counts.evictions[reason] for reason in REASONS},
+            "evicted_bytes": {reason: counts.evicted_bytes[reason] for reason in REASONS},
+            "lru_age_s": None if self.lru_age_s is None else round(self.lru_age_s, 3),
+        }
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the books do not balance."""
@@ -201,11 +428,23 @@ class Residency:
         assert self.committed_bytes <= self.budget_bytes, (
             f"{self.committed_bytes} bytes are committed, the budget is {self.budget_bytes}"
         )
-        needed = {digest for plan in self._held for digest in self._plans[plan]}
-        assert needed == self._committed.keys(), "committed weights are not those of the held plans"
+        needed = {digest for plan in self._in_use for digest in self._plans[plan].weights}
+        assert self._committed.keys() <= needed, "a weight is committed for nobody"
         assert self._arrived <= self._committed.keys(), "a weight is in memory that is not committed"
-        assert self._leases.keys() <= self._held.keys(), "a leased plan is not held"
+        assert self._leases.keys() <= self._held <= self._in_use, "a leased plan is not held"
         assert all(count > 0 for count in self._leases.values())
+        for plan in self._in_use:
+            weights = self._plans[plan].weights.keys()
+            assert plan not in self._held or weights <= self._committed.keys(), "a weight of a held plan has left"
+            assert not weights or weights & self._committed.keys(), "a plan is in use of which nothing is in memory"
+        users: dict[str, set[str]] = {}
+        for plan, entry in self._plans.items():
+            for digest in entry.weights:
+                users.setdefault(digest, set()).add(plan)
+        assert users == {digest: group.users for digest, group in self._group_of.items()}, "users of weights are wrong"
+        grouped = {digest: size for group in self._groups.values() for digest, size in group.committed.items()}
+        assert grouped == self._committed, "the groups disagree with the weights"
+        assert set(self._groups) == {group.users for group in self._group_of.values()}, "a group is kept for nothing"
 
 
 def _named(plans: Sequence[str]) -> str:

@@ -78,6 +78,7 @@ def _engine_process(settings: Settings, run: RunDirectory, listener: socket.sock
         store,
         Pins(run.pins),
         budget_bytes=settings.memory_budget_bytes,
+        eviction_policy=settings.eviction_policy,
         queue_limit=settings.queue_limit,
         batch_limit=settings.batch_limit,
         batch_window_s=settings.batch_window_s,

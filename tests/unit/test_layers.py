@@ -29,6 +29,7 @@ LAYERS = {
         "costs",
         "threadcounts",
         "timeline",
+        "policies",
         "blocks",
         "graphfile",
         "lowering",
