@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 from rich.box import SIMPLE
@@ -197,6 +197,30 @@ def graph(ctx: click.Context, dot: Path | None, svg: Path | None, as_json: bool)
         _print_json(found)
     elif dot is None and svg is None:
         console.print(drawing.as_text(found, size))
+
+
+@main.command()
+@click.option("--limit", type=click.IntRange(1, 10_000), default=10_000, show_default=True, help="At most so many leases.")
+@click.option("-o", "--output", type=click.File("w", encoding="utf-8"), default="-", help="A file; default: standard output.")
+@click.pass_context
+def trace(ctx: click.Context, limit: int, output: IO[str]) -> None:
+    """Record which models were asked for lately, and what was fetched and evicted for it.
+
+    Prints JSON lines: first the models and the sizes of their weights, then one line for each lease, oldest first.
+    `python -m benchmarks.replay --trace FILE` tells what other policies would have done.
+    """
+    found = _client(ctx).get(f"trace?limit={limit}")
+    names = list(found["models"])
+    click.echo(json.dumps({key: value for key, value in found.items() if key != "leases"}), file=output)
+    for time_s, models, hit_bytes, missed_bytes, evicted_bytes in found["leases"]:
+        line = {
+            "time_s": time_s,
+            "models": [names[number] for number in models],
+            "hit_bytes": hit_bytes,
+            "missed_bytes": missed_bytes,
+            "evicted_bytes": evicted_bytes,
+        }
+        click.echo(json.dumps(line), file=output)
 
 
 def _print_models(models: list[dict[str, Any]]) -> None:

@@ -16,10 +16,15 @@ from sidecar.catalog import Catalog, Deployed
 from sidecar.graph import FusedBlock
 from sidecar.loads import Loads
 from sidecar.ports import Work
+from sidecar.traces import LIMIT
 
 
 class Commands:
-    """Commands by name. ``accept``, ``drop``, ``unblock`` and ``deployed`` are the engine's; ``requests`` gives its counts."""
+    """Commands by name.
+
+    ``accept``, ``drop``, ``unblock`` and ``deployed`` are the engine's; ``requests`` gives its counts,
+    ``trace`` its latest leases.
+    """
 
     def __init__(
         self,
@@ -31,6 +36,7 @@ class Commands:
         unblock: Callable[[], None],
         deployed: Callable[[Deployed], None],
         requests: Callable[[], Mapping[str, object]],
+        trace: Callable[[int], Mapping[str, object]],
         facts: Mapping[str, object],
         started_s: float,
         clock: Callable[[], float],
@@ -43,6 +49,7 @@ class Commands:
         self._unblock = unblock
         self._on_deployed = deployed
         self._requests = requests
+        self._leases_recorded = trace
         self._facts = facts
         self._started_s = started_s
         self._clock = clock
@@ -53,6 +60,7 @@ class Commands:
             "blocks": self._blocks,
             "graph": lambda work, arguments: self._catalog.graph.tree(),
             "memory": lambda work, arguments: self._memory(),
+            "trace": self._trace,
             "load": self._load,
             "unload": self._evict,
             "evict": self._evict,
@@ -106,6 +114,11 @@ class Commands:
             **self._catalog.device.memory(),
             **self._catalog.memory.facts(),
         }
+
+    def _trace(self, work: Work, arguments: dict[str, Any]) -> object:
+        residency = self._residency
+        traced = self._leases_recorded(int(arguments.get("limit", LIMIT)))
+        return {"budget_bytes": residency.budget_bytes, "policy": residency.policy.name, **traced}
 
     def _is_resident(self, deployed: Deployed) -> bool:
         # Whole in memory, be it by its own doing or by that of others. One without weights once it was used.

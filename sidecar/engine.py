@@ -43,9 +43,10 @@ from sidecar.mover import Mover
 from sidecar.pins import Pins
 from sidecar.policies import POLICIES, LeastRecentlyUsed
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
-from sidecar.residency import Residency
+from sidecar.residency import Grant, Residency
 from sidecar.scheduler import Queue
 from sidecar.threadcounts import ThreadCounts
+from sidecar.traces import Lease, Recorder
 from sidecar.trials import Trials, Verdict
 from sidecar.verdicts import Verdicts
 from sidecar.wavefront import Group, Ticket, Wavefront
@@ -128,6 +129,8 @@ class Engine:
         self._residency = Residency(budget_bytes, POLICIES[eviction_policy](), clock)
         self._catalog = Catalog(source, device, self._memory, self._residency, pins)
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
+        self._recorder = Recorder()
+        self._started_s = clock()
         self._queue: Queue[Work] = Queue(queue_limit)
         self._costs = BatchCosts()
         self._threads = ThreadCounts(device.thread_counts)
@@ -156,8 +159,9 @@ class Engine:
             unblock=self._unblock,
             deployed=self._try_out,
             requests=self._request_counts,
+            trace=self._recorder.to_plain,
             facts={"generation": generation, "device": device.name, **(facts or {})},
-            started_s=clock(),
+            started_s=self._started_s,
             clock=clock,
         )
 
@@ -332,8 +336,20 @@ class Engine:
             self._queue.put_back(work)
             self._blocked = True
             return
+        self._record(grant, parts)
         self._drop(grant.evict)
         self._loads.want(work, parts, joint)
+
+    def _record(self, grant: Grant, parts: Sequence[Deployed]) -> None:
+        weights = [self._residency.weights(deployed.plan) for deployed in parts]
+        lease = Lease(
+            self._clock() - self._started_s,
+            tuple(deployed.plan for deployed in parts),
+            grant.hit_bytes,
+            grant.missed_bytes,
+            grant.evicted_bytes,
+        )
+        self._recorder.record(lease, weights)
 
     def _enter(self, parked: Parked) -> None:
         """Let a request whose weights are in memory into the wavefront."""

@@ -40,10 +40,16 @@ REASONS: Final = ("room", "ttl", "operator", "removed", "failed")
 
 @dataclass(frozen=True)
 class Grant:
-    """A lease was taken. Drop ``evict`` first, then load ``fetch``; the plan is ready when all of it has arrived."""
+    """A lease was taken. Drop ``evict`` first, then load ``fetch``; the plan is ready when all of it has arrived.
+
+    ``hit_bytes`` were there already, or on their way.
+    """
 
     evict: tuple[str, ...]
     fetch: tuple[str, ...]
+    hit_bytes: int = field(default=0, compare=False)
+    missed_bytes: int = field(default=0, compare=False)
+    evicted_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)
@@ -88,9 +94,6 @@ class _Rank(NamedTuple):
 
     priority: int
     value: Value
-
-
-_NOTHING_TO_DO = Grant((), ())
 
 
 class Residency:
@@ -203,16 +206,25 @@ class Residency:
         if victims is None:
             self._refuse_the_impossible(plans)
             return None
-        self._let_go(victims, "room")
+        evicted_bytes = self._let_go(victims, "room")
         for digest, size_bytes in missing.items():
             self._committed[digest] = self._group_of[digest].committed[digest] = size_bytes
         self.committed_bytes += missed_bytes
         self._note_uses(plans)
+        count, size_bytes = self._extent(plans)
         self.counts.misses += len(missing)
         self.counts.missed_bytes += missed_bytes
-        self.counts.hits += sum(len(self._plans[plan].weights) for plan in plans) - len(missing)
-        self.counts.hit_bytes += sum(self._plans[plan].size_bytes for plan in plans) - missed_bytes
-        return Grant(tuple(victims), tuple(missing)) if victims or missing else _NOTHING_TO_DO
+        self.counts.hits += count - len(missing)
+        self.counts.hit_bytes += size_bytes - missed_bytes
+        return Grant(tuple(victims), tuple(missing), size_bytes - missed_bytes, missed_bytes, evicted_bytes)
+
+    def _extent(self, plans: Sequence[str]) -> tuple[int, int]:
+        """Return how many weights plans have together, each once, and their bytes."""
+        if len(plans) == 1:
+            plan = self._plans[plans[0]]
+            return len(plan.weights), plan.size_bytes
+        weights = {digest: size for plan in plans for digest, size in self._plans[plan].weights.items()}
+        return len(weights), sum(weights.values())
 
     def _note_uses(self, plans: Sequence[str]) -> None:
         now_s = self._clock()
@@ -233,8 +245,7 @@ class Residency:
         self._leases[plan] += 1
 
     def _refuse_the_impossible(self, plans: Sequence[str]) -> None:
-        weights = {digest: size for plan in plans for digest, size in self._plans[plan].weights.items()}
-        plan_bytes = sum(weights.values())
+        plan_bytes = self._extent(plans)[1]
         if plan_bytes > self.budget_bytes:
             raise BudgetExceeded(
                 f"the weights of {_named(plans)} take {plan_bytes} bytes, the memory budget is {self.budget_bytes}; start the "
@@ -242,10 +253,7 @@ class Residency:
                 needed_bytes=plan_bytes,
                 budget_bytes=self.budget_bytes,
             )
-        pinned = dict(weights)
-        for other in self._pinned:
-            pinned.update(self._plans[other].weights)
-        together_bytes = sum(pinned.values())
+        together_bytes = self._extent((*plans, *self._pinned))[1]
         if together_bytes > self.budget_bytes:
             raise BudgetExceeded(
                 f"{_named(plans)} and the pinned models take {together_bytes} bytes together, the memory budget is "
@@ -314,7 +322,8 @@ class Residency:
         placed.sort(reverse=True)
         return [(digest, size_bytes) for _, digest, size_bytes in placed]
 
-    def _let_go(self, digests: Sequence[str], reason: str) -> None:
+    def _let_go(self, digests: Sequence[str], reason: str) -> int:
+        before_bytes = self.committed_bytes
         touched: dict[frozenset[str], _Group] = {}
         for digest in digests:
             group = self._group_of[digest]
@@ -330,6 +339,7 @@ class Residency:
             for plan in users & self._in_use:
                 if not any(digest in self._committed for digest in self._plans[plan].weights):
                     self._in_use.discard(plan)
+        return before_bytes - self.committed_bytes
 
     def evict(self, plan: str, reason: str = "operator") -> tuple[str, ...]:
         """Let an unleased plan go now; return the weights to drop. Weights in use by others stay.

@@ -94,6 +94,11 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
         }
         return jsonify(engine.command("blocks", arguments))
 
+    @app.get("/admin/v1/trace")
+    def trace() -> Response:
+        """Return the latest leases, at most ``limit`` (10,000), and the models in them: who was asked for when, and its cost."""
+        return jsonify(engine.command("trace", {"limit": _number("limit", 10_000, 10_000)}))
+
     @app.get("/admin/v1/graph")
     def graph() -> Response:
         """Return the fused DAG: every block once, the block it follows, and the models that run through it."""

@@ -119,6 +119,14 @@ def test_blocks_come_in_pages(http: flask.testing.FlaskClient, engine: FakeEngin
         assert http.get(f"/admin/v1/blocks?{bad}").status_code == 400
 
 
+def test_a_trace_is_as_long_as_asked(http: flask.testing.FlaskClient, engine: FakeEngine) -> None:
+    http.get("/admin/v1/trace")
+    assert engine.asked[-1] == ("trace", {"limit": 10_000})
+    http.get("/admin/v1/trace?limit=3")
+    assert engine.asked[-1] == ("trace", {"limit": 3})
+    assert http.get("/admin/v1/trace?limit=10001").status_code == 400
+
+
 @pytest.mark.parametrize("action", ["load", "unload", "evict", "pin", "unpin"])
 def test_acting_asks_the_engine(http: flask.testing.FlaskClient, engine: FakeEngine, action: str) -> None:
     assert http.post(f"/admin/v1/models/m/{action}", json={}).json == {"name": "m"}

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from trunkline.errors import Draining, SidecarUnavailable, TrunklineError, UnknownModel
 
 import sidecar.__main__ as cli
+from benchmarks.traces import recorded
 from sidecar.admin_client import AdminClient
 from sidecar.bundle import read_bundle
 from sidecar.config import Settings, flag_of
@@ -131,6 +132,27 @@ def test_json_is_all_that_is_printed(answers: Answers, words: list[str], expecte
     assert result.exit_code == 0
     assert json.loads(result.stdout) == expected
     assert result.stderr == ""
+
+
+def test_a_trace_is_written_in_lines_that_can_be_replayed(answers: Answers, tmp_path: Path) -> None:
+    answers.table["trace?limit=10000"] = {
+        "budget_bytes": 30,
+        "policy": "lru",
+        "recorded": 2,
+        "weights": [10, 5],
+        "models": {"a": [0], "b": [0, 1]},
+        "leases": [[0.5, [0], 0, 10, 0], [1.5, [0, 1], 10, 5, 0]],
+    }
+    result = run("trace", "-o", str(tmp_path / "found.jsonl"))
+    assert (result.exit_code, result.output) == (0, "")
+    header, first, second = map(json.loads, (tmp_path / "found.jsonl").read_text().splitlines())
+    assert header["weights"] == [10, 5]
+    assert first == {"time_s": 0.5, "models": ["a"], "hit_bytes": 0, "missed_bytes": 10, "evicted_bytes": 0}
+    assert second["models"] == ["a", "b"]
+    trace = recorded(tmp_path / "found.jsonl")
+    assert trace.models == {"a": {"0": 10}, "b": {"0": 10, "1": 5}}
+    assert trace.asked == [("a",), ("a", "b")]
+    assert run("trace").stdout == (tmp_path / "found.jsonl").read_text()
 
 
 def test_a_broken_store_fails_also_in_json(answers: Answers) -> None:

@@ -315,6 +315,14 @@ def test_commands_of_the_administrator(running: Running) -> None:
     assert evicted["state"] == "stored"
     assert evicted["freed_bytes"] == 103
     assert running.device.allocated_bytes == 0
+    residency = connection.command("memory")["residency"]
+    assert (residency["policy"], residency["evicted_bytes"]["operator"]) == ("lru", 103)
+    traced = connection.command("trace", {"limit": 1})
+    assert traced["recorded"] == 2
+    assert sum(traced["weights"]) == 103
+    (plan,) = traced["models"]
+    assert plan.startswith("age@")
+    assert [lease[1:] for lease in traced["leases"]] == [[[0], 103, 0, 0]]
     assert connection.command("model", {"name": "age"})["signature"]["inputs"][0]["name"] == "x"
     with pytest.raises(errors.UnknownModel):
         connection.command("load", {"name": "nobody"})

@@ -30,6 +30,7 @@ LAYERS = {
         "threadcounts",
         "timeline",
         "policies",
+        "traces",
         "blocks",
         "graphfile",
         "lowering",
