@@ -15,11 +15,12 @@ from pathlib import Path
 
 from benchmarks.report import Report
 from benchmarks.traces import Trace, generated, recorded
-from sidecar.policies import POLICIES, LeastRecentlyUsed, WholeModelLeastRecentlyUsed
-from sidecar.residency import Residency
+from sidecar.policies import POLICIES, Either, LeastRecentlyUsed, WholeModelLeastRecentlyUsed
+from sidecar.rivals import open_residency
 
 BUDGET_PARTS = (1 / 1.5, 1 / 2.32, 1 / 4, 1 / 5.81)
 _UNSHARED = "F"
+_COMPARED = (*POLICIES, Either.name)
 _BOUND = "bound"
 
 
@@ -35,7 +36,7 @@ class Replayed:
 def replay(trace: Trace, budget_bytes: int, policy: str) -> Replayed:
     """Run a trace through a residency; each request ends before the next begins."""
     now_s = 0.0
-    residency = Residency(budget_bytes, POLICIES[policy](), lambda: now_s)
+    residency = open_residency(budget_bytes, policy, lambda: now_s)
     for model, weights in trace.models.items():
         residency.add_plan(model, weights)
     missed = 0
@@ -109,7 +110,7 @@ def measure(report: Report, traces: list[Trace], parts: tuple[float, ...]) -> No
     for trace in traces:
         for part in parts:
             budget_bytes = max(int(part * trace.unique_bytes), trace.largest_bytes)
-            row = {policy: replay(trace, budget_bytes, policy) for policy in POLICIES}
+            row = {policy: replay(trace, budget_bytes, policy) for policy in _COMPARED}
             # Without sharing its largest request may need more than the budget; it is given that much.
             alone = trace.unshared()
             row[_UNSHARED] = replay(alone, max(budget_bytes, alone.largest_bytes), WholeModelLeastRecentlyUsed.name)
@@ -121,7 +122,7 @@ def measure(report: Report, traces: list[Trace], parts: tuple[float, ...]) -> No
                 "missed_requests": {name: each.missed_requests for name, each in row.items() if name != _BOUND},
                 "evicted_weights": {name: each.evicted_weights for name, each in row.items() if name != _BOUND},
             }
-            for policy in POLICIES:
+            for policy in _COMPARED:
                 for other in (_UNSHARED, WholeModelLeastRecentlyUsed.name, LeastRecentlyUsed.name, _BOUND):
                     if policy != other:
                         ratios[f"{trace.name} {policy}/{other}"].append(fetched[policy] / max(fetched[other], 1))

@@ -108,7 +108,7 @@ def size(size_bytes: float) -> str:
 @click.option("--device", help="auto, cpu or cuda:N.")
 @click.option("--threads", help="CPU threads one operator may use.")
 @click.option("--memory-budget", "memory_budget_bytes", help="Memory for weights, e.g. 2GiB.")
-@click.option("--eviction-policy", help="lru or gdsf: which weights leave first when there is no room.")
+@click.option("--eviction-policy", help="lru, gdsf or adaptive: which weights leave first when there is no room.")
 @click.option("--admin-host", help="Loopback address of the admin endpoint.")
 @click.option("--admin-port", help="Its port; 0: only the Unix socket.")
 @click.option("--blob-limit", "blob_limit_bytes", help="The largest weight that may be pushed.")

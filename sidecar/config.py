@@ -156,7 +156,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "device": _match(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"),
     "threads": _integer(1, 1024),
     "memory_budget_bytes": _size(1),
-    "eviction_policy": _match("lru|gdsf", "lru or gdsf"),
+    "eviction_policy": _match("lru|gdsf|adaptive", "lru, gdsf or adaptive"),
     "admin_host": _loopback,
     "admin_port": _integer(0, 65535),
     "blob_limit_bytes": _size(65536),

@@ -41,9 +41,10 @@ from sidecar.logs import RateLimit
 from sidecar.memory import DeviceMemory, Memory
 from sidecar.mover import Mover
 from sidecar.pins import Pins
-from sidecar.policies import POLICIES, LeastRecentlyUsed
+from sidecar.policies import LeastRecentlyUsed
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
-from sidecar.residency import Grant, Residency
+from sidecar.residency import Grant
+from sidecar.rivals import open_residency
 from sidecar.scheduler import Queue
 from sidecar.threadcounts import ThreadCounts
 from sidecar.traces import Lease, Recorder
@@ -126,7 +127,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
         self._memory = DeviceMemory(device, source) if memory is None else memory
         self._mover = Mover(self._memory, self._post)
-        self._residency = Residency(budget_bytes, POLICIES[eviction_policy](), clock)
+        self._residency = open_residency(budget_bytes, eviction_policy, clock)
         self._catalog = Catalog(source, device, self._memory, self._residency, pins)
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
         self._recorder = Recorder()

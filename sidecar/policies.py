@@ -27,8 +27,8 @@ class Use:
     at_s: float = 0.0
     # Leases since the plan was last brought into memory.
     count: int = 0
-    # Leases, of whatever plan, from the last but one of its own to the last; 0 where there was one only.
-    interval: int = 0
+    # Leases, of whatever plan, from one of its own to the next: a mean in which the latest counts for half; 0 before the second.
+    interval: float = 0.0
     # The policy's own: what was being evicted when the plan was last used.
     level: float = 0.0
 
@@ -99,6 +99,51 @@ class GreedyDualSizeFrequency:
         self._level = max(self._level, value[0])
 
 
+class LeastOften:
+    """What is asked for least often leaves first: once in so many leases lately, or since the last one if that is longer.
+
+    The rates of several users add up. A plan that was asked for once has none yet, so one pass over many models pushes out none
+    that come again and again. Of equal rates the latest leaves first: in a cycle over more than fits, it is needed last.
+    """
+
+    name = "rate"
+    whole = False
+
+    def __init__(self) -> None:
+        self._now = 0
+
+    def used(self, use: Use) -> None:
+        self._now = use.last
+
+    def value(self, uses: Sequence[Use], size_bytes: int, weight_count: int) -> Value:
+        rate = sum(1 / max(use.interval, self._now - use.last + 1) for use in uses if use.interval)
+        return (rate, -max(use.last for use in uses))
+
+    def let_go(self, value: Value) -> None:
+        pass
+
+
+class Either:
+    """What one of several policies says; ``chosen`` is its number. They are told everything alike."""
+
+    name = "adaptive"
+    whole = False
+
+    def __init__(self, policies: Sequence[Policy]) -> None:
+        self.chosen = 0
+        self._policies = policies
+
+    def used(self, use: Use) -> None:
+        for policy in self._policies:
+            policy.used(use)
+
+    def value(self, uses: Sequence[Use], size_bytes: int, weight_count: int) -> Value:
+        return self._policies[self.chosen].value(uses, size_bytes, weight_count)
+
+    def let_go(self, value: Value) -> None:
+        self._policies[self.chosen].let_go(value)
+
+
 POLICIES: Final[dict[str, Callable[[], Policy]]] = {
-    policy.name: policy for policy in (LeastRecentlyUsed, GreedyDualSizeFrequency, WholeModelLeastRecentlyUsed)
+    policy.name: policy for policy in (LeastRecentlyUsed, GreedyDualSizeFrequency, LeastOften, WholeModelLeastRecentlyUsed)
 }

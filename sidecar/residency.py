@@ -231,7 +231,8 @@ class Residency:
         for plan in plans:
             use = self._plans[plan].use
             self._lease_count += 1
-            use.interval = self._lease_count - use.last if use.last else 0
+            gap = self._lease_count - use.last if use.last else 0
+            use.interval = (use.interval + gap) / 2 if use.interval else gap
             use.last, use.at_s = self._lease_count, now_s
             use.count = use.count + 1 if plan in self._in_use else 1
             self.policy.used(use)

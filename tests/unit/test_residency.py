@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from trunkline.errors import BudgetExceeded
 
-from sidecar.policies import POLICIES, GreedyDualSizeFrequency, Policy, WholeModelLeastRecentlyUsed
+from sidecar.policies import POLICIES, Either, GreedyDualSizeFrequency, LeastOften, Policy, WholeModelLeastRecentlyUsed
 from sidecar.residency import Grant, Residency
+from sidecar.rivals import AdaptiveResidency
 
 
 class Clock:
@@ -140,6 +141,53 @@ def test_gdsf_prefers_weights_that_are_cheap_to_bring_back() -> None:
     use(made, "many")
     use(made, "one")
     assert use(made, "c").evict == ("one",)
+
+
+def test_by_rate_one_pass_pushes_out_nothing_that_is_asked_for_again_and_again() -> None:
+    made = residency(20, LeastOften(), a={"a": 10}, b={"b": 10}, c={"c": 10}, d={"d": 10})
+    for plan in "aaab":
+        use(made, plan)
+    assert use(made, "c").evict == ("b",)
+    assert use(made, "d").evict == ("c",)
+
+
+def test_by_rate_half_of_a_cycle_stays() -> None:
+    made = residency(20, LeastOften(), a={"a": 10}, b={"b": 10}, c={"c": 10})
+    fetched = [len(use(made, plan).fetch) for plan in "abc" * 10]
+    assert sum(fetched[3:]) <= 15
+
+
+def test_by_rate_what_is_asked_for_no_more_loses_its_rate() -> None:
+    made = residency(20, LeastOften(), a={"a": 10}, b={"b": 10}, c={"c": 10})
+    for plan in "aaaa":
+        use(made, plan)
+    left = [weight for plan in "bcbcbcbcbcbc" for weight in use(made, plan).evict]
+    assert "a" in left
+
+
+def test_of_two_policies_the_better_decides_and_the_other_again_when_it_is_better() -> None:
+    made = AdaptiveResidency(20)
+    for plan in ("a", "b", "c", "d", "gone"):
+        made.add_plan(plan, {plan: 10})
+    assert isinstance(made.policy, Either)
+    chosen = made.policy.chosen
+    cycle = [len(use(made, plan).fetch) for plan in "abc" * 40]
+    assert (chosen, made.policy.chosen) == (0, 1)
+    assert (sum(cycle[:6]), sum(cycle[-30:])) == (6, 15), "at first all of it is fetched, then half"
+    draw = random.Random(1)
+    for _ in range(100):
+        awake = draw.sample("abcd", 2)
+        for _ in range(12):
+            use(made, draw.choice(awake))
+    assert made.policy.chosen == 0
+    made.set_priority("a", 1)
+    made.set_ttl("a", 60.0)
+    assert [each.priority("a") for each in made._rivals] == [1, 1]
+    assert [each.ttl_s("a") for each in made._rivals] == [60.0, 60.0]
+    made.remove_plan("gone")
+    made.lease("a", "b")
+    assert made.lease("c") is None
+    made.check_invariants()
 
 
 def test_lower_priority_leaves_first_and_a_shared_weight_has_the_highest_of_its_users() -> None:
