@@ -40,6 +40,7 @@ bench: $(STAMP)
 	$(BIN)/pip install --quiet --group bench
 	$(BIN)/python -m benchmarks.thin --json benchmarks/results/thin.json
 	$(BIN)/python -m benchmarks.sharing --json benchmarks/results/sharing.json
+	$(BIN)/python -m benchmarks.replay --json benchmarks/results/replay.json
 
 clean:
 	rm -rf $(VENV) .trunkline

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from sidecar.rivals import open_residency
 
 BUDGET_PARTS = (1 / 1.5, 1 / 2.32, 1 / 4, 1 / 5.81)
 _UNSHARED = "F"
-_COMPARED = (*POLICIES, Either.name)
 _BOUND = "bound"
+_COMPARED = (*POLICIES, Either.name)
+_REFERENCES = (_UNSHARED, WholeModelLeastRecentlyUsed.name, LeastRecentlyUsed.name, _BOUND)
 
 
 @dataclass(frozen=True)
@@ -114,21 +116,23 @@ def measure(report: Report, traces: list[Trace], parts: tuple[float, ...]) -> No
             # Without sharing its largest request may need more than the budget; it is given that much.
             alone = trace.unshared()
             row[_UNSHARED] = replay(alone, max(budget_bytes, alone.largest_bytes), WholeModelLeastRecentlyUsed.name)
-            row[_BOUND] = Replayed(fetched_at_least(trace, budget_bytes), 0, 0)
             fetched = {name: each.fetched_bytes for name, each in row.items()}
+            fetched[_BOUND] = fetched_at_least(trace, budget_bytes)
             rows[f"{trace.name}_{1 / part:.2f}"] = {
                 "budget_bytes": budget_bytes,
                 "fetched_bytes": fetched,
-                "missed_requests": {name: each.missed_requests for name, each in row.items() if name != _BOUND},
-                "evicted_weights": {name: each.evicted_weights for name, each in row.items() if name != _BOUND},
+                "missed_requests": {name: each.missed_requests for name, each in row.items()},
+                "evicted_weights": {name: each.evicted_weights for name, each in row.items()},
             }
+            shares = trace.unique_bytes < alone.unique_bytes
             for policy in _COMPARED:
-                for other in (_UNSHARED, WholeModelLeastRecentlyUsed.name, LeastRecentlyUsed.name, _BOUND):
-                    if policy != other:
-                        ratios[f"{trace.name} {policy}/{other}"].append(fetched[policy] / max(fetched[other], 1))
+                for other in fetched:
+                    if other in _REFERENCES and policy != other and (shares or other != _UNSHARED):
+                        ratios[f"{policy}_over_{other}"].append(fetched[policy] / max(fetched[other], 1))
     report.raw["rows"] = rows
-    # The worst of the budgets.
-    report.figures.update({name: max(values) for name, values in ratios.items()})
+    for name, values in ratios.items():
+        report.figures[f"{name}_mean"] = statistics.geometric_mean(values)
+        report.figures[f"{name}_worst"] = max(values)
 
 
 def main() -> None:
@@ -142,7 +146,7 @@ def main() -> None:
     if chosen.trace:
         traces = [recorded(chosen.trace)]
     else:
-        traces = list(generated(chosen.seed, *((24, 1000) if chosen.quick else (64, 5000))))
+        traces = list(generated(chosen.seed, *((24, 1000) if chosen.quick else (40, 3000))))
     measure(report, traces, BUDGET_PARTS[1::2] if chosen.quick else BUDGET_PARTS)
     report.finish(chosen.json)
 

@@ -77,7 +77,7 @@ class _Plan:
     use: Use = field(default_factory=Use)
 
     def is_idle_too_long(self, now_s: float) -> bool:
-        return self.ttl_s is not None and now_s - self.use.at_s > self.ttl_s
+        return self.ttl_s is not None and self.use.at_s + self.ttl_s <= now_s
 
 
 @dataclass(slots=True)
