@@ -36,11 +36,12 @@ from typing import Final, NamedTuple, TypeVar
 from isal import isal_zlib
 
 from sidecar.disk import (
-    BUFFERED,
     BUFFERED_STRICT,
     MOST_TARGETS,
     TEMPORARY,
+    Calibration,
     Source,
+    calibrate,
     drop,
     fill,
     is_refusal,
@@ -110,11 +111,11 @@ class _Damaged(Exception):
 class BlockFiles:
     """Entries in files below one folder, read by way of ``source``."""
 
-    def __init__(self, folder: Path, *facts: str, source: Source = BUFFERED) -> None:
+    def __init__(self, folder: Path, *facts: str, source: Source = BUFFERED_STRICT) -> None:
         """Open the folder, making it when it is not there, and read the headers. A folder that cannot be used holds nothing."""
         self._folder = folder
         self._facts = hashlib.sha256("\n".join(facts).encode()).digest()
-        self._source = source
+        self.source = source
         self._lock = threading.Lock()
         self._index: dict[str, tuple[_File, _Place]] = {}
         self._is_usable = True
@@ -178,6 +179,10 @@ class BlockFiles:
 
     def _live_files(self) -> set[_File]:
         return {file for file, _ in self._index.values()}
+
+    def calibrate(self) -> Calibration:
+        """Measure how files in the folder are read, neither way leaving anything in the page cache."""
+        return calibrate(self._folder, is_strict=True)
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
@@ -327,7 +332,7 @@ class BlockFiles:
 
     def _by_source(self, file: _File, work: Callable[[int, Source], _Result]) -> _Result:
         """Open a file and have ``work`` read it; where direct reading is refused, buffered from then on. Raises OSError."""
-        source = self._source
+        source = self.source
         try:
             with opened(file.path, os.O_RDONLY | source.flags) as descriptor:
                 return work(descriptor, source)
@@ -335,7 +340,7 @@ class BlockFiles:
             if not is_refusal(error, source):
                 raise
             log.warning("files in %s cannot be read past the page cache; they are read through it", self._folder)
-        self._source = BUFFERED_STRICT
+        self.source = BUFFERED_STRICT
         with opened(file.path, os.O_RDONLY) as descriptor:
             return work(descriptor, BUFFERED_STRICT)
 

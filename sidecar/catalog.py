@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -130,6 +130,8 @@ class Catalog:
     memory: Memory
     residency: Residency
     pins: Pins
+    # Told of the digests of weights that no model has any more.
+    forget: Callable[[Collection[str]], None] = lambda digests: None
     graph: FusedGraph = field(default_factory=FusedGraph)
     deployed: dict[str, Deployed] = field(default_factory=dict)
     broken: dict[str, TrunklineError] = field(default_factory=dict)
@@ -140,6 +142,8 @@ class Catalog:
     # Replaced as a whole, never changed in place, so that other threads may read it without a lock.
     _published: dict[str, Signature | TrunklineError] = field(default_factory=dict)
     _bundles: dict[str, Bundle] = field(default_factory=dict)
+    # Digests of weights of what was removed.
+    _gone: set[str] = field(default_factory=set)
     # Made by whichever thread needs it first, from what is published.
     _joint: dict[str, Joint] = field(default_factory=dict)
 
@@ -310,17 +314,27 @@ class Catalog:
         if deployed.plan not in self.retired or self.residency.lease_count(deployed.plan):
             return ()
         del self.retired[deployed.plan]
-        return self._remove(deployed)
+        freed = self._remove(deployed)
+        self._forget_gone()
+        return freed
 
     def _remove(self, deployed: Deployed) -> Sequence[str]:
         freed = self.residency.remove_plan(deployed.plan)
         deployed.unbind()
+        self._gone |= deployed.weights.keys()
         kept = self._skeletons()
         self.programs = {skeleton: program for skeleton, program in self.programs.items() if skeleton in kept}
         return freed
 
+    def _forget_gone(self) -> None:
+        # Only now: the next version, or form, has most weights of the last.
+        if gone := self._gone - {digest for entry in self.all() for digest in entry.weights}:
+            self.forget(gone)
+        self._gone.clear()
+
     def publish(self) -> None:
-        """Let other threads see what is deployed."""
+        """Let other threads see what is deployed. Every change ends with this."""
+        self._forget_gone()
         self._bundles = {name: entry.bundle for name, entry in self.deployed.items()}
         for name, joint in list(self._joint.items()):
             if any(self._bundles.get(bundle.name) is not bundle for bundle in joint.bundles):

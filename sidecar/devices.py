@@ -163,12 +163,16 @@ class TorchDevice:
         return handle
 
     @property
-    def keeps_packed(self) -> bool:
-        """Return whether packed weights can be kept as bytes, on disk or in memory that outlives this process."""
-        return self.can_pack and flat.can_flatten()
+    def works_in_place(self) -> bool:
+        """Return whether weights may lie in memory of the caller's, packed ones, if there are any, included."""
+        return self._is_cpu and (flat.can_flatten() or not self.can_pack)
+
+    def layout_facts(self) -> Sequence[str]:
+        """Return what the bytes of weights depend on beside the weights."""
+        return (self.name, *(flat.facts() if self.can_pack else ()))
 
     def flatten(self, handle: packed.Packed) -> flat.Flat:
-        """Return a packed weight as bytes, and what is needed to read them. Only where ``keeps_packed``."""
+        """Return a packed weight as bytes, and what is needed to read them. Only where it ``works_in_place``."""
         return flat.flatten(handle)
 
     def packed_over(self, meta: bytes, memory: memoryview) -> packed.Packed:

@@ -17,11 +17,12 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from trunkline.errors import (
+    BudgetExceeded,
     DeadlineExceeded,
     DeviceFault,
     Draining,
@@ -46,6 +47,7 @@ from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Grant
 from sidecar.rivals import open_residency
 from sidecar.scheduler import Queue
+from sidecar.streams import Streams
 from sidecar.threadcounts import ThreadCounts
 from sidecar.traces import Lease, Recorder
 from sidecar.trials import Trials, Verdict
@@ -128,16 +130,22 @@ class Engine:
         self._memory = DeviceMemory(device, source) if memory is None else memory
         self._mover = Mover(self._memory, self._post)
         self._residency = open_residency(budget_bytes, eviction_policy, clock)
-        self._catalog = Catalog(source, device, self._memory, self._residency, pins)
+        self._catalog = Catalog(source, device, self._memory, self._residency, pins, self._forget_weights)
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
         self._recorder = Recorder()
         self._started_s = clock()
+        self._streams = Streams(self._residency, self._loads, self._drop, lambda: self._mover.pace, clock)
+        # Requests that wait for the run of a model that streams to end.
+        self._aside: list[Work] = []
         self._queue: Queue[Work] = Queue(queue_limit)
         self._costs = BatchCosts()
         self._threads = ThreadCounts(device.thread_counts)
         self._wavefront: Wavefront[_Call] = Wavefront(device, self._costs, batch_limit)
         # Without a place for verdicts nothing is tried, and so nothing batched.
-        self._trials = None if verdicts is None else Trials(device, source, verdicts, self._post, packing=packing)
+        self._trials: Trials | None = None
+        if verdicts is not None:
+            self._trials = Trials(device, source, verdicts, self._post, packing=packing, keep=self._memory.keep)
+            self._trials.then(lambda: self._memory.calibrate(verdicts))
         # Set while the head of the queue waits for a lease of somebody else to end.
         self._blocked = False
         self._untrimmed = False
@@ -217,8 +225,21 @@ class Engine:
     def deploy_stored(self) -> None:
         """Deploy every model of the store. Call once, before ``run`` starts; a broken model does not stop the others."""
         self._catalog.deploy_stored()
+        for deployed in list(self._catalog.deployed.values()):
+            verdict = self._trials.known(deployed.bundle, deployed.staged) if self._trials is not None else None
+            if verdict is None:
+                self._try_out(deployed)
+            else:
+                self._adopt(deployed, verdict)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Count in what an engine before this one has left in memory, and let go of what no model needs."""
+        kept = set(self._memory.kept())
         for deployed in self._catalog.deployed.values():
-            self._try_out(deployed)
+            self._residency.take_over(deployed.plan, kept & deployed.weights.keys())
+            kept -= deployed.weights.keys()
+        self._memory.free(kept)
 
     def run(self) -> None:
         """Serve until drained. The engine thread's body."""
@@ -241,7 +262,7 @@ class Engine:
 
     def _step(self) -> None:
         # Work goes on while there is some, but what has been posted meanwhile comes first.
-        busy = (bool(self._wavefront) and not self._stalled) or (len(self._queue) > 0 and not self._blocked)
+        busy = (bool(self._wavefront) and not self._stalled) or (len(self._queue) > 0 and not self._is_closed())
         window_s = self._window_left_s() if busy else 0.0
         try:
             if busy:
@@ -271,13 +292,22 @@ class Engine:
         if self._trials is not None and (deployed.verdict is None or not deployed.verdict.held):
             self._trials.ask(deployed.bundle, deployed.staged, lambda verdict: self._tried(deployed, verdict))
 
+    def _adopt(self, deployed: Deployed, verdict: Verdict) -> None:
+        assert self._trials is not None
+        self._drop(self._catalog.adopt(deployed, verdict))
+        self._trials.keep(deployed.bundle, deployed.staged, verdict.forms)
+
     def _tried(self, deployed: Deployed, verdict: Verdict) -> None:
         was_resident = self._residency.is_held(deployed.plan) if self._catalog.is_deployed(deployed) else False
-        self._drop(self._catalog.adopt(deployed, verdict))
+        self._adopt(deployed, verdict)
         name = deployed.name
         if was_resident and not self._catalog.is_deployed(deployed) and name in self._catalog.deployed:
             # It serves on in another form, whose weights are made while nobody waits for them.
             self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
+
+    def _forget_weights(self, digests: Collection[str]) -> None:
+        if self._trials is not None:
+            self._trials.then(lambda: self._memory.forget(digests))
 
     def _window_left_s(self) -> float:
         """Return for how long the requests in the queue still wait for others, on a device that has nothing to do."""
@@ -302,16 +332,41 @@ class Engine:
         if self._window_left_s() > 0:
             return
         # Enough are taken up for the largest batch, and for another to form meanwhile; the others keep their deadlines.
-        while len(self._queue) and not self._blocked and len(self._wavefront) < 2 * self._batch_limit:
+        while len(self._queue) and not self._is_closed() and len(self._wavefront) < 2 * self._batch_limit:
             expired, work = self._queue.take(self._clock())
             for late in expired:
                 self._counts.expired += 1
                 self._fail(late, self._late(late, "waiting"))
             if work is not None:
                 self._admit(work)
+        self._follow_stream()
         if self._wavefront:
             self._run_stage()
+        self._follow_stream()
         self._finish_if_drained()
+
+    def _is_closed(self) -> bool:
+        """Say whether no request can be taken up before something is given back."""
+        return self._blocked or self._streams.starved or len(self._aside) >= 2 * self._batch_limit
+
+    def _follow_stream(self) -> None:
+        deployed = self._streams.deployed
+        if deployed is None:
+            return
+
+        def belongs(ticket: Ticket[_Call]) -> bool:
+            return deployed in ticket.call.parts
+
+        try:
+            ended = self._streams.move(self._wavefront.front(belongs))
+        except TrunklineError as error:
+            self._calls_failed([ticket for ticket in self._wavefront.tickets() if belongs(ticket)], error)
+            ended = self._streams.move(None)
+        if ended:
+            # In the order in which they came.
+            for work in reversed(self._aside):
+                self._queue.put_back(work)
+            self._aside.clear()
 
     def _admit(self, work: Work) -> None:
         try:
@@ -329,7 +384,16 @@ class Engine:
         try:
             for deployed in parts:
                 self._catalog.prepare(deployed)
+            if self._streams.deployed in parts:
+                self._stream(work, parts)
+                return
             grant = self._residency.lease(*(deployed.plan for deployed in parts))
+        except BudgetExceeded as error:
+            if len(parts) > 1 or work.inputs is None:
+                self._fail(work, error)
+            else:
+                self._stream(work, parts)
+            return
         except TrunklineError as error:
             self._fail(work, error)
             return
@@ -340,6 +404,18 @@ class Engine:
         self._record(grant, parts)
         self._drop(grant.evict)
         self._loads.want(work, parts, joint)
+
+    def _stream(self, work: Work, parts: tuple[Deployed, ...]) -> None:
+        """Take up a request for a model that does not fit, or put it aside until the run of one has ended."""
+        try:
+            entered = len(parts) == 1 and work.inputs is not None and self._streams.enter(parts[0])
+        except TrunklineError as error:
+            self._fail(work, error)
+            return
+        if entered:
+            self._enter(Parked(work, parts, None, set()))
+        else:
+            self._aside.append(work)
 
     def _record(self, grant: Grant, parts: Sequence[Deployed]) -> None:
         weights = [self._residency.weights(deployed.plan) for deployed in parts]
@@ -415,6 +491,8 @@ class Engine:
         place = (id(step.program), group.extent, group.first.scale)
         outputs, seconds = self._timed(place, lambda: self._device.run(step.program, weights, inputs))
         self._costs.record(group.cost_key(step), group.extent, seconds)
+        if self._streams.deployed is not None:
+            self._streams.ran(step, seconds)
         if step.stacked is not None:
             self._costs.record(_structure(group, step), 1, seconds)
         return outputs
@@ -542,6 +620,7 @@ class Engine:
     def _forget(self, session: Session) -> None:
         self._session_count -= 1
         self._queue.drop(lambda work: work.session is session)
+        self._aside = [work for work in self._aside if work.session is not session]
         gone = [parked for parked in self._loads.parked if parked.work.session is session]
         self._loads.parked = [parked for parked in self._loads.parked if parked not in gone]
         calls = {ticket.call: None for ticket in self._wavefront.tickets() if ticket.call.work.session is session}
@@ -557,7 +636,7 @@ class Engine:
         self._finish_if_drained()
 
     def _finish_if_drained(self) -> None:
-        waiting = bool(self._wavefront) or len(self._queue) > 0 or bool(self._loads.parked)
+        waiting = bool(self._wavefront) or len(self._queue) > 0 or bool(self._loads.parked) or bool(self._aside)
         self._finished = self._draining and not waiting
 
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
@@ -581,10 +660,16 @@ class Engine:
                 "answered": self._counts.answered,
                 "failed": self._counts.failed + self._turned_away,
                 "expired": self._counts.expired,
-                "waiting": len(self._queue),
+                "waiting": len(self._queue) + len(self._aside),
                 "running": len(self._wavefront),
                 "fetched_bytes": self._loads.fetched_bytes,
                 "evicted_bytes": self._residency.evicted_bytes,
+            },
+            "streams": {
+                "runs": self._streams.counts.runs,
+                "predicted_s": round(self._streams.counts.predicted_s, 6),
+                "actual_s": round(self._streams.counts.actual_s, 6),
+                "starved": self._streams.counts.starved,
             },
             "sharing": {
                 "stages": self._counts.stages,

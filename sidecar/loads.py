@@ -112,10 +112,20 @@ class Loads:
         if not missing:
             deployed.loaded = True
             return
-        # The load itself holds a lease: bytes that are being read must not be taken for evictable. Some of them may
-        # be on their way already, for another model.
-        self._residency.lease_again(deployed.plan)
-        self._loads[deployed.plan] = _Load(deployed, set(missing))
+        self._fetch(deployed, missing)
+
+    def fetch(self, deployed: Deployed, digests: Sequence[str]) -> None:
+        """Have some weights of a leased model loaded, beside those that are on their way."""
+        if digests:
+            self._fetch(deployed, digests)
+
+    def _fetch(self, deployed: Deployed, missing: Sequence[str]) -> None:
+        load = self._loads.get(deployed.plan)
+        if load is None:
+            # The load itself holds a lease: bytes that are being read must not be taken for evictable.
+            self._residency.lease_again(deployed.plan)
+            load = self._loads[deployed.plan] = _Load(deployed, set())
+        load.waiting.update(missing)
         # Those on their way for another model are waited for; those that failed on it are tried again.
         absent = set(missing) - self._in_flight
         self._in_flight |= absent
@@ -159,7 +169,8 @@ class Loads:
             self.parked = [parked for parked in self.parked if parked not in concerned]
             self._failed(deployed, concerned, load.error)
             return
-        deployed.loaded = True
+        # Not of one that streams.
+        deployed.loaded = self._residency.is_held(deployed.plan)
         self._done(deployed)
 
     def _wake(self, digest: str) -> None:

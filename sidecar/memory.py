@@ -12,6 +12,7 @@ import logging
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from isal import isal_zlib
@@ -20,16 +21,20 @@ from trunkline.errors import DeviceFault, ModelCorrupt, SidecarFault, TrunklineE
 
 from sidecar.blockfiles import BlockFiles, Entry
 from sidecar.bundle import Weight
+from sidecar.disk import BUFFERED_STRICT, DIRECT
 from sidecar.errors import BlobCorrupt, BlobMissing, EntriesUnusable, NoRoom
 from sidecar.hosttier import HostTier
 from sidecar.ir import Graph
 from sidecar.lowering import Recipe
 from sidecar.ports import Device, Source
+from sidecar.verdicts import Verdicts
 
 log = logging.getLogger("trunkline.engine")
 
 # What a block file keeps of an entry beside its bytes: their checksum, and of packed weights how to read them.
 _CHECKSUM: Final = struct.Struct("<I")
+# Neither leaves anything in the page cache: memory that no budget counts.
+SOURCES: Final = {source.name: source for source in (DIRECT, BUFFERED_STRICT)}
 
 
 class Wanted(NamedTuple):
@@ -56,6 +61,15 @@ class Memory(Protocol):
 
     def facts(self) -> Mapping[str, int]:
         """Return what an operator wants to know, in bytes."""
+
+    def keep(self, graph: Graph, recipes: Mapping[str, Recipe]) -> None:
+        """Write the weights of a step to disk as they are needed, where that is done. Any thread; raises what reading raises."""
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Remove from there what no model has any more. Any thread."""
+
+    def calibrate(self, verdicts: Verdicts) -> None:
+        """Find out, once on a machine, how the disk is read best. Any thread."""
 
 
 def reader(source: Source, weight: Weight) -> Callable[[memoryview], None]:
@@ -96,6 +110,15 @@ class DeviceMemory:
     def facts(self) -> Mapping[str, int]:
         return {}
 
+    def keep(self, graph: Graph, recipes: Mapping[str, Recipe]) -> None:
+        """Do nothing, nor below: device memory has nothing on disk but the store."""
+
+    def forget(self, digests: Iterable[str]) -> None:
+        pass
+
+    def calibrate(self, verdicts: Verdicts) -> None:
+        pass
+
 
 class TierMemory:
     """Weights in the host tier. ``keep`` may be called by any thread, and writes block files."""
@@ -105,6 +128,8 @@ class TierMemory:
         self._source = source
         self._tier = tier
         self._files = files
+        # Where the bytes that were brought in came from.
+        self._moved = {"kept_bytes": 0, "block_file_bytes": 0, "store_bytes": 0}
 
     def size_bytes(self, weight: Weight) -> int:
         return page_aligned(weight.size_bytes)
@@ -145,11 +170,13 @@ class TierMemory:
         if not self._tier.check(key):
             return None
         try:
-            return self._over(wanted, self._tier.view(key), b"" if entry is None else entry.meta)
+            handle = self._over(wanted, self._tier.view(key), b"" if entry is None else entry.meta)
         except ValueError as error:
             log.error("packed weight %s cannot be used as it lies in memory (%s); it is made anew", key[:12], error)
             self._tier.free(key)
             return None
+        self._moved["kept_bytes"] += wanted.weight.size_bytes
+        return handle
 
     def _over(self, wanted: Wanted, room: memoryview, meta: bytes) -> object:
         """Return the handle of the bytes in ``room``. Raises ValueError when what is said of them does not fit them."""
@@ -180,12 +207,14 @@ class TierMemory:
                 self._files.discard([key])
                 continue
             self._tier.seal(key, *_CHECKSUM.unpack_from(meta))
+            self._moved["block_file_bytes"] += each.weight.size_bytes
             found[key] = handle
         return found
 
     def _from_store(self, wanted: Wanted) -> object:
         weight, recipe = wanted
         room = self._tier.view(weight.digest)
+        self._moved["store_bytes"] += sum(each.size_bytes for each in (recipe.sources if recipe is not None else (weight,)))
         if recipe is None:
             reader(self._source, weight)(room)
             self._tier.seal(weight.digest, weight.crc32)
@@ -201,10 +230,9 @@ class TierMemory:
                 self._tier.free(digest)
 
     def facts(self) -> Mapping[str, int]:
-        return {"weight_bytes": self._tier.allocated_bytes}
+        return {"weight_bytes": self._tier.allocated_bytes, **self._moved}
 
     def keep(self, graph: Graph, recipes: Mapping[str, Recipe]) -> None:
-        """Write the weights of a step into a block file, those that are in none yet. Raises what reading and packing raise."""
         made: list[tuple[Entry, memoryview]] = []
         for weight in graph.weights:
             if self._files.find(weight.digest) is not None:
@@ -223,8 +251,25 @@ class TierMemory:
             self._files.write(made)
 
     def forget(self, digests: Iterable[str]) -> None:
-        """Discard block files of weights that no model has any more."""
         self._files.discard(digests)
+
+    def calibrate(self, verdicts: Verdicts) -> None:
+        known = (verdicts.find("disk", "reading") or {}).get("source")
+        if known not in SOURCES:
+            found = self._files.calibrate()
+            known = found.source.name
+            verdicts.end("disk", "reading", {"source": known, "bytes_per_s": found.bytes_per_s})
+        self._files.source = SOURCES[known]
+
+
+def memory_of(device: Device, source: Source, segment: int, folder: Path) -> Memory:
+    """Return the memory that suits a device: ``segment`` is a descriptor of what outlives us, ``folder`` for block files.
+
+    Only a CPU works on the host tier in place, and packed weights only lie there where this torch can tell their bytes.
+    """
+    if not device.works_in_place:
+        return DeviceMemory(device, source)
+    return TierMemory(device, source, HostTier(segment), BlockFiles(folder, *device.layout_facts()))
 
 
 def _outcome(wanted: Wanted, bring: Callable[[Wanted], object]) -> object:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from trunkline.errors import SidecarFault
 
@@ -12,6 +14,11 @@ from sidecar.bundle import Weight
 from sidecar.memory import Memory, Wanted
 
 log = logging.getLogger("trunkline.engine")
+
+_FIRST_PACE: Final = 500e6
+# How much the latest measurement counts in a running mean, and from how many bytes on it says something.
+_WEIGHT: Final = 0.2
+_ENOUGH_BYTES: Final = 1 << 20
 
 # Run in the engine thread, with each weight and its handle, or a TrunklineError.
 _Arrived = Callable[[Sequence[tuple[Weight, object]]], None]
@@ -27,6 +34,8 @@ class Mover:
     def __init__(self, memory: Memory, post: Callable[[Callable[[], None]], None]) -> None:
         self._memory = memory
         self._post = post
+        # Bytes that are brought in per second, as measured; before that, what most disks can do.
+        self.pace = _FIRST_PACE
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def fetch(self, wanted: Sequence[Wanted], arrived: _Arrived) -> None:
@@ -51,10 +60,16 @@ class Mover:
     def _fetch(self, wanted: Sequence[Wanted], arrived: _Arrived) -> None:
         # A frame of its own: a local of the loop would keep the last weights in memory after their eviction.
         outcomes: Sequence[object]
+        started_s = time.perf_counter()
         try:
             outcomes = self._memory.bring(wanted)
+            self._measure(sum(each.weight.size_bytes for each in wanted), time.perf_counter() - started_s)
         except Exception:
             log.exception("%d weights could not be brought in", len(wanted))
             outcomes = [SidecarFault("a weight could not be brought into memory; the sidecar's log says why")] * len(wanted)
         pairs = [(each.weight, outcome) for each, outcome in zip(wanted, outcomes, strict=True)]
         self._post(lambda: arrived(pairs))
+
+    def _measure(self, size_bytes: int, seconds: float) -> None:
+        if size_bytes >= _ENOUGH_BYTES:
+            self.pace += _WEIGHT * (size_bytes / seconds - self.pace)

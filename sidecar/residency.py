@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -121,6 +121,9 @@ class Residency:
         self._pinned: set[str] = set()
         self._committed: dict[str, int] = {}
         self._arrived: set[str] = set()
+        # Of plans that stream: what of them must stay. And the weights they are through with, the latest last.
+        self._windows: dict[str, frozenset[str]] = {}
+        self._spent: dict[str, str] = {}
         self._lease_count = 0
 
     # --- plans -------------------------------------------------------------------------------------------------------
@@ -188,6 +191,17 @@ class Residency:
             if digest in group.committed:
                 target.committed[digest] = group.committed.pop(digest)
 
+    def take_over(self, plan: str, digests: Collection[str]) -> None:
+        """Count in weights of a plan that are in memory from an earlier life of the caller. Each is read over, and "arrives"
+        anew, when the plan is leased; until then they are what was used longest ago."""
+        for digest in digests:
+            if digest not in self._committed:
+                size_bytes = self._plans[plan].weights[digest]
+                self._committed[digest] = self._group_of[digest].committed[digest] = size_bytes
+                self.committed_bytes += size_bytes
+        if digests:
+            self._in_use.add(plan)
+
     # --- leases ------------------------------------------------------------------------------------------------------
 
     def lease(self, *plans: str) -> Grant | None:
@@ -217,6 +231,71 @@ class Residency:
         self.counts.hits += count - len(missing)
         self.counts.hit_bytes += size_bytes - missed_bytes
         return Grant(tuple(victims), tuple(missing), size_bytes - missed_bytes, missed_bytes, evicted_bytes)
+
+    # --- streams: leases on plans that do not fit ----------------------------------------------------------------------
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that no pinned plan may claim."""
+        return self.budget_bytes - self._extent([*self._pinned])[1]
+
+    def size_bytes(self, digest: str) -> int:
+        """Return the bytes of a weight of some plan."""
+        user = next(iter(self._group_of[digest].users))
+        return self._plans[user].weights[digest]
+
+    def begin_stream(self, plan: str) -> None:
+        """Take a lease on a plan of which only a window is held: nothing yet, then what ``hold`` says."""
+        assert not self._leases.get(plan), "a plan that is held does not stream"
+        self._note_uses([plan])
+        self._held.discard(plan)
+        if self._committed.keys().isdisjoint(self._plans[plan].weights):
+            self._in_use.discard(plan)
+        self._windows[plan] = frozenset()
+
+    def hold(self, plan: str, digests: Sequence[str], keep: Collection[str] = ()) -> Grant | None:
+        """Have ``digests`` of a streaming plan in memory until told otherwise, and what of ``keep`` is there already.
+
+        All else of it may leave. None, and nothing changes, when there is no room before leases of others are returned.
+        """
+        weights = self._plans[plan].weights
+        missing = {digest: weights[digest] for digest in digests if digest not in self._committed}
+        window = frozenset((*digests, *(digest for digest in keep if digest in self._committed)))
+        missed_bytes = sum(missing.values())
+        before, self._windows[plan] = self._windows[plan], window
+        victims = self._choose_victims(self.committed_bytes + missed_bytes - self.budget_bytes, ())
+        if victims is None:
+            self._windows[plan] = before
+            return None
+        evicted_bytes = self._let_go(victims, "room")
+        for digest, size_bytes in missing.items():
+            self._committed[digest] = self._group_of[digest].committed[digest] = size_bytes
+            self._spent.pop(digest, None)
+        self.committed_bytes += missed_bytes
+        self._in_use.add(plan)
+        self.counts.misses += len(missing)
+        self.counts.missed_bytes += missed_bytes
+        hit_bytes = sum(weights[digest] for digest in window - before - missing.keys())
+        self.counts.hits += len(window - before - missing.keys())
+        self.counts.hit_bytes += hit_bytes
+        return Grant(tuple(victims), tuple(missing), hit_bytes, missed_bytes, evicted_bytes)
+
+    def spend(self, plan: str, digests: Iterable[str]) -> None:
+        """Say that a streaming plan is through with weights: what nobody else has leaves before all else, the latest first."""
+        for digest in digests:
+            if digest in self._committed:
+                self._spent.pop(digest, None)
+                self._spent[digest] = plan
+
+    def is_leased_beside(self, plan: str) -> bool:
+        """Say whether any other plan is leased."""
+        return not self._leases.keys() <= {plan}
+
+    def pinned_weights(self) -> set[str]:
+        """Return the digests of the weights that pins protect."""
+        return {digest for plan in self._pinned for digest in self._plans[plan].weights}
+
+    # --- leases, again ---------------------------------------------------------------------------------------------------
 
     def _extent(self, plans: Sequence[str]) -> tuple[int, int]:
         """Return how many weights plans have together, each once, and their bytes."""
@@ -275,6 +354,9 @@ class Residency:
         if not self._leases[plan]:
             del self._leases[plan]
             self._plans[plan].use.at_s = self._clock()
+            if plan in self._windows:
+                del self._windows[plan]
+                self._spent.clear()
 
     # --- what leaves -------------------------------------------------------------------------------------------------
 
@@ -283,7 +365,21 @@ class Residency:
         victims: list[str] = []
         if shortfall <= 0:
             return victims
-        staying = frozenset((*wanted, *self._leases, *self._pinned))
+        staying = frozenset((*wanted, *(self._leases.keys() - self._windows.keys()), *self._pinned))
+        windows = frozenset[str]().union(*self._windows.values())
+        for digest in reversed(self._spent):
+            users = self._group_of[digest].users
+            if (
+                shortfall > 0
+                and digest not in windows
+                and staying.isdisjoint(users)
+                and users & self._in_use <= {self._spent[digest]}
+            ):
+                victims.append(digest)
+                shortfall -= self._committed[digest]
+        if shortfall <= 0:
+            return victims
+        spent = frozenset(victims)
         now_s = self._clock()
         ranked = [
             (self._rank(group, now_s), group)
@@ -295,6 +391,8 @@ class Residency:
             for digest, size_bytes in self._last_first([group for _, group in equals]):
                 if shortfall <= 0 and not self.policy.whole:
                     break
+                if digest in windows or digest in spent:
+                    continue
                 victims.append(digest)
                 shortfall -= size_bytes
             if shortfall <= 0:
@@ -332,6 +430,7 @@ class Residency:
             size_bytes = self._committed.pop(digest)
             del group.committed[digest]
             self._arrived.discard(digest)
+            self._spent.pop(digest, None)
             self.committed_bytes -= size_bytes
             self.counts.evictions[reason] += 1
             self.counts.evicted_bytes[reason] += size_bytes
@@ -411,8 +510,7 @@ class Residency:
     @property
     def pinned_bytes(self) -> int:
         """Bytes in memory that pins protect."""
-        pinned = {digest for plan in self._pinned for digest in self._plans[plan].weights}
-        return sum(self._committed.get(digest, 0) for digest in pinned)
+        return sum(self._committed.get(digest, 0) for digest in self.pinned_weights())
 
     @property
     def evicted_bytes(self) -> int:
@@ -442,7 +540,11 @@ class Residency:
         needed = {digest for plan in self._in_use for digest in self._plans[plan].weights}
         assert self._committed.keys() <= needed, "a weight is committed for nobody"
         assert self._arrived <= self._committed.keys(), "a weight is in memory that is not committed"
-        assert self._leases.keys() <= self._held <= self._in_use, "a leased plan is not held"
+        assert self._leases.keys() - self._windows.keys() <= self._held <= self._in_use, "a leased plan is not held"
+        assert self._windows.keys() <= self._leases.keys(), "a window is kept for nobody"
+        for window in self._windows.values():
+            assert window <= self._committed.keys(), "a weight of a window has left"
+        assert self._spent.keys() <= self._committed.keys(), "what has left is still to leave"
         assert all(count > 0 for count in self._leases.values())
         for plan in self._in_use:
             weights = self._plans[plan].weights.keys()

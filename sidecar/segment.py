@@ -219,7 +219,7 @@ def _remove_abandoned(own: str) -> None:
     for path in SHARED_MEMORY.glob(f"{_prefix()}*"):
         name = f"/{path.name}"
         # In use, or removed meanwhile by somebody else.
-        with contextlib.suppress(posix_ipc.Error, BlockingIOError), contextlib.ExitStack() as stack:
+        with contextlib.suppress(posix_ipc.Error, OSError), contextlib.ExitStack() as stack:
             descriptor = _open(name, stack)
             start = os.pread(descriptor, mmap.PAGESIZE, 0).ljust(_HEADER.size, b"\0")
             magic, _, _, length = _HEADER.unpack_from(start)

@@ -24,6 +24,7 @@ from typing import Final
 
 from sidecar.errors import ConfigError
 from sidecar.processes import die_with_parent
+from sidecar.segment import Segment
 
 log = logging.getLogger("trunkline.supervisor")
 
@@ -130,11 +131,14 @@ class Supervisor:
         run: RunDirectory,
         *,
         preload: Callable[[], None],
-        engine: Callable[[socket.socket, bytes, int], None],
+        engine: Callable[[socket.socket, bytes, int, int], None],
         http: Callable[[], None],
         drain_timeout_s: float,
+        memory_budget_bytes: int,
     ) -> None:
-        """``preload`` imports what the engine needs; ``engine(listener, token, generation)`` is the engine process.
+        """``preload`` imports what the engine needs; ``engine(listener, token, generation, segment)`` is the engine process.
+
+        ``segment`` is the descriptor of the memory for weights that outlives the engine.
 
         ``http()`` is the process of the admin endpoint.
         """
@@ -143,6 +147,7 @@ class Supervisor:
         self._engine = engine
         self._http_main = http
         self._drain_timeout_s = drain_timeout_s
+        self._memory_budget_bytes = memory_budget_bytes
         self._engine_pid = 0
         self._engine_started_s = 0.0
         self._generation = 0
@@ -159,6 +164,7 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             # Before any fork: what a parent imports later would take apart what it shares with its child.
             self._preload()
+            self._segment = Segment.create_or_adopt(self._run.root, self._memory_budget_bytes)
             try:
                 self._start_http(listener)
                 self._start_engine(listener, token)
@@ -166,6 +172,8 @@ class Supervisor:
                 self._keep_alive(listener, token)
             finally:
                 self._stop_children()
+                self._segment.unlink()
+                self._segment.close()
                 listener.close()
                 for path in (self._run.socket, self._run.token, self._run.admin_socket):
                     path.unlink(missing_ok=True)
@@ -193,12 +201,13 @@ class Supervisor:
     def _start_engine(self, listener: socket.socket, token: bytes) -> None:
         self._engine_started_s = time.monotonic()
         self._generation += 1
-        self._engine_pid = _fork("engine", lambda: self._engine(listener, token, self._generation))
+        self._engine_pid = _fork("engine", lambda: self._engine(listener, token, self._generation, self._segment.descriptor))
 
     def _start_http(self, listener: socket.socket) -> None:
         def serve() -> None:
             # Functions are the engine's; a second holder would keep their socket open beyond the supervisor's death.
             listener.close()
+            self._segment.close()
             self._http_main()
 
         self._http_pid = _fork("HTTP server", serve)

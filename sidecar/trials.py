@@ -32,7 +32,8 @@ from trunkline.errors import TrunklineError
 
 from sidecar.bundle import Bundle
 from sidecar.errors import BundleError, StoreError
-from sidecar.lowering import Lowered, lower
+from sidecar.ir import Graph
+from sidecar.lowering import Lowered, Recipe, lower
 from sidecar.memory import packed_from_store, reader
 from sidecar.merkle import skeleton_id
 from sidecar.ports import Device, Source
@@ -87,18 +88,32 @@ class Trials:
         post: Callable[[Callable[[], None]], None],
         *,
         packing: bool = True,
+        keep: Callable[[Graph, Mapping[str, Recipe]], None] | None = None,
     ) -> None:
+        """``keep`` writes what a stage needs to disk, in the form it was found to be best in."""
         self._device = device
         self._source = source
         self._verdicts = verdicts
         self._post = post
         self._packing = packing and device.can_pack
+        self._keep = keep
+        # Of packed weights, by skeleton.
+        self._sizes: dict[str, int] = {}
         self._trying = ""
-        self._jobs: queue.SimpleQueue[tuple[Bundle, Staged, Callable[[Verdict], None]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def ask(self, bundle: Bundle, staged: Staged, told: Callable[[Verdict], None]) -> None:
         """Try a model; ``told`` is run in the engine thread with the verdict, unless the trial could not be held."""
-        self._jobs.put((bundle, staged, told))
+        self._jobs.put(lambda: self._tell(bundle, staged, told))
+
+    def keep(self, bundle: Bundle, staged: Staged, forms: Sequence[Lowered | None]) -> None:
+        """Have the weights of a model written to disk as they are needed in memory, where that is done."""
+        if self._keep is not None:
+            self._jobs.put(lambda: self._kept(bundle, staged, forms))
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Do something in this thread, after all that was asked before."""
+        self._jobs.put(work)
 
     def stop(self) -> None:
         """End the thread after the trial that it is at. A process that ends before that has not died of it."""
@@ -109,64 +124,82 @@ class Trials:
     def run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while (job := self._jobs.get()) is not None:
-            bundle, staged, told = job
-            try:
-                verdict = self._verdict(bundle, staged)
-            except Exception as error:
-                # A damaged weight, say. Requests will be told; the trial is held when the model is deployed again. Whatever
-                # it is, other models are still to be tried.
-                log.warning("%s could not be tried; its requests are not batched", bundle.name, exc_info=error)
-                verdict = Verdict(None, f"it could not be tried: {error}", held=False)
-            if verdict.reason:
-                log.info("%s is served unbatched: %s", bundle.name, verdict.reason)
-            self._post(lambda told=told, verdict=verdict: told(verdict))  # type: ignore[misc]
+            job()
+
+    def _tell(self, bundle: Bundle, staged: Staged, told: Callable[[Verdict], None]) -> None:
+        try:
+            verdict = self._verdict(bundle, staged)
+        except Exception as error:
+            # A damaged weight, say. Requests will be told; the trial is held when the model is deployed again.
+            log.warning("%s could not be tried; its requests are not batched", bundle.name, exc_info=error)
+            verdict = Verdict(None, f"it could not be tried: {error}", held=False)
+        if verdict.reason:
+            log.info("%s is served unbatched: %s", bundle.name, verdict.reason)
+        self._post(lambda: told(verdict))
+
+    def _kept(self, bundle: Bundle, staged: Staged, forms: Sequence[Lowered | None]) -> None:
+        assert self._keep is not None
+        try:
+            for stage, lowered in zip(staged.stages, forms or (None,) * len(staged.stages), strict=True):
+                self._keep(*((stage.graph, {}) if lowered is None else (lowered.graph, lowered.recipes)))
+        except Exception as error:
+            log.warning("the weights of %s are not kept as they are needed in memory", bundle.name, exc_info=error)
+
+    def known(self, bundle: Bundle, staged: Staged) -> Verdict | None:
+        """Return the verdict on a model that was tried before, None where it must be. Before the thread runs."""
+        state = self._state(bundle, staged)
+        return state if isinstance(state, Verdict) else state.verdict()
 
     def _verdict(self, bundle: Bundle, staged: Staged) -> Verdict:
+        state = self._state(bundle, staged)
+        if isinstance(state, Verdict):
+            return state
+        if (known := state.verdict()) is not None:
+            return known
+        self._verdicts.begin("rows", state.tried_as)
+        self._trying = state.tried_as
+        tried: dict[str, Any] | None = None
+        try:
+            tried, found = self._try(bundle, staged, {number: state.lowered[number] for number in state.unknown().values()})
+            for number, form in found.items():
+                state.forms[state.structures[number]] = form
+                self._verdicts.end("form", state.structures[number], form)
+        finally:
+            self._verdicts.end("rows", state.tried_as, tried)
+            self._trying = ""
+        state.rows = tried
+        return state.outcome(tried)
+
+    def _state(self, bundle: Bundle, staged: Staged) -> _State | Verdict:
+        """Return what is known of a model, or a verdict where no trial is to be held."""
         # Not by structure: where a weight chooses what is computed, siblings differ in whether rows touch each other.
         tried_as = f"{bundle.graph_digest} {bundle.batch}"
-        rows = self._verdicts.find("rows", tried_as)
         if self._verdicts.unfinished("rows", tried_as) >= _MOST_DEATHS:
             return Verdict(None, "the engine ended when it was tried")
         if (input_bytes := _input_bytes(bundle, _SIZES[0])) > _LARGEST_INPUT_BYTES:
             return Verdict(None, f"its inputs take {input_bytes} bytes, at most {_LARGEST_INPUT_BYTES} are tried")
         lowered = [self._lowered(stage) for stage in staged.stages]
-        # One form for all stages of one structure, in this model and in others: they may have weights in common.
         structures = {number: skeleton_id(staged.stages[number].graph) for number, each in enumerate(lowered) if each is not None}
         forms = {structure: self._verdicts.find("form", structure) for structure in structures.values()}
-        unknown: dict[str, int] = {}
-        for number, structure in structures.items():
-            if not _is_form(forms[structure]):
-                unknown.setdefault(structure, number)
-        if rows is None or not _is_whole(rows, staged) or unknown:
-            self._verdicts.begin("rows", tried_as)
-            self._trying = tried_as
-            tried: dict[str, Any] | None = None
-            try:
-                tried, found = self._try(bundle, staged, {number: lowered[number] for number in unknown.values()})
-                for number, form in found.items():
-                    forms[structures[number]] = form
-                    self._verdicts.end("form", structures[number], form)
-            finally:
-                self._verdicts.end("rows", tried_as, tried)
-                self._trying = ""
-            rows = tried
-        taken = tuple(
-            each if each is not None and (forms[structures[number]] or {}).get("packed") else None
-            for number, each in enumerate(lowered)
-        )
-        if rows["layouts"] is None:
-            return Verdict(None, str(rows["reason"]), taken)
-        layouts: dict[Key, int | None] = dict.fromkeys(staged.inputs, INPUT)
-        for stage, known in zip(staged.stages, rows["layouts"], strict=True):
-            layouts.update(zip(stage.gives, known, strict=True))
-        # Verdicts know structures, which have no names.
-        return Verdict(layouts, "", taken, _masked(bundle) if rows["padded"] else "")
+        return _State(bundle, staged, tried_as, self._verdicts.find("rows", tried_as), lowered, structures, forms)
 
     def _lowered(self, stage: Stage) -> Lowered | None:
         if not self._packing:
             return None
-        lowered = lower(stage.graph, self._device.packed_bytes)
+        lowered = lower(stage.graph, self._packed_bytes)
         return lowered if lowered.recipes else None
+
+    def _packed_bytes(self, recipe: Recipe) -> int:
+        """Return the bytes of a packed weight. To find out, one is packed: that is done once on a machine."""
+        size_bytes = self._sizes.get(recipe.skeleton)
+        if size_bytes is None:
+            known = (self._verdicts.find("size", recipe.skeleton) or {}).get("bytes")
+            size_bytes = known if isinstance(known, int) and not isinstance(known, bool) and known > 0 else None
+            if size_bytes is None:
+                size_bytes = self._device.packed_bytes(recipe)
+                self._verdicts.end("size", recipe.skeleton, {"bytes": size_bytes})
+            self._sizes[recipe.skeleton] = size_bytes
+        return size_bytes
 
     def _try(
         self, bundle: Bundle, staged: Staged, lowered: Mapping[int, Lowered | None]
@@ -189,6 +222,49 @@ class Trials:
                 rows = {"layouts": layouts, "padded": bool(trial.padded)}
             return rows, trial.forms
         return {"layouts": None, "reason": f"it could not be run on {_ROWS} rows: {failed}"}, {}
+
+
+@dataclass
+class _State:
+    """What is known of a model before it is tried: its rows, and by structure the form of the stages that can be ``lowered``.
+
+    One form for all stages of one structure, in this model and in others: they may have weights in common.
+    """
+
+    bundle: Bundle
+    staged: Staged
+    tried_as: str
+    rows: dict[str, Any] | None
+    lowered: list[Lowered | None]
+    structures: dict[int, str]
+    forms: dict[str, dict[str, Any] | None]
+
+    def unknown(self) -> dict[str, int]:
+        """Return the structures whose form is not known, each with a stage that has it."""
+        found: dict[str, int] = {}
+        for number, structure in self.structures.items():
+            if not _is_form(self.forms[structure]):
+                found.setdefault(structure, number)
+        return found
+
+    def verdict(self) -> Verdict | None:
+        """Return the verdict, None where the trial is still to be held."""
+        if self.rows is None or not _is_whole(self.rows, self.staged) or self.unknown():
+            return None
+        return self.outcome(self.rows)
+
+    def outcome(self, rows: Mapping[str, Any]) -> Verdict:
+        taken = tuple(
+            each if each is not None and (self.forms[self.structures[number]] or {}).get("packed") else None
+            for number, each in enumerate(self.lowered)
+        )
+        if rows["layouts"] is None:
+            return Verdict(None, str(rows["reason"]), taken)
+        layouts: dict[Key, int | None] = dict.fromkeys(self.staged.inputs, INPUT)
+        for stage, known in zip(self.staged.stages, rows["layouts"], strict=True):
+            layouts.update(zip(stage.gives, known, strict=True))
+        # Verdicts know structures, which have no names.
+        return Verdict(layouts, "", taken, _masked(self.bundle) if rows["padded"] else "")
 
 
 class _Dependent(Exception):

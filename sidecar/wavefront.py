@@ -200,6 +200,10 @@ class Wavefront(Generic[C]):
         for group in self._groups:
             yield from group.tickets()
 
+    def front(self, belongs: Callable[[Ticket[C]], bool]) -> int | None:
+        """Return the number of the first stage that one of the tickets stands before of which ``belongs`` says so."""
+        return min((group.index for group in self._groups if any(map(belongs, group.tickets()))), default=None)
+
     def add(self, tickets: Sequence[Ticket[C]]) -> None:
         """Let the tickets of one call, which have the same inputs, stand before their first stages."""
         order = next(self._orders)

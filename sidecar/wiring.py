@@ -37,10 +37,10 @@ def serve(settings: Settings) -> int:
     # Opened here as well, so that a folder that cannot be written to is told at once, and not by each engine.
     Store(settings.store_dir)
 
-    def engine(functions: socket.socket, token: bytes, generation: int) -> None:
+    def engine(functions: socket.socket, token: bytes, generation: int, segment: int) -> None:
         if tcp:
             tcp.close()
-        _engine_process(settings, run, functions, token, generation)
+        _engine_process(settings, run, functions, token, generation, segment)
 
     supervisor = Supervisor(
         run,
@@ -48,6 +48,7 @@ def serve(settings: Settings) -> int:
         engine=engine,
         http=lambda: AdminServer(settings, [listen_unix(run.admin_socket), *([tcp] if tcp else [])]).run(),
         drain_timeout_s=settings.drain_timeout_s,
+        memory_budget_bytes=settings.memory_budget_bytes,
     )
     with contextlib.closing(tcp) if tcp else contextlib.nullcontext():
         return supervisor.run()
@@ -65,14 +66,18 @@ def _preload() -> None:
     import sidecar.verdicts  # noqa: F401
 
 
-def _engine_process(settings: Settings, run: RunDirectory, listener: socket.socket, token: bytes, generation: int) -> None:
+def _engine_process(
+    settings: Settings, run: RunDirectory, listener: socket.socket, token: bytes, generation: int, segment: int
+) -> None:
     from sidecar.devices import open_device
     from sidecar.engine import Engine
+    from sidecar.memory import memory_of
     from sidecar.server import Server
     from sidecar.verdicts import Verdicts
 
     device = open_device(settings.device, settings.threads)
     store = Store(settings.store_dir)
+    verdicts = Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values()))
     engine = Engine(
         device,
         store,
@@ -85,7 +90,8 @@ def _engine_process(settings: Settings, run: RunDirectory, listener: socket.sock
         compute_once=settings.compute_once,
         packing=settings.packing,
         stacking=settings.stacking,
-        verdicts=Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values())),
+        verdicts=verdicts,
+        memory=memory_of(device, store, segment, settings.store_dir / "blocks"),
         generation=generation,
         facts=device.facts(),
     )

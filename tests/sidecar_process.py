@@ -14,6 +14,7 @@ from pathlib import Path
 from trunkline.errors import TrunklineError
 
 from sidecar.admin_client import AdminClient
+from sidecar.segment import SHARED_MEMORY, segment_name
 
 ROOT = Path(__file__).parent.parent
 START_S = 120.0
@@ -72,3 +73,5 @@ def sidecar_process(folder: Path, *flags: str) -> Iterator[SidecarProcess]:
         yield running
     finally:
         running.stop()
+        # A supervisor that was killed leaves its segment to the next one.
+        (SHARED_MEMORY / segment_name(running.run_dir.resolve())[1:]).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from trunkline import client
 from trunkline.protocol import TensorSpec
 
 from tests.fakes import FakeSource, Running, bundle_of, running_server
+from tests.nodes import Node
 
 TRUNK = b"t" * 100
 
@@ -35,3 +36,13 @@ def running(
         monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
         yield made
         client._pool.close()
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
+    monkeypatch.setenv("TRUNKLINE_SOCKET", str(tmp_path / "trunkline.sock"))
+    made = Node(tmp_path)
+    yield made
+    client._pool.close()
+    made.close()

@@ -60,7 +60,7 @@ LAYERS = {
         "rewrites",
         "recurrent",
     },
-    4: {"engine", "catalog", "commands", "loads", "memory", "mover", "ports", "rivals", "trials"},
+    4: {"engine", "catalog", "commands", "loads", "memory", "mover", "ports", "rivals", "streams", "trials"},
     5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.server"},
     6: {"__main__", "wiring", "packing", "drawing", "local"},
 }

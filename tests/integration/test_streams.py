@@ -1,0 +1,219 @@
+"""Models that do not fit into memory: right answers from a window of stages at a time, and the others served beside them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from trunkline import client, model, models
+from trunkline.errors import BudgetExceeded, DeadlineExceeded, ModelCorrupt
+
+from sidecar.errors import BlobCorrupt
+from sidecar.timeline import smallest_room
+from tests.fakes import Running
+from tests.integration.test_sharing import ask, at_once, deploy
+from tests.networks import Network, agrees, network
+from tests.nodes import Node, check, moved, until_on_disk, weight_bytes
+
+KINDS = ("resnet", "densenet", "vit", "minilm")
+
+
+def rooms(node: Node, *networks: Network) -> tuple[list[int], list[int]]:
+    """Return how much memory each model takes, and how little each can stream in."""
+    with node.serve() as running:
+        deploy(running, *networks)
+        for each in networks:
+            until_on_disk(node, running, each.name)
+        sizes = [sum(weight_bytes(running, each.name)) for each in networks]
+        smallest = [
+            smallest_room(running.engine._streams._legs(running.engine._catalog.deployed[each.name])) for each in networks
+        ]
+        client._pool.close()
+    return sizes, smallest
+
+
+def streams(running: Running) -> dict[str, Any]:
+    found: dict[str, Any] = ask(running, "status")["streams"]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_larger_than_the_budget_answers_as_ever(kind: str, node: Node) -> None:
+    made = network(kind)
+    (size,), (smallest,) = rooms(node, made)
+    assert smallest < size
+    for budget in (smallest, (smallest + size) // 2):
+        node.resize(budget)
+        memory = node.memory()
+        with node.serve(memory) as running:
+            for seed in range(4):
+                check(made, seed)
+                assert ask(running, "memory")["resident_bytes"] <= budget
+                assert memory._tier.resident_bytes <= budget
+            found = streams(running)
+            assert (found["runs"], found["starved"]) == (4, 0)
+            assert found["predicted_s"] > 0
+            client._pool.close()
+        memory._tier.check_invariants()
+
+
+def test_the_first_stages_stay_and_the_others_are_read_again(node: Node) -> None:
+    made = network("resnet")
+    (size,), (smallest,) = rooms(node, made)
+    budget = (smallest + size) // 2
+    node.resize(budget)
+    with node.serve() as running:
+        check(made, 0)
+        first = {weight.digest for weight in running.engine._catalog.deployed[made.name].steps[0].graph.weights}
+        read = []
+        for seed in range(1, 4):
+            before = moved(running)["block_file_bytes"]
+            check(made, seed)
+            read.append(moved(running)["block_file_bytes"] - before)
+            assert first <= running.engine._residency._arrived
+        # Less than all of it, and not less than what does not fit.
+        assert all(size - budget <= each < size for each in read)
+
+
+def test_too_little_for_two_neighbours_is_refused_with_the_numbers(node: Node) -> None:
+    made = network("resnet")
+    _, (smallest,) = rooms(node, made)
+    node.resize(smallest - 4096)
+    with node.serve() as running:
+        for _ in range(2):
+            with pytest.raises(BudgetExceeded, match=f"take {smallest} of {smallest - 4096} bytes"):
+                model(made.name).call(made.inputs(1, 0))
+        with pytest.raises(BudgetExceeded):
+            ask(running, "load", name=made.name)
+
+
+def test_requests_that_come_together_stream_together_and_others_wait_for_the_next_run(node: Node) -> None:
+    made, other = network("densenet"), network("inception")
+    sizes, smallest = rooms(node, made, other)
+    node.resize(max(smallest) + 4096)
+    assert min(sizes) > node.budget_bytes, (sizes, smallest)
+    with node.serve() as running:
+        calls = [(each.name, each.inputs(1, seed)) for seed in range(3) for each in (made, other)]
+        answers = at_once(running, *calls)
+        for (name, inputs), given in zip(calls, answers, strict=True):
+            eager = (made if name == made.name else other).eager
+            assert agrees(given, eager(inputs), exact=False)
+        assert streams(running)["runs"] == 2
+        status = ask(running, "status")["requests"]
+        assert (status["waiting"], status["running"]) == (0, 0)
+
+
+def test_a_model_that_fits_is_served_while_another_streams(node: Node) -> None:
+    made, small = network("resnet"), network("mlp")
+    (size, little), (smallest, _) = rooms(node, made, small)
+    node.resize(smallest + little)
+    assert size > node.budget_bytes
+    with node.serve() as running, ThreadPoolExecutor(2) as threads:
+        pending = [threads.submit(check, made, seed) for seed in range(5)]
+        for seed in range(30):
+            check(small, seed % 3)
+        for each in pending:
+            each.result(60)
+        assert ask(running, "memory")["resident_bytes"] <= node.budget_bytes
+
+
+def test_models_that_do_not_fit_together_are_refused_in_one_call(node: Node) -> None:
+    made, small = network("resnet"), network("mlp")
+    (size, little), _ = rooms(node, made, small)
+    node.resize(max(size, little) + 4096)
+    with node.serve():
+        with pytest.raises(BudgetExceeded):
+            models(*sorted((made.name, small.name))).call(made.inputs(1, 0) | small.inputs(1, 0))
+        check(made, 0)
+
+
+def test_a_pin_that_leaves_too_little_ends_a_stream_with_an_error(node: Node) -> None:
+    made, small = network("resnet"), network("mlp")
+    (_, little), (smallest, _) = rooms(node, made, small)
+    node.resize(smallest + little // 2)
+    with node.serve() as running:
+        check(made, 0)
+        ask(running, "pin", name=small.name)
+        with pytest.raises(BudgetExceeded, match="pinned"):
+            model(made.name).call(made.inputs(1, 0))
+        ask(running, "unpin", name=small.name)
+        check(made, 1)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Reads of block files after the first few wait for this event."""
+    release, count = threading.Event(), iter(range(1_000_000))
+    read = __import__("sidecar.blockfiles", fromlist=["BlockFiles"]).BlockFiles.read
+
+    def wait(self: Any, keys: Any, targets: Any) -> None:
+        if next(count) >= 2:
+            assert release.wait(60)
+        read(self, keys, targets)
+
+    monkeypatch.setattr("sidecar.blockfiles.BlockFiles.read", wait)
+    yield release
+    release.set()
+
+
+def test_who_leaves_a_stream_leaves_nothing_behind(node: Node, held: threading.Event) -> None:
+    made = network("resnet")
+    held.set()
+    (size,), (smallest,) = rooms(node, made)
+    node.resize((smallest + size) // 2)
+    held.clear()
+    with node.serve() as running:
+        with pytest.raises(DeadlineExceeded):
+            model(made.name).call(made.inputs(1, 0), deadline_s=1)
+        held.set()
+        check(made, 1)
+        assert ask(running, "model", name=made.name)["leases"] == 0
+
+
+def test_a_damaged_weight_fails_the_run_and_not_the_next(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    (size,), (smallest,) = rooms(node, made)
+    node.resize((smallest + size) // 2)
+    with node.serve() as running:
+        check(made, 0)
+        with monkeypatch.context() as patched:
+            read = node.source.read_blob
+
+            def damaged(digest: str, target: memoryview, crc32: int | None = None) -> None:
+                raise BlobCorrupt("altered", digest=digest)
+
+            patched.setattr(node.source, "read_blob", damaged)
+            running.engine._memory._files.keep(())  # type: ignore[attr-defined]
+            with pytest.raises(ModelCorrupt):
+                model(made.name).call(made.inputs(1, 0))
+            assert read is not damaged
+        check(made, 1)
+        assert ask(running, "model", name=made.name)["leases"] == 0
+
+
+def test_a_model_is_replaced_while_it_streams(node: Node, held: threading.Event) -> None:
+    made = network("resnet")
+    held.set()
+    (size,), (smallest,) = rooms(node, made)
+    node.resize((smallest + size) // 2)
+    held.clear()
+    with node.serve() as running, ThreadPoolExecutor(1) as threads:
+        inputs = made.inputs(1, 0)
+        pending = threads.submit(model(made.name).call, inputs)
+        while not streams_open(running):
+            ask(running, "status")
+        bundle = node.source.bundles.pop(made.name)
+        ask(running, "model_removed", name=made.name)
+        held.set()
+        assert agrees(pending.result(60), made.eager(inputs), exact=False)
+        assert ask(running, "memory")["resident_bytes"] == 0
+        node.source.bundles[made.name] = bundle
+        ask(running, "model_changed", name=made.name)
+        check(made, 1)
+
+
+def streams_open(running: Running) -> bool:
+    return running.engine._streams.deployed is not None

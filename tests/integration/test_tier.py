@@ -1,0 +1,175 @@
+"""Weights in the host tier and in block files: right answers whatever lies where, and nothing beyond the budget."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from trunkline import client, model
+from trunkline.errors import DeviceFault
+
+from sidecar.blockfiles import BlockFiles
+from sidecar.devices import open_device
+from sidecar.errors import NoRoom
+from sidecar.memory import DeviceMemory, memory_of
+from tests.integration.test_sharing import ask, deploy
+from tests.networks import network
+from tests.nodes import Node, check, moved, until, until_on_disk, weight_bytes
+
+KINDS = ("resnet", "mobilenet", "vit", "minilm", "mlp", "unet")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_answers_from_the_store_from_block_files_and_from_what_was_kept(kind: str, node: Node) -> None:
+    made = network(kind)
+    with node.serve() as running:
+        deploy(running, made)
+        check(made, 0)
+        until_on_disk(node, running, made.name)
+        ask(running, "evict", name=made.name)
+        assert ask(running, "memory")["resident_bytes"] == 0
+        # Freed by the mover, a moment later.
+        until(lambda: ask(running, "memory")["weight_bytes"] == 0)
+        before = moved(running)
+        check(made, 1)
+        after = moved(running)
+        assert after["store_bytes"] == before["store_bytes"]
+        resident_bytes = ask(running, "memory")["resident_bytes"]
+        assert 0 < after["block_file_bytes"] - before["block_file_bytes"] <= resident_bytes
+        assert ask(running, "memory")["weight_bytes"] == resident_bytes
+        client._pool.close()
+    node.source.blobs.clear()
+    with node.serve() as running:
+        assert ask(running, "memory")["resident_bytes"] == resident_bytes
+        check(made, 2)
+        found = moved(running)
+        assert found["store_bytes"] == found["block_file_bytes"] == 0
+        assert 0 < found["kept_bytes"] <= resident_bytes
+
+
+def test_what_was_altered_in_memory_is_read_again(node: Node) -> None:
+    made = network("resnet")
+    with node.serve() as running:
+        deploy(running, made)
+        check(made, 0)
+        until_on_disk(node, running, made.name)
+        client._pool.close()
+    memory = node.memory()
+    key = max(memory._tier.keys(), key=memory._tier.keys().__getitem__)
+    memory._tier.view(key)[0] ^= 1
+    with node.serve(memory) as running:
+        check(made, 1)
+        assert moved(running)["block_file_bytes"] == memory._tier.keys()[key]
+        assert moved(running)["store_bytes"] == 0
+
+
+def test_what_was_altered_on_disk_is_made_anew_from_the_store(node: Node) -> None:
+    made = network("resnet")
+    with node.serve() as running:
+        deploy(running, made)
+        until_on_disk(node, running, made.name)
+        ask(running, "evict", name=made.name)
+        for path in (node.folder / "blocks").glob("*.block"):
+            with path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                # The padding counts, too.
+                file.write(b"\xff")
+        before = moved(running)
+        check(made, 1)
+        assert moved(running)["store_bytes"] > before["store_bytes"]
+
+
+def test_a_kept_packed_weight_without_its_block_file_is_made_anew(node: Node) -> None:
+    made = network("resnet")
+    with node.serve() as running:
+        deploy(running, made)
+        check(made, 0)
+        until_on_disk(node, running, made.name)
+        is_packed = ask(running, "model", name=made.name)["packed_stage_count"]
+        client._pool.close()
+    for path in (node.folder / "blocks").glob("*.block"):
+        path.unlink()
+    with node.serve() as running:
+        check(made, 1)
+        assert (moved(running)["store_bytes"] > 0) == bool(is_packed)
+
+
+def test_layouts_of_another_torch_are_not_believed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    with node.serve() as running:
+        deploy(running, made)
+        until_on_disk(node, running, made.name)
+        check(made, 0)
+        client._pool.close()
+    # The file is believed to be this torch's; what it says is not.
+    monkeypatch.setattr("sidecar.flat._fingerprint", lambda: b"another.")
+    with node.serve() as running:
+        check(made, 1)
+        assert moved(running)["store_bytes"] > 0
+        assert moved(running)["kept_bytes"] < ask(running, "memory")["resident_bytes"]
+
+
+def test_what_no_model_needs_any_more_goes_from_memory_and_disk(node: Node) -> None:
+    made, other = network("mlp"), network("vit")
+    with node.serve() as running:
+        deploy(running, made, other)
+        for each in (made, other):
+            check(each, 0)
+            until_on_disk(node, running, each.name)
+        client._pool.close()
+    del node.source.bundles[other.name]
+    memory = node.memory()
+    with node.serve(memory) as running:
+        resident_bytes = ask(running, "memory")["resident_bytes"]
+        until(lambda: ask(running, "memory")["weight_bytes"] == resident_bytes)
+        check(made, 1)
+        del node.source.bundles[made.name]
+        ask(running, "model_removed", name=made.name)
+        until(lambda: not memory._tier.keys())
+        files: BlockFiles = memory._files
+        until(lambda: not any(files.find(weight.digest) for weight in made.bundle.graph.weights))
+
+
+def test_six_models_in_room_for_two(node: Node) -> None:
+    networks = [network(kind) for kind in KINDS]
+    sizes = []
+    with node.serve() as running:
+        for each in networks:
+            deploy(running, each)
+            until_on_disk(node, running, each.name)
+            sizes.append(sum(weight_bytes(running, each.name)))
+        client._pool.close()
+    node.resize(max(max(sizes), sum(sizes) // 3))
+    memory = node.memory()
+    chosen = random.Random(0)
+    with node.serve(memory) as running:
+        for number in range(120):
+            check(chosen.choice(networks), number % 3)
+            assert memory._tier.resident_bytes <= node.budget_bytes
+        assert ask(running, "memory")["residency"]["evictions"]["room"] > 0
+        assert moved(running)["store_bytes"] == 0
+    memory._tier.check_invariants()
+
+
+def test_memory_that_is_refused_fails_one_request_and_not_the_next(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("mlp")
+    with node.serve() as running:
+        deploy(running, made)
+        ask(running, "evict", name=made.name)
+        with monkeypatch.context() as patched:
+
+            def refuse(*arguments: object) -> None:
+                raise NoRoom("4096 bytes are missing", needed_bytes=4096)
+
+            patched.setattr("sidecar.hosttier.reserve", refuse)
+            with pytest.raises(DeviceFault, match="bytes"):
+                model(made.name).call(made.inputs(1, 0))
+        check(made, 1)
+
+
+def test_a_device_that_does_not_work_in_place_has_memory_of_its_own(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.flat.can_flatten", lambda: False)
+    made = memory_of(open_device("cpu"), node.source, node.segment.descriptor, node.folder / "blocks")
+    assert isinstance(made, DeviceMemory)
