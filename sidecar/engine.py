@@ -201,11 +201,12 @@ class Engine:
         work = Work(session, request_id, str(arguments.get("name", "")), deadline)
         self._post(lambda: self._run_command(work, name, arguments))
 
-    def session_opened(self) -> None:
-        """Count a session."""
+    def session_opened(self, models: Sequence[str] = ()) -> None:
+        """Count a session, and load the models it is going to ask about: their weights are on their way before it asks."""
 
         def count() -> None:
             self._session_count += 1
+            self._prefetch(models)
 
         self._post(count)
 
@@ -315,6 +316,15 @@ class Engine:
         if not self._batch_window_s or self._wavefront or self._draining or not 0 < waiting < self._batch_limit:
             return 0.0
         return max(0.0, self._opened_s + self._batch_window_s - self._clock())
+
+    def _prefetch(self, models: Sequence[str]) -> None:
+        for name in dict.fromkeys(each for joint in models for each in joint.split(JOINT)):
+            deployed = self._catalog.deployed.get(name)
+            if deployed is None or deployed.loaded or deployed in self._loads or self._draining:
+                continue
+            # One that does not fit is read when it runs.
+            if sum(self._residency.weights(deployed.plan).values()) <= self._residency.room_bytes:
+                self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
 
     def _accept(self, work: Work) -> None:
         if self._draining:

@@ -246,10 +246,10 @@ class Server:
             session.close()
             self._listen(not self._draining)
 
-    def welcomed(self, session: Session) -> None:
-        """Note that a session has shaken hands."""
+    def welcomed(self, session: Session, models: Sequence[str]) -> None:
+        """Note that a session has shaken hands, and named the models it is going to ask about."""
         self._greeting.pop(session.sock.fileno(), None)
-        self.engine.session_opened()
+        self.engine.session_opened(models)
 
     def release(self, session: Session) -> None:
         """Free what is left of an ended session. Any thread: it is done in the server's."""
@@ -400,7 +400,7 @@ class Session:
         self._request.passed()
         self._reply.passed()
         self.welcomed = True
-        server.welcomed(self)
+        server.welcomed(self, hello.models)
 
     def _needs(self, name: str) -> tuple[int, int]:
         """Return the arena bytes that the smallest call of a model needs; nothing for a model that is not there yet."""

@@ -2,8 +2,12 @@
 
 import gc
 import os
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import trunkline
+from trunkline.errors import TrunklineError
 
 
 def _is_behind_watchdog() -> bool:
@@ -40,3 +44,16 @@ def pre_fork(server, worker):
     """Keep the collector off what the workers share: each object it looked at would be copied into every worker."""
     gc.freeze()
     gc.enable()
+
+
+def post_worker_init(worker):
+    """Tell the sidecar which models the handler is going to ask about, so that they are loaded when the first request comes."""
+    threading.Thread(target=_greet, args=(worker.log,), daemon=True).start()
+
+
+def _greet(log):
+    try:
+        trunkline.ready()
+    except TrunklineError as error:
+        # The first request will be told, if that is still so.
+        log.info("the sidecar is not ready: %s", error.message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from trunkline import model
 from trunkline.errors import DeadlineExceeded, ModelCorrupt
+from trunkline.pool import Pool
 
 from sidecar.errors import BlobCorrupt
 from sidecar.loads import Loads
@@ -193,3 +195,36 @@ def test_an_engine_whose_requests_all_wait_for_weights_sleeps(
         assert len(looks) - seen <= 40
         gate.set()
         answer.result(TIMEOUT_S)
+
+
+def test_a_function_that_boots_has_its_model_loaded_before_it_asks(source: Gated, running: Running) -> None:
+    made, other = network("mlp"), network("vit")
+    cold(running, made)
+    cold(running, other)
+    source.reads.clear()
+    pool = Pool()
+    # What a handler does when it is imported; the second is none, and no harm.
+    for name in (made.name, "unknown"):
+        pool.expect(name)
+    connection = pool.take(0, 0, time.monotonic() + TIMEOUT_S)
+    while ask(running, "model", name=made.name)["state"] != "resident":
+        pass
+    wanted = {weight.digest for weight in made.bundle.graph.weights}
+    assert set(source.reads) == wanted
+    # Another session of it finds everything there.
+    pool.take(0, 0, time.monotonic() + TIMEOUT_S).close()
+    ask(running, "status")
+    assert len(source.reads) == len(wanted)
+    connection.close()
+
+
+def test_a_model_that_does_not_fit_is_not_loaded_ahead(source: Gated, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("mlp")
+    cold(running, made)
+    source.reads.clear()
+    monkeypatch.setattr(running.engine._residency, "budget_bytes", 8)
+    pool = Pool()
+    pool.expect(made.name)
+    pool.take(0, 0, time.monotonic() + TIMEOUT_S).close()
+    assert ask(running, "status")["requests"]["failed"] == 0
+    assert source.reads == []

@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
+from trunkline.admin import AdminConnection
+
+from tests.fakes import ADMIN_TOKEN, FakeSource, bundle_of, running_server
 
 TEMPLATE = Path(__file__).parents[2] / "template" / "python3-trunkline"
 HANDLER = """
@@ -445,3 +448,20 @@ def test_a_broken_handler_ends_the_process_with_its_trace(context: Path, tmp_pat
 def test_the_answer_is_json_text_for_nested_bodies(running: Running) -> None:
     answer = requests.get(f"{running.url}/?what=facts", headers={"X-Mine": "1"}, timeout=10)
     assert json.loads(answer.content)["query"] == "facts"
+
+
+def test_a_function_that_starts_has_its_models_loaded_before_it_is_called(context: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "naming"
+    shutil.copytree(context, folder)
+    naming = 'from trunkline import model\n\nage = model("age")\n\n\ndef handle(event, context):\n    return "text"\n'
+    (folder / "function" / "handler.py").write_text(naming)
+    source = FakeSource()
+    source.put(bundle_of("age", [b"weights"]), [b"weights"])
+    with running_server(tmp_path, source) as sidecar:
+        function = Running(folder, {"TRUNKLINE_SOCKET": sidecar.path})
+        admin = AdminConnection(sidecar.path, ADMIN_TOKEN)
+        deadline = time.monotonic() + 60
+        while admin.command("model", {"name": "age"})["state"] != "resident":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert function.stop()[0] == 0
