@@ -40,6 +40,10 @@ def _default_budget_bytes() -> int:
     return max(1, int(0.7 * available_bytes()))
 
 
+def _default_activation_bytes() -> int:
+    return max(1, int(0.15 * available_bytes()))
+
+
 def _default_threads() -> int:
     return core_count()
 
@@ -53,6 +57,7 @@ class Settings:
     device: str = "auto"
     threads: int = 1
     memory_budget_bytes: int = 0
+    activation_budget_bytes: int = 0
     eviction_policy: str = LeastRecentlyUsed.name
     admin_host: str = "127.0.0.1"
     admin_port: int = 9470
@@ -156,6 +161,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "device": _match(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"),
     "threads": _integer(1, 1024),
     "memory_budget_bytes": _size(1),
+    "activation_budget_bytes": _size(1),
     "eviction_policy": _match("lru|gdsf|adaptive", "lru, gdsf or adaptive"),
     "admin_host": _loopback,
     "admin_port": _integer(0, 65535),
@@ -188,6 +194,7 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
         if value is not None:
             values[key] = _checked(flag_of(key), key, value)
     values.setdefault("memory_budget_bytes", _default_budget_bytes())
+    values.setdefault("activation_budget_bytes", _default_activation_bytes())
     values.setdefault("threads", _default_threads())
     return Settings(**values)
 

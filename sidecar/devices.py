@@ -18,6 +18,7 @@ from trunkline.errors import DeviceFault
 from trunkline.protocol import ITEM_BYTES
 
 from sidecar import flat, packed
+from sidecar.dryrun import DryRun
 from sidecar.errors import ConfigError
 from sidecar.ir import Graph, Weight
 from sidecar.lowering import Recipe
@@ -203,6 +204,10 @@ class TorchDevice:
     def use_threads(self, count: int) -> None:
         """Let the runs to come use ``count`` threads, one of ``thread_counts``. It holds for the process, as torch has it."""
         torch.set_num_threads(count)
+
+    def dry_run(self, graph: Graph) -> DryRun:
+        """Return a graph to be run on shapes alone; see there."""
+        return DryRun(graph)
 
     def run(self, program: Program, weights: Sequence[object], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run a program on weights and inputs in the order of its graph; return its outputs in that order.

@@ -34,6 +34,7 @@ from trunkline.errors import (
 from trunkline.protocol import JOINT
 from trunkline.signature import Signature
 
+from sidecar.activations import Activations
 from sidecar.catalog import Catalog, Deployed, Joint, Step
 from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
@@ -114,6 +115,7 @@ class Engine:
         stacking: bool = True,
         verdicts: Verdicts | None = None,
         memory: Memory | None = None,
+        activation_budget_bytes: int | None = None,
         generation: int = 0,
         facts: dict[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -134,6 +136,10 @@ class Engine:
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
         self._recorder = Recorder()
         self._started_s = clock()
+        # Without a budget nothing is reckoned.
+        self._activations: Activations | None = None
+        if activation_budget_bytes is not None:
+            self._activations = Activations(device, activation_budget_bytes, self._post, self._unblock)
         self._streams = Streams(self._residency, self._loads, self._drop, lambda: self._mover.pace, clock)
         # Requests that wait for the run of a model that streams to end.
         self._aside: list[Work] = []
@@ -166,7 +172,7 @@ class Engine:
             accept=self._accept,
             drop=self._drop,
             unblock=self._unblock,
-            deployed=self._try_out,
+            deployed=self._is_new,
             requests=self._request_counts,
             trace=self._recorder.to_plain,
             facts={"generation": generation, "device": device.name, **(facts or {})},
@@ -227,6 +233,7 @@ class Engine:
         """Deploy every model of the store. Call once, before ``run`` starts; a broken model does not stop the others."""
         self._catalog.deploy_stored()
         for deployed in list(self._catalog.deployed.values()):
+            self._expect(deployed)
             verdict = self._trials.known(deployed.bundle, deployed.staged) if self._trials is not None else None
             if verdict is None:
                 self._try_out(deployed)
@@ -247,6 +254,8 @@ class Engine:
         threading.Thread(target=self._mover.run, name="mover", daemon=True).start()
         if self._trials is not None:
             threading.Thread(target=self._trials.run, name="trials", daemon=True).start()
+        if self._activations is not None:
+            threading.Thread(target=self._activations.run, name="dry runs", daemon=True).start()
         for name in self._catalog.pinned():
             self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
         while not self._finished:
@@ -258,6 +267,8 @@ class Engine:
         self._mover.stop()
         if self._trials is not None:
             self._trials.stop()
+        if self._activations is not None:
+            self._activations.stop()
         if self._drained is not None:
             self._drained()
 
@@ -288,6 +299,14 @@ class Engine:
         if self._inbox.empty() or self._taken >= _MOST_TAKEN:
             self._taken = 0
             self._go_on()
+
+    def _is_new(self, deployed: Deployed) -> None:
+        self._expect(deployed)
+        self._try_out(deployed)
+
+    def _expect(self, deployed: Deployed) -> None:
+        if self._activations is not None:
+            self._activations.expect(deployed.bundle)
 
     def _try_out(self, deployed: Deployed) -> None:
         if self._trials is not None and (deployed.verdict is None or not deployed.verdict.held):
@@ -391,6 +410,8 @@ class Engine:
             message = f"{work.model} became version {signature.version} while the request was waiting"
             self._fail(work, SignatureMismatch(message))
             return
+        if not self._has_room_to_compute(work, parts, joint):
+            return
         try:
             for deployed in parts:
                 self._catalog.prepare(deployed)
@@ -414,6 +435,35 @@ class Engine:
         self._record(grant, parts)
         self._drop(grant.evict)
         self._loads.want(work, parts, joint)
+
+    def _has_room_to_compute(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None) -> bool:
+        """Say whether what a call takes beside weights can be had now; if not, it was refused, or put back to wait."""
+        if self._activations is None or work.inputs is None:
+            return True
+        budget_bytes = self._activations.budget_bytes
+        named = dict(zip(joint.interface.values, work.inputs, strict=True)) if joint is not None else {}
+        work.activation_bytes = sum(
+            self._activations.needed_bytes(
+                deployed.bundle, work.inputs if joint is None else [named[key] for key in deployed.staged.inputs]
+            )
+            for deployed in parts
+        )
+        if work.activation_bytes > budget_bytes and len(parts) == 1:
+            message = (
+                f"a call of {work.model} with inputs of these sizes takes about {work.activation_bytes} bytes beside weights, "
+                f"the activation budget is {budget_bytes}; send less at a time, or start the sidecar with a larger "
+                "--activation-budget"
+            )
+            self._fail(work, BudgetExceeded(message, needed_bytes=work.activation_bytes, budget_bytes=budget_bytes))
+            return False
+        calls = dict.fromkeys(ticket.call for ticket in self._wavefront.tickets())
+        under_way = [call.work for call in calls] + [parked.work for parked in self._loads.parked]
+        taken_bytes = sum(each.activation_bytes for each in under_way)
+        if taken_bytes and taken_bytes + work.activation_bytes > budget_bytes:
+            self._queue.put_back(work)
+            self._blocked = True
+            return False
+        return True
 
     def _stream(self, work: Work, parts: tuple[Deployed, ...]) -> None:
         """Take up a request for a model that does not fit, or put it aside until the run of one has ended."""

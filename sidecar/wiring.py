@@ -83,6 +83,7 @@ def _engine_process(
         store,
         Pins(run.pins),
         budget_bytes=settings.memory_budget_bytes,
+        activation_budget_bytes=settings.activation_budget_bytes,
         eviction_policy=settings.eviction_policy,
         queue_limit=settings.queue_limit,
         batch_limit=settings.batch_limit,

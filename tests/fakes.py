@@ -9,6 +9,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,10 @@ class FakeDevice:
 
     def as_weight(self, held: Any, weight: Weight) -> object:
         return held
+
+    def dry_run(self, graph: Graph) -> Any:
+        # What an operator without numbers does; nothing is known then.
+        return SimpleNamespace(peak_bytes=lambda inputs: None)
 
     def use_threads(self, count: int) -> None:
         assert count in self.thread_counts

@@ -51,6 +51,7 @@ LAYERS = {
         "stacked",
         "programs",
         "prepare",
+        "dryrun",
         "export",
         "sources",
         "translate",
@@ -60,7 +61,7 @@ LAYERS = {
         "rewrites",
         "recurrent",
     },
-    4: {"engine", "catalog", "commands", "loads", "memory", "mover", "ports", "rivals", "streams", "trials"},
+    4: {"activations", "engine", "catalog", "commands", "loads", "memory", "mover", "ports", "rivals", "streams", "trials"},
     5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.server"},
     6: {"__main__", "wiring", "packing", "drawing", "local"},
 }
