@@ -286,6 +286,7 @@ class Engine:
                 self._go_on()
             else:
                 self._device.trim()
+                self._mover.trim()
                 self._untrimmed = False
             return
         self._untrimmed = True

@@ -5,9 +5,10 @@ store of a word. A process may be killed between any two instructions: a key is 
 to no valid record returns to the system when the next engine attaches. That costs no look at the bytes; ``check`` compares them
 with their checksum, to be called before their first use.
 
-Pages are reserved before anything is written, and punched out of the segment when they are let go of. Extents take whole pages,
-and that is what counts against the budget. Owned by the engine thread, as every part of an engine; other threads may fill and
-read the views it gives out.
+Pages are reserved before anything is written. Those that are let go of are kept for what comes next, within the budget: to clear
+and map new ones takes as long as reading them from a fast disk. ``trim`` punches them out of the segment, and so does whatever
+needs pages elsewhere. Extents take whole pages, and that is what counts against the budget. Owned by one thread; others may fill
+and read the views it gives out.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ class HostTier:
         self._words = self._view[:LEDGER_END].cast("I")
         self._extents = Extents(len(self._view))
         self._extents.claim(Extent(0, LEDGER_END))
+        # Pages that were let go of; to ``_extents`` they are taken.
+        self._spare = Extents(len(self._view))
+        self._spare.claim(Extent(0, len(self._view)))
+        self.spare_bytes = 0
         self._held: dict[str, _Held] = {}
         self._take_over()
         # Slots below the first that was never used; then come the others.
@@ -76,6 +81,8 @@ class HostTier:
             )
             for key in list(self._held):
                 self.free(key)
+            # Nor are their pages good for others.
+            self.trim()
         log.info("%d weights, %d bytes, were still in memory", len(self._held), self.allocated_bytes)
 
     def _take_over(self) -> None:
@@ -111,7 +118,7 @@ class HostTier:
     def allocate(self, key: str, size_bytes: int) -> memoryview:
         """Return room for the bytes of ``key``, 64 hexadecimal digits, which is not there yet. Raises NoRoom.
 
-        The room is zeroed, and lost with this process until it is sealed.
+        What is in it is of no meaning, and lost with this process until it is sealed.
         """
         assert bytes.fromhex(key).hex() == key, "a key is lower-case hexadecimal"
         assert len(key) == 2 * _KEY_BYTES, "a key has 64 digits"
@@ -125,7 +132,21 @@ class HostTier:
             )
         if len(self._held) == RECORD_LIMIT:
             raise self._refusal(f"{RECORD_LIMIT} weights are held, which is the most; let go of others first", needed_bytes)
+        extent = self._spare.take(needed_bytes)
+        if extent is None:
+            extent = self._new_pages(key, needed_bytes)
+        else:
+            self.spare_bytes -= needed_bytes
+        self._held[key] = _Held(self._free_slot(), extent, size_bytes)
+        self.allocated_bytes += extent.size_bytes
+        return self.view(key)
+
+    def _new_pages(self, key: str, needed_bytes: int) -> Extent:
+        self._punch_spares(self.allocated_bytes + self.spare_bytes + needed_bytes - self.budget_bytes)
         extent = self._extents.take(needed_bytes)
+        if extent is None:
+            self.trim()
+            extent = self._extents.take(needed_bytes)
         if extent is None:
             raise self._refusal(
                 f"the largest hole between others has {self._extents.largest_hole_bytes}; let go of others first", needed_bytes
@@ -137,9 +158,22 @@ class HostTier:
             self._punch(extent)
             self._extents.give(extent)
             raise
-        self._held[key] = _Held(self._free_slot(), extent, size_bytes)
-        self.allocated_bytes += extent.size_bytes
-        return self.view(key)
+        return extent
+
+    def trim(self) -> None:
+        """Give the pages that were let go of back to the system."""
+        self._punch_spares(self.spare_bytes)
+
+    def _punch_spares(self, size_bytes: int) -> None:
+        # The smallest first: they are the least use.
+        for hole in sorted(self._spare.holes, key=lambda hole: hole.size_bytes):
+            if size_bytes <= 0:
+                break
+            self._punch(hole)
+            self._spare.claim(hole)
+            self._extents.give(hole)
+            self.spare_bytes -= hole.size_bytes
+            size_bytes -= hole.size_bytes
 
     def _refusal(self, reason: str, needed_bytes: int) -> NoRoom:
         return NoRoom(
@@ -194,12 +228,12 @@ class HostTier:
         return False
 
     def free(self, key: str) -> None:
-        """Forget a key; its pages go back to the system."""
+        """Forget a key; its pages are kept for others, until ``trim``."""
         held = self._held[key]
         self._words[_FIRST_SEAL + held.slot * _RECORD_WORDS] = 0
-        self._punch(held.extent)
         del self._held[key]
-        self._extents.give(held.extent)
+        self._spare.give(held.extent)
+        self.spare_bytes += held.extent.size_bytes
         self._free_slots.append(held.slot)
         self.allocated_bytes -= held.extent.size_bytes
 
@@ -209,7 +243,7 @@ class HostTier:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory the segment's extents take, as the system counts it, in whole pages. Equal to ``allocated_bytes``."""
+        """Memory the segment takes beside its ledger, as the system counts it: ``allocated_bytes`` and ``spare_bytes``."""
         return os.fstat(self._descriptor).st_blocks * 512 - LEDGER_END
 
     # --- the segment -------------------------------------------------------------------------------------------------
@@ -233,10 +267,13 @@ class HostTier:
         self._extents.check_invariants()
         allocated_bytes = sum(held.extent.size_bytes for held in self._held.values())
         free_bytes = sum(hole.size_bytes for hole in self._extents.holes)
+        self._spare.check_invariants()
+        assert self.spare_bytes == sum(hole.size_bytes for hole in self._spare.holes), "spare_bytes disagrees with the pages"
         assert self.allocated_bytes == allocated_bytes, "allocated_bytes disagrees with the extents"
-        assert allocated_bytes <= self.budget_bytes, f"{allocated_bytes} bytes are held, the budget is {self.budget_bytes}"
-        assert LEDGER_END + allocated_bytes + free_bytes == len(self._view), "extents and holes do not fill the segment"
-        assert self.resident_bytes == allocated_bytes, f"{self.resident_bytes} bytes are in memory, not {allocated_bytes}"
+        kept_bytes = allocated_bytes + self.spare_bytes
+        assert kept_bytes <= self.budget_bytes, f"{kept_bytes} bytes are held, the budget is {self.budget_bytes}"
+        assert LEDGER_END + kept_bytes + free_bytes == len(self._view), "extents and holes do not fill the segment"
+        assert self.resident_bytes == kept_bytes, f"{self.resident_bytes} bytes are in memory, not {kept_bytes}"
         slots = [held.slot for held in self._held.values()]
         assert sorted((*slots, *self._free_slots)) == list(range(self._next_slot)), "a slot is lost, or has two owners"
         written = {slot: self._body(slot) for slot, _ in self._seals()}

@@ -59,6 +59,9 @@ class Memory(Protocol):
     def free(self, digests: Iterable[str]) -> None:
         """Let go of weights of which no handle is left."""
 
+    def trim(self) -> None:
+        """Give back to the system what was let go of and is kept for what comes next."""
+
     def facts(self) -> Mapping[str, int]:
         """Return what an operator wants to know, in bytes."""
 
@@ -106,6 +109,9 @@ class DeviceMemory:
 
     def free(self, digests: Iterable[str]) -> None:
         """Do nothing: the bytes went with the handles."""
+
+    def trim(self) -> None:
+        """Do nothing, as before."""
 
     def facts(self) -> Mapping[str, int]:
         return {}
@@ -229,8 +235,11 @@ class TierMemory:
             if self._tier.holds(digest):
                 self._tier.free(digest)
 
+    def trim(self) -> None:
+        self._tier.trim()
+
     def facts(self) -> Mapping[str, int]:
-        return {"weight_bytes": self._tier.allocated_bytes, **self._moved}
+        return {"weight_bytes": self._tier.allocated_bytes, "spare_bytes": self._tier.spare_bytes, **self._moved}
 
     def keep(self, graph: Graph, recipes: Mapping[str, Recipe]) -> None:
         made: list[tuple[Entry, memoryview]] = []

@@ -46,6 +46,10 @@ class Mover:
         """Let go of weights. No handle of them may be left."""
         self._jobs.put(lambda: self._memory.free(digests))
 
+    def trim(self) -> None:
+        """Give back what is kept for what comes next."""
+        self._jobs.put(self._memory.trim)
+
     def stop(self) -> None:
         self._jobs.put(None)
 

@@ -163,7 +163,7 @@ def test_memory_that_is_refused_fails_one_request_and_not_the_next(node: Node, m
             def refuse(*arguments: object) -> None:
                 raise NoRoom("4096 bytes are missing", needed_bytes=4096)
 
-            patched.setattr("sidecar.hosttier.reserve", refuse)
+            patched.setattr("sidecar.hosttier.HostTier.allocate", refuse)
             with pytest.raises(DeviceFault, match="bytes"):
                 model(made.name).call(made.inputs(1, 0))
         check(made, 1)

@@ -82,10 +82,17 @@ def test_a_view_is_the_memory_itself_and_has_the_asked_size(tier: HostTier) -> N
     room.release()
 
 
-def test_freed_pages_go_back_to_the_system(tier: HostTier) -> None:
+def test_freed_pages_serve_the_next_and_then_go_back_to_the_system(tier: HostTier) -> None:
     for number in range(3):
         put(tier, number, 10 * PAGE)
     tier.free(key(1))
+    assert (tier.allocated_bytes, tier.spare_bytes, tier.resident_bytes) == (20 * PAGE, 10 * PAGE, 30 * PAGE)
+    tier.check_invariants()
+    put(tier, 4, 4 * PAGE)
+    # No page is new.
+    assert (tier.spare_bytes, tier.resident_bytes) == (6 * PAGE, 30 * PAGE)
+    tier.free(key(4))
+    tier.trim()
     assert tier.resident_bytes == tier.allocated_bytes == 20 * PAGE
     restarted(tier)
     assert sorted(tier.keys()) == [key(0), key(2)]
@@ -159,6 +166,7 @@ def test_altered_bytes_are_found_and_dropped(tier: HostTier, caplog: pytest.LogC
     assert not tier.check(key(1))
     assert f"weight {key(1)} was altered in memory" in caplog.text
     assert tier.keys() == {key(2): PAGE}
+    tier.trim()
     assert tier.resident_bytes == PAGE
     put(tier, 1, 5 * PAGE)
     assert tier.check(key(1))
@@ -335,3 +343,18 @@ class Random(RuleBasedStateMachine):
 
 Random.TestCase.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 TestRandom = Random.TestCase
+
+
+def test_pages_that_are_kept_give_way_within_the_budget(tier: HostTier) -> None:
+    whole = tier.budget_bytes // PAGE
+    put(tier, 1, (whole - 4) * PAGE)
+    put(tier, 2, 4 * PAGE)
+    tier.free(key(2))
+    put(tier, 3, 2 * PAGE)
+    # Of the two that are left, none is large enough; they go back before four new ones would be too many.
+    tier.free(key(1))
+    put(tier, 4, (whole - 2) * PAGE)
+    assert tier.resident_bytes <= tier.budget_bytes
+    tier.check_invariants()
+    with pytest.raises(NoRoom):
+        tier.allocate(key(5), PAGE)
