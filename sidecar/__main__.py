@@ -24,12 +24,15 @@ from sidecar import drawing
 from sidecar.admin_client import AdminClient
 from sidecar.bundle import MODEL_NAME
 from sidecar.config import load_settings
+from sidecar.keeping import HIGHEST_PRIORITY, LONGEST_KEEP_ALIVE_S
 from sidecar.logs import log_to_stderr
 
 # Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no sidecar reached.
 FAILED, UNREACHABLE = 1, 3
 DEFAULT_ADMIN_SOCKET = "/run/trunkline/admin.sock"
 DEFAULT_ADMIN_URL = "http://127.0.0.1:9470"
+# A keep-alive time without an end.
+_FOREVER = "forever"
 
 # Lines are never folded: what reads them may be a program. Nor are tables, where no terminal limits them.
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -284,6 +287,7 @@ def model_show(ctx: click.Context, name: str, as_json: bool) -> None:
         f"requests are served {batched}",
         markup=False,
     )
+    console.print(_keeping(found))
     signature = found["signature"]
     for kind in ("inputs", "outputs"):
         for spec in signature[kind]:
@@ -292,6 +296,12 @@ def model_show(ctx: click.Context, name: str, as_json: bool) -> None:
             console.print(f"  {kind[:-1]} {spec['name']}: {spec['dtype']} [{shape}]{bounds}", markup=False)
     for symbol, (low, high) in signature["symbols"].items():
         console.print(f"  {symbol}: {low} to {high}")
+
+
+def _keeping(found: dict[str, Any]) -> str:
+    seconds = found["keep_alive_s"]
+    kept = "as long as there is room" if seconds is None else f"for {seconds:g} s without a request"
+    return f"priority {found['priority']}, kept {kept}"
 
 
 def _add_action(name: str, help_text: str) -> None:
@@ -308,6 +318,37 @@ _add_action("unload", "Drop a model from memory; the next request loads it again
 _add_action("evict", "Drop a model from memory; the next request loads it again.")
 _add_action("pin", "Load a model and keep it in memory.")
 _add_action("unpin", "Let a model be evicted again.")
+
+
+def _keep_alive(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
+    if value is None or value == _FOREVER:
+        return value
+    try:
+        seconds = float(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value[:80]!r} is neither a number of seconds nor {_FOREVER}") from error
+    # Not a number is within no bounds.
+    if not 0 <= seconds <= LONGEST_KEEP_ALIVE_S:
+        raise click.BadParameter(f"{value[:80]} is not in the range 0<=x<={LONGEST_KEEP_ALIVE_S}; for longer, say {_FOREVER}")
+    return seconds
+
+
+@model.command("keep")
+@click.argument("name", callback=_model_name)
+@click.option("--priority", type=click.IntRange(0, HIGHEST_PRIORITY), help="What is lower leaves memory first; 5 unless said.")
+@click.option("--keep-alive", callback=_keep_alive, metavar="SECONDS|forever", help="Drop it when idle for so long.")
+@click.pass_context
+def model_keep(ctx: click.Context, name: str, priority: int | None, keep_alive: float | str | None) -> None:
+    """Say how dear a model is, and for how long it stays in memory without a request."""
+    asked: dict[str, object] = {}
+    if priority is not None:
+        asked["priority"] = priority
+    if keep_alive is not None:
+        asked["keep_alive_s"] = None if keep_alive == _FOREVER else keep_alive
+    if not asked:
+        raise click.UsageError("give --priority, --keep-alive, or both")
+    found = _client(ctx).post(f"models/{name}/keep", asked)
+    console.print(f"{found['name']}: {_keeping(found)}")
 
 
 @model.command("rm")

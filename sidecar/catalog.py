@@ -259,6 +259,7 @@ class Catalog:
         size_bytes = self.memory.size_bytes
         self.residency.add_plan(deployed.plan, {digest: size_bytes(weight) for digest, weight in deployed.weights.items()})
         self.deployed[deployed.name] = deployed
+        self.keep(deployed)
         if was_pinned and not self.pin_if_possible(deployed):
             # After a restart, too: its pin could come before those of others, and keep them out.
             self.pins.discard(deployed.name)
@@ -284,6 +285,12 @@ class Catalog:
         self._serve(formed, was_pinned)
         self.publish()
         return freed
+
+    def keep(self, deployed: Deployed) -> None:
+        """Have a model kept as the operator said, before a restart or a push perhaps."""
+        keep = self.pins.kept(deployed.name)
+        self.residency.set_priority(deployed.plan, keep.priority)
+        self.residency.set_ttl(deployed.plan, keep.keep_alive_s)
 
     def pin_if_possible(self, deployed: Deployed) -> bool:
         """Pin again what was pinned before a restart or a push. A pin is a preference: without it the model still serves."""

@@ -1,4 +1,4 @@
-"""What operators ask the engine for: to tell what there is, and to load, evict, pin, unpin and follow the store.
+"""What operators ask the engine for: to tell what there is, and to load, evict, pin, unpin, keep and follow the store.
 
 Every command runs in the engine thread. Its answer is a plain document; None when the answer comes later, as that of a request.
 """
@@ -66,6 +66,7 @@ class Commands:
             "evict": self._evict,
             "pin": self._pin,
             "unpin": self._unpin,
+            "keep": self._keep,
             "model_changed": self._model_changed,
             "model_removed": self._model_removed,
         }
@@ -149,6 +150,8 @@ class Commands:
             "unique_bytes": model_bytes - shared_bytes,
             "shared_with": graph.sharers(name) if name in graph else [],
             "pinned": self._residency.is_pinned(plan),
+            "priority": self._residency.priority(plan),
+            "keep_alive_s": self._residency.ttl_s(plan),
             "leases": self._residency.lease_count(plan),
             "requests": deployed.request_count,
             "last_used_s": None if deployed.last_used_s is None else round(self._clock() - deployed.last_used_s, 3),
@@ -224,6 +227,14 @@ class Commands:
         self._unblock()
         return self.describe(deployed)
 
+    def _keep(self, work: Work, arguments: dict[str, Any]) -> object:
+        deployed = self._known(work.model)
+        pins = self._catalog.pins
+        asked = {key: value for key, value in arguments.items() if key != "name"}
+        pins.keep(work.model, pins.kept(work.model).changed(asked))
+        self._catalog.keep(deployed)
+        return self.describe(deployed)
+
     def _model_changed(self, work: Work, arguments: dict[str, Any]) -> object:
         self._drop(self._catalog.deploy(work.model))
         self._catalog.publish()
@@ -234,6 +245,6 @@ class Commands:
     def _model_removed(self, work: Work, arguments: dict[str, Any]) -> object:
         self._catalog.broken.pop(work.model, None)
         self._drop(self._catalog.withdraw(work.model))
-        self._catalog.pins.discard(work.model)
+        self._catalog.pins.forget(work.model)
         self._catalog.publish()
         return {"name": work.model}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import queue
 import secrets
 import threading
@@ -273,6 +274,7 @@ class Engine:
             self._drained()
 
     def _step(self) -> None:
+        self._expire()
         # Work goes on while there is some, but what has been posted meanwhile comes first.
         busy = (bool(self._wavefront) and not self._stalled) or (len(self._queue) > 0 and not self._is_closed())
         window_s = self._window_left_s() if busy else 0.0
@@ -280,11 +282,11 @@ class Engine:
             if busy:
                 command = self._inbox.get(block=window_s > 0, timeout=window_s or None)
             else:
-                command = self._inbox.get(timeout=_IDLE_S if self._untrimmed else None)
+                command = self._inbox.get(timeout=self._rest_s())
         except queue.Empty:
             if busy:
                 self._go_on()
-            else:
+            elif self._untrimmed:
                 self._device.trim()
                 self._mover.trim()
                 self._untrimmed = False
@@ -308,6 +310,23 @@ class Engine:
     def _expect(self, deployed: Deployed) -> None:
         if self._activations is not None:
             self._activations.expect(deployed.bundle)
+
+    def _rest_s(self) -> float | None:
+        """Return for how long nothing is to be done unless it is asked for; None: not before."""
+        rest_s = self._residency.quiet_until_s
+        if rest_s != math.inf:
+            rest_s = max(0.0, rest_s - self._clock())
+        if self._untrimmed:
+            rest_s = min(rest_s, _IDLE_S)
+        return None if rest_s == math.inf else rest_s
+
+    def _expire(self) -> None:
+        """Let go of what has been idle beyond its keep-alive time."""
+        quiet_until_s = self._residency.quiet_until_s
+        if quiet_until_s != math.inf and quiet_until_s <= self._clock():
+            freed = self._residency.expire()
+            self._drop(freed)
+            self._untrimmed |= bool(freed)
 
     def _try_out(self, deployed: Deployed) -> None:
         if self._trials is not None and (deployed.verdict is None or not deployed.verdict.held):

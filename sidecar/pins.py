@@ -1,4 +1,7 @@
-"""The operator's pins, kept in a file so that they outlive the engine. Owned by the engine thread."""
+"""What operators said about keeping models, in a file so that it outlives the engine: pins, priorities, keep-alive times.
+
+Owned by the engine thread.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,57 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Final
+
+from trunkline.errors import InvalidInput
+
+from sidecar.keeping import Keep
 
 log = logging.getLogger("trunkline.engine")
 
+_DEFAULT: Final = Keep()
+
 
 class Pins:
-    """Names of pinned models, in a JSON file that is replaced as a whole."""
+    """Names of pinned models, and how others than the default are kept, in a JSON file that is replaced as a whole.
+
+    The file holds ``{"pinned": [name], "kept": {name: {"priority", "keep_alive_s"}}}``; or, from before there was more to say,
+    the list of the pinned.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._names: set[str] = set()
+        self._kept: dict[str, Keep] = {}
         try:
             stored = json.loads(path.read_bytes())
         except FileNotFoundError:
             return
-        except (OSError, ValueError):
-            # Pins are a preference: losing them must not keep the node from serving.
-            log.warning("the pins in %s cannot be read; no model is pinned", path)
+        except (OSError, ValueError, RecursionError):
+            # All of this is preference: losing it must not keep the node from serving.
+            self._ignore("it cannot be read")
             return
         if isinstance(stored, list):
-            self._names = {name for name in stored if isinstance(name, str)}
+            stored = {"pinned": stored}
+        if not isinstance(stored, dict):
+            self._ignore("it holds no object")
+            return
+        pinned, kept = stored.get("pinned", []), stored.get("kept", {})
+        if isinstance(pinned, list):
+            self._names = {name for name in pinned if isinstance(name, str)}
+        if not isinstance(pinned, list) or len(self._names) != len(pinned):
+            self._ignore("its pins are not a list of names")
+        if not isinstance(kept, dict):
+            self._ignore("what it says of models is no object")
+            return
+        for name, plain in kept.items():
+            try:
+                self._kept[name] = _DEFAULT.changed(plain if isinstance(plain, dict) else {})
+            except InvalidInput as error:
+                self._ignore(f"for {name[:64]!r}, {error.message}")
+
+    def _ignore(self, problem: str) -> None:
+        log.warning("%s: %s; this is ignored, pin and keep those models again", self._path, problem)
 
     def names(self) -> list[str]:
         return sorted(self._names)
@@ -39,10 +73,30 @@ class Pins:
             self._names.discard(name)
             self._write()
 
+    def kept(self, name: str) -> Keep:
+        """Return how a model is to be kept, whether it is deployed or not."""
+        return self._kept.get(name, _DEFAULT)
+
+    def keep(self, name: str, keep: Keep) -> None:
+        """Say how a model is to be kept."""
+        self._kept[name] = keep
+        self._write()
+
+    def forget(self, name: str) -> None:
+        """Forget all that was said of a model."""
+        if name in self._names or name in self._kept:
+            self._names.discard(name)
+            self._kept.pop(name, None)
+            self._write()
+
     def _write(self) -> None:
+        kept = {name: keep.to_plain() for name, keep in sorted(self._kept.items()) if keep != _DEFAULT}
         temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(self.names()))
+            temporary.write_text(json.dumps({"pinned": self.names(), "kept": kept}))
             os.replace(temporary, self._path)
         except OSError as error:
-            log.warning("the pins cannot be saved (%s); they hold until the engine restarts", os.strerror(error.errno or 0))
+            log.warning(
+                "pins and how models are kept cannot be saved (%s); they hold until the engine restarts",
+                os.strerror(error.errno or 0),
+            )

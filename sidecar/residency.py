@@ -20,6 +20,7 @@ missing, so the bytes in memory never pass the budget. Owned by the engine threa
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -28,10 +29,9 @@ from typing import Final, NamedTuple
 
 from trunkline.errors import BudgetExceeded
 
+from sidecar.keeping import DEFAULT_PRIORITY, HIGHEST_PRIORITY
 from sidecar.policies import LeastRecentlyUsed, Policy, Use, Value
 
-DEFAULT_PRIORITY: Final = 5
-HIGHEST_PRIORITY: Final = 9
 # Below the lowest: that of what only plans use that were idle for too long.
 _EXPIRED: Final = -1
 # Why weights leave: for others, idle for too long, on command, their model is gone, their load failed.
@@ -111,6 +111,8 @@ class Residency:
         # How long ago the weight that left last to make room had been used then.
         self.lru_age_s: float | None = None
         self.committed_bytes = 0
+        # In seconds of the clock: nothing expires earlier. Kept on the way, so that nobody has to look through all plans.
+        self.quiet_until_s = math.inf
         self._clock = clock
         self._plans: dict[str, _Plan] = {}
         self._groups: dict[frozenset[str], _Group] = {}
@@ -159,6 +161,7 @@ class Residency:
     def set_ttl(self, plan: str, ttl_s: float | None) -> None:
         """Say for how long a plan is kept without a lease; None: as long as there is room."""
         self._plans[plan].ttl_s = ttl_s
+        self._expect(plan)
 
     def priority(self, plan: str) -> int:
         return self._plans[plan].priority
@@ -201,6 +204,9 @@ class Residency:
                 self.committed_bytes += size_bytes
         if digests:
             self._in_use.add(plan)
+            # Who used it when has died with the caller: it has been idle since now.
+            self._plans[plan].use.at_s = self._clock()
+            self._expect(plan)
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
@@ -354,6 +360,7 @@ class Residency:
         if not self._leases[plan]:
             del self._leases[plan]
             self._plans[plan].use.at_s = self._clock()
+            self._expect(plan)
             if plan in self._windows:
                 del self._windows[plan]
                 self._spent.clear()
@@ -462,9 +469,17 @@ class Residency:
     def expire(self) -> tuple[str, ...]:
         """Let go of what has been idle beyond its ``ttl_s``; return the weights to drop."""
         now_s = self._clock()
-        return tuple(
+        freed = tuple(
             digest for plan in self._mortal() if self._plans[plan].is_idle_too_long(now_s) for digest in self.evict(plan, "ttl")
         )
+        expiry_s = self.next_expiry_s()
+        self.quiet_until_s = math.inf if expiry_s is None else expiry_s
+        return freed
+
+    def _expect(self, plan: str) -> None:
+        entry = self._plans[plan]
+        if entry.ttl_s is not None:
+            self.quiet_until_s = min(self.quiet_until_s, entry.use.at_s + entry.ttl_s)
 
     def next_expiry_s(self) -> float | None:
         """Return when ``expire`` is next worth calling, in seconds of the clock; None: not before another lease."""
@@ -489,6 +504,7 @@ class Residency:
     def unpin(self, plan: str) -> None:
         """Allow eviction again."""
         self._pinned.discard(plan)
+        self._expect(plan)
 
     def is_ready(self, plan: str) -> bool:
         """Say whether every weight of the plan is in memory."""
@@ -537,6 +553,8 @@ class Residency:
         assert self.committed_bytes <= self.budget_bytes, (
             f"{self.committed_bytes} bytes are committed, the budget is {self.budget_bytes}"
         )
+        expiry_s = self.next_expiry_s()
+        assert expiry_s is None or self.quiet_until_s <= expiry_s, "something expires before anybody looks"
         needed = {digest for plan in self._in_use for digest in self._plans[plan].weights}
         assert self._committed.keys() <= needed, "a weight is committed for nobody"
         assert self._arrived <= self._committed.keys(), "a weight is in memory that is not committed"

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from sidecar.keeping import DEFAULT_PRIORITY
 from sidecar.policies import POLICIES, Either, LeastOften, LeastRecentlyUsed
-from sidecar.residency import DEFAULT_PRIORITY, Grant, Residency
+from sidecar.residency import Grant, Residency
 
 # What of the bytes that a policy would have fetched still counts after one lease more: about the last 500 matter.
 _KEPT: Final = 0.998

@@ -30,6 +30,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from sidecar.bundle import MODEL_NAME
 from sidecar.errors import BundleError
+from sidecar.keeping import Keep
 from sidecar.store import DIGEST, Store
 from sidecar.strictjson import encode_json, load_json, members
 
@@ -136,6 +137,14 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
         """Load, unload, evict, pin or unpin a model; answered when it is done."""
         _json_object()
         return jsonify(engine.command(action, {"name": _name(name)}))
+
+    @app.post("/admin/v1/models/<name>/keep")
+    def keep(name: str) -> Response:
+        """Say how dear a model is, and for how long it is kept in memory without a request; answered when it is done."""
+        body = _json_object(optional=("priority", "keep_alive_s"))
+        # Looked at here, too: not every number of JSON can be sent on.
+        Keep().changed(body)
+        return jsonify(engine.command("keep", {"name": _name(name), **body}))
 
     @app.post("/admin/v1/blobs/missing")
     def missing() -> Response:

@@ -133,6 +133,34 @@ def test_acting_asks_the_engine(http: flask.testing.FlaskClient, engine: FakeEng
     assert engine.asked[-1] == (action, {"name": "m"})
 
 
+def test_how_a_model_is_kept_is_told_to_the_engine(http: flask.testing.FlaskClient, engine: FakeEngine) -> None:
+    for body in ({"priority": 9}, {"keep_alive_s": None}, {"priority": 0, "keep_alive_s": 2.5}):
+        assert http.post("/admin/v1/models/m/keep", json=body).json == {"name": "m"}
+        assert engine.asked[-1] == ("keep", {"name": "m", **body})
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("{}", "priority and keep_alive_s: one of them, or both"),
+        ('{"priority": 10}', "from 0 to 9"),
+        ('{"priority": true}', "from 0 to 9"),
+        ('{"keep_alive_s": -1}', "from 0 to 31536000"),
+        ('{"keep_alive_s": 1%s}' % ("0" * 40), "from 0 to 31536000"),
+        ('{"keep_alive_s": NaN}', "NaN is not allowed"),
+        ('{"name": "other"}', "unknown field 'name'"),
+    ],
+)
+def test_a_bad_way_to_keep_a_model_does_not_reach_the_engine(
+    http: flask.testing.FlaskClient, engine: FakeEngine, body: str, problem: str
+) -> None:
+    answer = http.post("/admin/v1/models/m/keep", data=body, content_type="application/json")
+    assert answer.status_code == 400
+    assert answer.json is not None
+    assert problem in answer.json["error"]["message"]
+    assert engine.asked == []
+
+
 def test_a_model_is_pushed_and_removed(http: flask.testing.FlaskClient, engine: FakeEngine, store: Store) -> None:
     body, blobs = body_of()
     (digest,) = blobs
@@ -290,6 +318,10 @@ def test_the_life_of_a_model(sidecar: SidecarProcess, tmp_path: Path) -> None:
     assert "pinned" in cli(sidecar, "model", "pin", "adder").output
     assert cli(sidecar, "model", "evict", "adder").exit_code == 1
     assert cli(sidecar, "model", "unpin", "adder").exit_code == 0
+    kept = cli(sidecar, "model", "keep", "adder", "--priority", "7", "--keep-alive", "3600")
+    assert kept.output == "adder: priority 7, kept for 3600 s without a request\n"
+    assert cli(sidecar, "model", "keep", "adder", "--keep-alive", "forever").exit_code == 0
+    assert "priority 7, kept as long as there is room" in cli(sidecar, "model", "show", "adder").output
     assert "stored" in cli(sidecar, "model", "unload", "adder").output
     status = cli(sidecar, "status")
     assert status.exit_code == 0, status.output

@@ -34,6 +34,8 @@ MODEL = {
     "unique_bytes": 1_000_000,
     "shared_with": ["another-model-with-a-rather-long-name", "third"],
     "pinned": True,
+    "priority": 5,
+    "keep_alive_s": None,
     "leases": 0,
     "requests": 7,
     "last_used_s": 1.0,
@@ -61,12 +63,14 @@ class Answers:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.table: dict[str, Any] = {"status": STATUS, "models": {"models": [MODEL, CORRUPT]}, "store/verify": {}}
         self.asked: list[tuple[str, str]] = []
+        self.sent: list[Any] = []
         self.closed = 0
-        monkeypatch.setattr(AdminClient, "_ask", lambda client, method, path, **rest: self._answer(method, path))
+        monkeypatch.setattr(AdminClient, "_ask", lambda client, method, path, **rest: self._answer(method, path, **rest))
         monkeypatch.setattr(AdminClient, "close", lambda client: self._close())
 
-    def _answer(self, method: str, path: str) -> Any:
+    def _answer(self, method: str, path: str, **rest: Any) -> Any:
         self.asked.append((method, path))
+        self.sent.append(rest.get("json"))
         answer = self.table.get(path, MODEL)
         if isinstance(answer, Exception):
             raise answer
@@ -176,7 +180,7 @@ def test_errors_are_one_line_and_an_exit_code(answers: Answers, error: Trunkline
 
 @pytest.mark.parametrize("name", ["../status", "../store/gc?x=", "a//b", "A", "", "m\n", "a..b", "m?x=1", "m#"])
 def test_a_name_that_is_none_asks_nothing(answers: Answers, name: str) -> None:
-    for words in (["show"], ["load"], ["unload"], ["evict"], ["pin"], ["unpin"], ["rm"]):
+    for words in (["show"], ["load"], ["unload"], ["evict"], ["pin"], ["unpin"], ["keep", "--priority=1"], ["rm"]):
         assert run("model", *words, name).exit_code == 2
     assert answers.asked == []
 
@@ -197,10 +201,34 @@ def test_a_bad_address_is_told() -> None:
         ["up", "--gateway-port", "99999999"],
         ["pack", "x:y", "-o", "/nowhere", "--max-batch", "0"],
         ["pack", "x:y"],
+        ["model", "keep", "m"],
+        ["model", "keep", "m", "--priority", "10"],
+        ["model", "keep", "m", "--priority", "high"],
+        ["model", "keep", "m", "--keep-alive", "-1"],
+        ["model", "keep", "m", "--keep-alive", "nan"],
+        ["model", "keep", "m", "--keep-alive", "31536001"],
+        ["model", "keep", "m", "--keep-alive", "never"],
     ],
 )
-def test_wrong_usage_has_its_own_exit_code(words: list[str]) -> None:
+def test_wrong_usage_has_its_own_exit_code(answers: Answers, words: list[str]) -> None:
     assert run(*words).exit_code == 2
+    assert answers.asked == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sent"),
+    [
+        (["--priority", "9"], {"priority": 9}),
+        (["--keep-alive", "0"], {"keep_alive_s": 0.0}),
+        (["--keep-alive", "forever"], {"keep_alive_s": None}),
+        (["--priority", "0", "--keep-alive", "2.5"], {"priority": 0, "keep_alive_s": 2.5}),
+    ],
+)
+def test_only_what_was_said_of_keeping_a_model_is_sent(answers: Answers, words: list[str], sent: dict[str, object]) -> None:
+    answers.table["models/m/keep"] = MODEL | {"priority": 9, "keep_alive_s": 2.5}
+    result = run("model", "keep", "m", *words)
+    assert result.output == "m: priority 9, kept for 2.5 s without a request\n"
+    assert (answers.asked, answers.sent) == ([("POST", "models/m/keep")], [sent])
 
 
 def test_every_setting_has_the_flag_it_is_documented_with() -> None:

@@ -148,7 +148,7 @@ def test_a_combination_over_the_budget_is_refused_with_the_numbers(
 
 def test_commands_are_for_one_model(running: Running) -> None:
     models("age", "gender")(X)
-    for command in ("model", "load", "evict", "pin", "unpin"):
+    for command in ("model", "load", "evict", "pin", "unpin", "keep"):
         with pytest.raises(errors.InvalidInput, match="commands are for one"):
             admin(running).command(command, {"name": "age+gender"})
 

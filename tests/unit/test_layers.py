@@ -37,6 +37,7 @@ LAYERS = {
         "strictjson",
         "processes",
         "disk",
+        "keeping",
         "pins",
         "logs",
         "machine",

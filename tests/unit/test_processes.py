@@ -1,4 +1,4 @@
-"""Small things around processes: pins, run directories, children and parents."""
+"""Small things around processes: what operators said about models, run directories, children and parents."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from trunkline.errors import InvalidInput
 
 from sidecar.errors import ConfigError
+from sidecar.keeping import Keep
 from sidecar.pins import Pins
 from sidecar.processes import die_with_parent
 from sidecar.supervisor import RunDirectory, _listen, write_token
@@ -23,11 +25,91 @@ def test_pins_are_kept(tmp_path: Path) -> None:
     assert Pins(path).names() == ["a"]
 
 
-@pytest.mark.parametrize("content", [b"{", b'{"a": 1}', b"[1, 2]"])
-def test_pins_that_cannot_be_read_are_none(tmp_path: Path, content: bytes) -> None:
+def test_how_models_are_kept_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "pins.json"
+    pins = Pins(path)
+    pins.add("a")
+    pins.keep("a", Keep(9, 60.0))
+    pins.keep("b", Keep(0))
+    pins.keep("c", Keep(1))
+    pins.keep("c", Keep())
+    again = Pins(path)
+    assert again.names() == ["a"]
+    assert [again.kept(name) for name in "abc"] == [Keep(9, 60.0), Keep(0), Keep()]
+    assert '"c"' not in path.read_text(), "what is as ever is not written down"
+    again.forget("a")
+    again.forget("never there")
+    assert (Pins(path).names(), Pins(path).kept("a"), Pins(path).kept("b")) == ([], Keep(), Keep(0))
+
+
+def test_a_file_of_pins_alone_is_still_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "pins.json"
+    path.write_text('["b", "a"]')
+    assert Pins(path).names() == ["a", "b"]
+    assert Pins(path).kept("a") == Keep()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[" * 100_000,
+        b"\xff",
+        b"3",
+        b"[1, 2]",
+        b'{"pinned": 3}',
+        b'{"kept": []}',
+        b'{"kept": {"a": 1}}',
+        b'{"kept": {"a": {}}}',
+        b'{"kept": {"a": {"priority": 10}}}',
+        b'{"kept": {"a": {"priority": 1, "colour": 2}}}',
+        b'{"kept": {"a": {"keep_alive_s": NaN}}}',
+    ],
+)
+def test_what_cannot_be_read_is_ignored_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes) -> None:
     path = tmp_path / "pins.json"
     path.write_bytes(content)
-    assert Pins(path).names() == []
+    pins = Pins(path)
+    assert (pins.names(), pins.kept("a")) == ([], Keep())
+    assert len(caplog.records) == 1
+    assert "is ignored" in caplog.text
+    pins.keep("a", Keep(1))
+    assert Pins(path).kept("a") == Keep(1)
+
+
+def test_what_is_damaged_does_not_take_the_rest_along(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "pins.json"
+    path.write_text('{"pinned": ["p", 1], "kept": {"a": {"priority": "9"}, "b": {"priority": 9}}}')
+    pins = Pins(path)
+    assert (pins.names(), pins.kept("a"), pins.kept("b")) == (["p"], Keep(), Keep(9))
+    assert "for 'a', priority is '9'; it must be an integer from 0 to 9" in caplog.text
+
+
+def test_what_is_not_said_of_a_model_stays() -> None:
+    keep = Keep().changed({"priority": 7}).changed({"keep_alive_s": 60})
+    assert keep == Keep(7, 60.0)
+    assert keep.changed({"keep_alive_s": None}) == Keep(7)
+    assert keep.changed({"priority": 0}).to_plain() == {"priority": 0, "keep_alive_s": 60.0}
+    assert Keep().changed({"keep_alive_s": 0, "priority": 9}) == Keep(9, 0.0)
+    assert Keep().changed({"keep_alive_s": 31_536_000}).keep_alive_s == 31_536_000
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ({}, "priority and keep_alive_s: one of them, or both"),
+        ({"colour": 1}, "priority and keep_alive_s: one of them, or both"),
+        *(({"priority": value}, "from 0 to 9") for value in (10, -1, 5.0, True, None, "5", [5])),
+        *(
+            ({"keep_alive_s": value}, "from 0 to 31536000, or null")
+            for value in (-1, -0.5, 31_536_001, 10**30, 1e300, float("inf"), float("nan"), True, "60", "forever", [60], {})
+        ),
+    ],
+)
+def test_what_is_out_of_range_is_refused_with_the_range(asked: dict[str, object], problem: str) -> None:
+    with pytest.raises(InvalidInput, match=problem):
+        Keep().changed(asked)
 
 
 def test_pins_that_cannot_be_saved_hold_until_the_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

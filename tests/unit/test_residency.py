@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -244,6 +245,45 @@ def test_a_pinned_plan_does_not_expire() -> None:
     use(made, "a")
     clock.now_s += 10
     assert made.expire() == ()
+
+
+def test_nobody_has_to_look_before_something_can_expire() -> None:
+    clock = Clock()
+    made = Residency(30, clock=clock)
+    for plan, ttl_s in (("a", 60), ("b", 30), ("c", None)):
+        made.add_plan(plan, {plan: 5}, ttl_s=ttl_s)
+    start_s = clock.now_s
+    assert made.quiet_until_s == math.inf
+    use(made, "c")
+    assert made.quiet_until_s == math.inf
+    use(made, "a")
+    assert made.quiet_until_s == start_s + 60
+    use(made, "b")
+    assert made.quiet_until_s == start_s + 30
+    clock.now_s += 10
+    use(made, "b")
+    assert made.quiet_until_s == start_s + 30, "earlier than need be, once"
+    assert made.expire() == ()
+    assert made.quiet_until_s == start_s + 40
+    made.pin("b")
+    clock.now_s += 100
+    assert made.expire() == ("a",)
+    assert made.quiet_until_s == math.inf
+    made.unpin("b")
+    assert made.expire() == ("b",)
+    made.set_ttl("c", 5)
+    assert made.expire() == ("c",)
+
+
+def test_what_an_earlier_life_left_behind_is_idle_since_it_was_taken_over() -> None:
+    clock = Clock()
+    made = Residency(30, clock=clock)
+    made.add_plan("a", {"a": 5}, ttl_s=60)
+    made.take_over("a", {"a"})
+    assert made.expire() == ()
+    assert made.quiet_until_s == clock.now_s + 60
+    clock.now_s += 60
+    assert made.expire() == ("a",)
 
 
 def test_after_a_failed_load_nothing_is_committed_that_never_arrived() -> None:
