@@ -18,6 +18,8 @@ from trunkline.errors import InvalidInput, ModelCorrupt, UnknownModel
 from sidecar.keeping import Keep
 from sidecar.pins import Pins
 from tests.fakes import ADMIN_TOKEN, FakeDevice, FakeSource, Running, bundle_of, running_server
+from tests.integration.test_sharing import deploy, serving
+from tests.networks import network
 
 X = np.ones((1, 3), np.float32)
 
@@ -264,6 +266,40 @@ def test_how_a_model_is_kept_outlives_its_versions(tmp_path: Path, source: FakeS
         source.bundles["c"] = first
         ask(running, "model_changed", name="c")
         assert kept(running, "c") == (8, 10.0)
+
+
+def test_a_version_that_comes_back_is_kept_as_was_said_meanwhile(tmp_path: Path, source: FakeSource) -> None:
+    reading, leave = threading.Event(), threading.Event()
+
+    def hold(digest: str) -> None:
+        reading.set()
+        assert leave.wait(20)
+
+    with running_server(tmp_path, source) as running:
+        source.before_read = hold
+        caller = threading.Thread(target=call, args=(running, "c"))
+        caller.start()
+        assert reading.wait(20)
+        first = source.bundles["c"]
+        source.put(bundle_of("c", [b"n" * 80], version="2"), [b"n" * 80])
+        ask(running, "model_changed", name="c")
+        ask(running, "keep", name="c", priority=8, keep_alive_s=10)
+        source.bundles["c"] = first
+        assert ask(running, "model_changed", name="c")["leases"] > 0, "the request goes on with what it began with"
+        assert kept(running, "c") == (8, 10.0)
+        leave.set()
+        caller.join(20)
+
+
+def test_how_a_model_is_kept_outlives_its_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
+    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    made = network("minilm")
+    Pins(tmp_path / "pins.json").keep(made.name, Keep(8, 3600.0))
+    with serving(tmp_path, monkeypatch) as running:
+        deploy(running, made)
+        assert ask(running, "model", name=made.name)["packed_stage_count"] > 0
+        assert kept(running, made.name) == (8, 3600.0)
 
 
 def test_how_a_model_is_kept_is_forgotten_with_it(tmp_path: Path, source: FakeSource) -> None:

@@ -49,6 +49,23 @@ def test_a_plan_larger_than_the_budget_runs_through_it_and_its_first_weights_sta
     residency.check_invariants()
 
 
+def test_what_a_window_holds_stays_when_others_expire() -> None:
+    residency = Residency(50, clock=lambda: 100.0)
+    residency.add_plan("large", LARGE)
+    residency.add_plan("sibling", {"l0": 10, "l1": 10, "own": 10}, ttl_s=0)
+    grant = residency.lease("sibling")
+    assert grant is not None
+    for digest in grant.fetch:
+        residency.arrived(digest)
+    residency.release("sibling")
+    residency.begin_stream("large")
+    assert residency.hold("large", ["l0", "l1"]) is not None
+    assert residency.expire() == ("own",)
+    assert residency.is_resident("l0")
+    residency.check_invariants()
+    residency.release("large")
+
+
 def test_what_others_hold_is_never_taken() -> None:
     residency = made(50)
     assert residency.lease("small") is not None
