@@ -278,6 +278,8 @@ class Catalog:
         forms = hashlib.sha256(str([lowered is not None for lowered in verdict.forms]).encode()).hexdigest()[:8]
         plan = f"{deployed.plan}#{forms}"
         formed = self.retired.pop(plan, None) or _deployed(deployed.bundle, plan, deployed.staged, verdict)
+        # One that comes back may be of an earlier version.
+        formed.bundle, formed.signature = deployed.bundle, deployed.signature
         formed.request_count, formed.last_used_s = deployed.request_count, deployed.last_used_s
         was_pinned = self.residency.is_pinned(deployed.plan)
         del self.deployed[deployed.name]

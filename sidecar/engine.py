@@ -378,16 +378,17 @@ class Engine:
             self._fail(work, error)
 
     def _go_on(self) -> None:
+        # A run may have ended with what was just posted.
+        self._follow_stream()
         if self._window_left_s() > 0:
             return
-        # Enough are taken up for the largest batch, and for another to form meanwhile; the others keep their deadlines.
-        while len(self._queue) and not self._is_closed() and len(self._wavefront) < 2 * self._batch_limit:
+        while len(self._queue) and not self._is_closed():
             expired, work = self._queue.take(self._clock())
             for late in expired:
                 self._counts.expired += 1
                 self._fail(late, self._late(late, "waiting"))
             if work is not None:
-                self._admit(work)
+                self._take_up(work)
         self._follow_stream()
         if self._wavefront:
             self._run_stage()
@@ -396,7 +397,9 @@ class Engine:
 
     def _is_closed(self) -> bool:
         """Say whether no request can be taken up before something is given back."""
-        return self._blocked or self._streams.starved or len(self._aside) >= 2 * self._batch_limit
+        # Enough are taken up for the largest batch, and for another to form meanwhile; the others keep their deadlines.
+        most = 2 * self._batch_limit
+        return self._blocked or self._streams.starved or len(self._aside) >= most or len(self._wavefront) >= most
 
     def _follow_stream(self) -> None:
         deployed = self._streams.deployed
@@ -416,6 +419,13 @@ class Engine:
             for work in reversed(self._aside):
                 self._queue.put_back(work)
             self._aside.clear()
+
+    def _take_up(self, work: Work) -> None:
+        try:
+            self._admit(work)
+        except Exception as error:  # noqa: BLE001 - _incident logs it
+            # Out of the queue, and nowhere else: whoever asked must not wait for ever.
+            self._fail(work, _incident(f"{work.model} (call {work.call_id})", error))
 
     def _admit(self, work: Work) -> None:
         try:
@@ -591,7 +601,11 @@ class Engine:
         """Run a stage of several models on one input as one; None when there is nothing to stack, or it does not pay."""
         if step.stacked is None or not self._stacking:
             return None
-        groups = [group, *self._wavefront.beside(group, lambda one, other: one.stacked is other.stacked)]  # type: ignore[attr-defined]
+
+        def alike(one: Any, other: Any) -> bool:
+            return one.stacked is other.stacked and self._loads.is_ready(other)
+
+        groups = [group, *self._wavefront.beside(group, alike)]
         structure = _structure(group, step)
         # Measured one by one as well, or nobody knows whether it pays.
         if len(groups) == 1 or not self._costs.is_known(structure, 1) or not self._costs.pays([structure], 1, len(groups)):

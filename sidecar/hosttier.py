@@ -216,6 +216,10 @@ class HostTier:
         held = self._held.get(key)
         return held is not None and held.crc32 is not None
 
+    def checksum(self, key: str) -> int | None:
+        """Return the checksum a key was sealed with, None before that."""
+        return self._held[key].crc32
+
     def check(self, key: str) -> bool:
         """Return whether the bytes of a sealed key are those that were sealed; if not, the key is freed. Reads them all."""
         held = self._held[key]

@@ -169,8 +169,8 @@ class TierMemory:
         """Return the handle of a weight that an earlier engine left, None where it is of no use; it is freed then."""
         key = wanted.weight.digest
         entry = self._files.find(key)
-        if wanted.recipe is not None and entry is None:
-            # Only its block file says how it is laid out.
+        if wanted.recipe is not None and (entry is None or _checksum(entry) != self._tier.checksum(key)):
+            # Only its block file says how it is laid out; and that may be of another processor's than the bytes are.
             self._tier.free(key)
             return None
         if not self._tier.check(key):
@@ -192,7 +192,11 @@ class TierMemory:
 
     def _from_files(self, wanted: Sequence[Wanted]) -> dict[str, object]:
         """Read what is in block files; what cannot be read there is left out, and made anew from the store."""
-        entries = {each.weight.digest: entry for each in wanted if (entry := self._files.find(each.weight.digest)) is not None}
+        entries = {
+            each.weight.digest: entry
+            for each in wanted
+            if (entry := self._files.find(each.weight.digest)) is not None and entry.size_bytes == each.weight.size_bytes
+        }
         unusable: Iterable[str] = ()
         if entries:
             try:
@@ -212,7 +216,7 @@ class TierMemory:
                 log.error("packed weight %s cannot be used as it lies on disk (%s); it is made anew", key[:12], error)
                 self._files.discard([key])
                 continue
-            self._tier.seal(key, *_CHECKSUM.unpack_from(meta))
+            self._tier.seal(key, _checksum(entries[key]))
             self._moved["block_file_bytes"] += each.weight.size_bytes
             found[key] = handle
         return found
@@ -225,10 +229,20 @@ class TierMemory:
             reader(self._source, weight)(room)
             self._tier.seal(weight.digest, weight.crc32)
             return self._device.over(room, weight)
-        flat = self._device.flatten(packed_from_store(self._device, self._source, recipe))
+        flat = self._flattened(weight, recipe)
         flat.copy_to(room)
         self._tier.seal(weight.digest, isal_zlib.crc32(room))
         return self._device.packed_over(flat.meta, room)
+
+    def _flattened(self, weight: Weight, recipe: Recipe) -> Any:
+        flat = self._device.flatten(packed_from_store(self._device, self._source, recipe))
+        if flat.size_bytes != weight.size_bytes:
+            raise DeviceFault(
+                f"packed weight {weight.digest[:12]} takes {flat.size_bytes} bytes instead of {weight.size_bytes}; remove the "
+                "folder verdicts from the store and start the sidecar again",
+                size_bytes=flat.size_bytes,
+            )
+        return flat
 
     def free(self, digests: Iterable[str]) -> None:
         for digest in digests:
@@ -252,7 +266,7 @@ class TierMemory:
                 reader(self._source, weight)(content)
                 checksum = weight.crc32
             else:
-                flat = self._device.flatten(packed_from_store(self._device, self._source, recipe))
+                flat = self._flattened(weight, recipe)
                 flat.copy_to(content)
                 meta, checksum = flat.meta, isal_zlib.crc32(content)
             made.append((Entry(weight.digest, weight.size_bytes, _CHECKSUM.pack(checksum) + meta), content))
@@ -269,6 +283,11 @@ class TierMemory:
             known = found.source.name
             verdicts.end("disk", "reading", {"source": known, "bytes_per_s": found.bytes_per_s})
         self._files.source = SOURCES[known]
+
+
+def _checksum(entry: Entry) -> int:
+    (checksum,) = _CHECKSUM.unpack_from(entry.meta)
+    return int(checksum)
 
 
 def memory_of(device: Device, source: Source, segment: int, folder: Path) -> Memory:

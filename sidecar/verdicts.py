@@ -1,6 +1,7 @@
 """Verdicts: what trying a structure out has shown, kept on disk so that it is tried once on a machine and not at every start.
 
-Each verdict is a small JSON file named by what was tried and where: a graph, the device, the version of torch.
+Each verdict is a small file named by what was tried and where: a graph, the device, the version of torch. In it are a checksum
+and a line of JSON.
 While something is tried a mark lies beside it, one byte long for each time. What the engine did not outlive twice is not tried
 again. Owned by the trial's thread; a folder that cannot be used costs nothing but time.
 """
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,9 @@ class Verdicts:
     def find(self, kind: str, structure: str) -> dict[str, Any] | None:
         """Return a verdict, None when there is none."""
         try:
-            found = json.loads(self._path(kind, structure).read_bytes())
-        except (OSError, ValueError):
+            checksum, _, content = self._path(kind, structure).read_bytes().partition(b"\n")
+            found = json.loads(content) if int(checksum, 16) == zlib.crc32(content) else None
+        except (OSError, ValueError, RecursionError):
             # Found again, and written anew.
             return None
         return found if isinstance(found, dict) else None
@@ -63,7 +66,8 @@ class Verdicts:
         try:
             if verdict is not None:
                 temporary = path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(verdict))
+                content = json.dumps(verdict).encode()
+                temporary.write_bytes(b"%08x\n" % zlib.crc32(content) + content)
                 os.replace(temporary, path)
             path.with_suffix(".trying").unlink(missing_ok=True)
         except OSError as error:

@@ -243,8 +243,8 @@ class Wavefront(Generic[C]):
         if not ready:
             return None
         chosen = min(ready, key=lambda group: group.order)
-        # Those behind are ready: they stand before stages that this one has run through.
-        if (behind := self._behind(chosen)) is not None:
+        # Its weights may be gone again, of a model that does not fit.
+        if (behind := self._behind(chosen)) is not None and is_ready(behind.step):
             chosen = behind
         if len(self._groups) == 1 or self._most_rows == 1:
             return chosen

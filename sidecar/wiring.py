@@ -77,7 +77,7 @@ def _engine_process(
 
     device = open_device(settings.device, settings.threads)
     store = Store(settings.store_dir)
-    verdicts = Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values()))
+    verdicts = Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values()), *device.layout_facts())
     engine = Engine(
         device,
         store,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trunkline import model
+from trunkline import client, model
 from trunkline.errors import DeadlineExceeded, ModelCorrupt
 from trunkline.pool import Pool
 
@@ -228,3 +228,31 @@ def test_a_model_that_does_not_fit_is_not_loaded_ahead(source: Gated, running: R
     pool.take(0, 0, time.monotonic() + TIMEOUT_S).close()
     assert ask(running, "status")["requests"]["failed"] == 0
     assert source.reads == []
+
+
+def test_a_full_wavefront_that_waits_for_weights_lets_the_engine_sleep(
+    source: Gated, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = network("mlp")
+    cold(running, made)
+    gate, engine = source.hold(last_weight(running, made)), running.engine
+    pools = [Pool() for _ in range(20)]
+    asked = [client.Model(made.name, pool) for pool in pools]
+    assert all(each.signature for each in asked)
+    with ThreadPoolExecutor(20) as threads:
+        answers = [threads.submit(each.call, made.inputs(1, seed)) for seed, each in enumerate(asked)]
+        while not len(engine._queue) or len(engine._wavefront) < 2 * engine._batch_limit:
+            ask(running, "status")
+        ask(running, "status")
+        steps: list[None] = []
+        go_on = engine._go_on
+        monkeypatch.setattr(engine, "_go_on", lambda: (steps.append(None), go_on()))
+        for _ in range(5):
+            ask(running, "status")
+        # Each question is a session that opens, asks and closes.
+        assert len(steps) <= 20
+        gate.set()
+        for answer in answers:
+            answer.result(TIMEOUT_S)
+    for pool in pools:
+        pool.close()

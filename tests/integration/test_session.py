@@ -470,7 +470,7 @@ def test_a_model_over_the_budget_is_refused_with_the_numbers(
 ) -> None:
     with running_server(tmp_path, source, budget_bytes=102) as running:
         monkeypatch.setenv("TRUNKLINE_SOCKET", running.path)
-        with pytest.raises(errors.BudgetExceeded, match="103 bytes, the memory budget is 102"):
+        with pytest.raises(errors.BudgetExceeded, match="take 103 of 102 bytes that are not pinned"):
             model("age")(np.zeros((1, 3), np.float32))
         assert model("pair")(np.zeros((1, 3), np.float32)) is not None
         client._pool.close()

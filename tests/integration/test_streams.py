@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from trunkline import client, model, models
-from trunkline.errors import BudgetExceeded, DeadlineExceeded, ModelCorrupt
+from trunkline.errors import BudgetExceeded, DeadlineExceeded, ModelCorrupt, SidecarFault
+from trunkline.pool import Pool
 
 from sidecar.errors import BlobCorrupt
 from sidecar.timeline import smallest_room
@@ -217,3 +218,36 @@ def test_a_model_is_replaced_while_it_streams(node: Node, held: threading.Event)
 
 def streams_open(running: Running) -> bool:
     return running.engine._streams.deployed is not None
+
+
+def test_all_who_wait_are_told_when_a_stream_fails_at_its_first_stage(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    (size,), (smallest,) = rooms(node, made)
+    node.resize((smallest + size) // 2)
+    with node.serve() as running:
+
+        def damaged(digest: str, target: memoryview, crc32: int | None = None) -> None:
+            raise BlobCorrupt("altered", digest=digest)
+
+        monkeypatch.setattr(node.source, "read_blob", damaged)
+        running.engine._memory._files.keep(())  # type: ignore[attr-defined]
+        pools = [Pool() for _ in range(20)]
+        # More than one batch, and another beside it, can take up.
+        with ThreadPoolExecutor(20) as threads:
+            asked = [threads.submit(client.Model(made.name, pool).call, made.inputs(1, 0), deadline_s=30) for pool in pools]
+            for each in asked:
+                with pytest.raises(ModelCorrupt):
+                    each.result(60)
+        for pool in pools:
+            pool.close()
+
+
+def test_a_request_that_cannot_be_taken_up_is_answered(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("mlp")
+    with node.serve() as running:
+        deploy(running, made)
+        with monkeypatch.context() as patched:
+            patched.setattr(running.engine._residency, "lease", None)
+            with pytest.raises(SidecarFault, match="incident"):
+                model(made.name).call(made.inputs(1, 0))
+        check(made, 0)

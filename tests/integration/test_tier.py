@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
-from trunkline import client, model
+from trunkline import client, model, models
 from trunkline.errors import DeviceFault
 
-from sidecar.blockfiles import BlockFiles
+from sidecar.blockfiles import BlockFiles, Entry
 from sidecar.devices import open_device
 from sidecar.errors import NoRoom
-from sidecar.memory import DeviceMemory, memory_of
+from sidecar.memory import DeviceMemory, TierMemory, memory_of
+from tests.fakes import Running
 from tests.integration.test_sharing import ask, deploy
-from tests.networks import network
+from tests.networks import Network, agrees, network
 from tests.nodes import Node, check, moved, until, until_on_disk, weight_bytes
 
 KINDS = ("resnet", "mobilenet", "vit", "minilm", "mlp", "unet")
@@ -80,7 +82,7 @@ def test_what_was_altered_on_disk_is_made_anew_from_the_store(node: Node) -> Non
         assert moved(running)["store_bytes"] > before["store_bytes"]
 
 
-def test_a_kept_packed_weight_without_its_block_file_is_made_anew(node: Node) -> None:
+def test_a_kept_packed_weight_without_its_block_file_is_made_anew(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network("resnet")
     with node.serve() as running:
         deploy(running, made)
@@ -90,6 +92,8 @@ def test_a_kept_packed_weight_without_its_block_file_is_made_anew(node: Node) ->
         client._pool.close()
     for path in (node.folder / "blocks").glob("*.block"):
         path.unlink()
+    # Nor is it written anew before it is asked for.
+    monkeypatch.setattr(TierMemory, "keep", lambda *arguments: None)
     with node.serve() as running:
         check(made, 1)
         assert (moved(running)["store_bytes"] > 0) == bool(is_packed)
@@ -173,3 +177,64 @@ def test_a_device_that_does_not_work_in_place_has_memory_of_its_own(node: Node, 
     monkeypatch.setattr("sidecar.flat.can_flatten", lambda: False)
     made = memory_of(open_device("cpu"), node.source, node.segment.descriptor, node.folder / "blocks")
     assert isinstance(made, DeviceMemory)
+
+
+def test_kept_bytes_of_another_layout_are_not_believed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    with node.serve() as running:
+        deploy(running, made)
+        until_on_disk(node, running, made.name)
+        check(made, 0)
+        client._pool.close()
+    memory = node.memory()
+    find = memory._files.find
+    packed = next(key for key in memory._tier.keys() if len(find(key).meta) > 4)  # type: ignore[union-attr]  # noqa: SIM118
+
+    def written_since(key: str) -> Entry | None:
+        # As when the processor has changed: the block file is new, what is in memory is not.
+        entry = find(key)
+        return replace(entry, meta=b"new!" + entry.meta[4:]) if entry is not None and key == packed else entry
+
+    monkeypatch.setattr(memory._files, "find", written_since)
+    whole = sum(memory._tier.keys().values())
+    with node.serve(memory) as running:
+        check(made, 1)
+        assert moved(running)["kept_bytes"] <= whole - memory._tier.keys()[packed]
+        assert moved(running)["block_file_bytes"] == memory._tier.keys()[packed]
+
+
+def test_a_head_that_is_still_read_is_not_stacked_with_one_that_is_there(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
+    one = network("resnet")
+    two = one.tuned("twin", 5)
+    with node.serve() as running:
+        deploy(running, one, two)
+        for each in (one, two):
+            until_on_disk(node, running, each.name)
+        before = ask(running, "status")["sharing"]["stacked"]
+        for seed in range(4):
+            models(one.name, two.name).call(one.inputs(1, seed))
+        assert ask(running, "status")["sharing"]["stacked"] > before
+        ask(running, "evict", name=two.name)
+        inputs = one.inputs(1, 9)
+        found = models(one.name, two.name).call(inputs)
+        for each in (one, two):
+            assert agrees(found[each.name], each.eager(inputs), exact=False)
+
+
+def test_packed_weights_of_another_size_than_was_noted_are_refused_with_both(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    packed_bytes = open_device("cpu").packed_bytes
+    monkeypatch.setattr("sidecar.devices.TorchDevice.packed_bytes", lambda self, recipe: packed_bytes(recipe) + 64)
+    with node.serve() as running:
+        deploy_unloaded(running, made)
+        with pytest.raises(DeviceFault, match=r"takes \d+ bytes instead of \d+"):
+            model(made.name).call(made.inputs(1, 0))
+
+
+def deploy_unloaded(running: Running, made: Network) -> None:
+    made.put(running.source)
+    ask(running, "model_changed", name=made.name)
+    until(lambda: bool(ask(running, "model", name=made.name)["tried"]))
