@@ -41,6 +41,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.thin --json benchmarks/results/thin.json
 	$(BIN)/python -m benchmarks.sharing --json benchmarks/results/sharing.json
 	$(BIN)/python -m benchmarks.replay --json benchmarks/results/replay.json
+	$(BIN)/python -m benchmarks.swap --json benchmarks/results/swap.json
 
 clean:
 	rm -rf $(VENV) .trunkline

@@ -42,14 +42,20 @@ def reseed(module: nn.Module, seed: int) -> nn.Module:
 class Family:
     """An architecture that was converted once, and models of it with other weights.
 
-    ``bounds`` are those of integer inputs, by name.
+    ``bounds`` are those of integer inputs, by name. The larger ``max_batch``, the longer the comparison with the original takes.
     """
 
-    def __init__(self, base: nn.Module, example: Tensor, seed: int, bounds: Mapping[str, tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        example: Tensor,
+        seed: int,
+        bounds: Mapping[str, tuple[int, int]] | None = None,
+        max_batch: int = 16,
+    ) -> None:
         self.base = reseed(base, seed)
         self.example = example
-        # The larger the largest batch, the longer the comparison with the original takes.
-        self._packed = convert(self.base, (example,), name="base", max_batch=16, input_bounds=bounds)
+        self._packed = convert(self.base, (example,), name="base", max_batch=max_batch, input_bounds=bounds)
         self._keys = {_digest(tensor): key for key, tensor in self.base.state_dict().items()}
         unknown = [weight for weight in self._packed.bundle.graph.weights if weight.digest not in self._keys]
         assert not unknown, f"conversion made {len(unknown)} weights that are none of the model's"
