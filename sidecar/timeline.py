@@ -14,6 +14,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+# From the end of a stage until what takes its place is being read: two threads tell each other, beside others that compute.
+_HANDOVER_S: Final = 1.5e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ def predict(legs: Sequence[Leg], kept: int, room_bytes: int) -> float:
         if number >= kept:
             while free_bytes < leg.size_bytes and freed:
                 at_s, size_bytes = freed.pop(0)
-                reader_s = max(reader_s, at_s)
+                reader_s = max(reader_s, at_s + _HANDOVER_S)
                 free_bytes += size_bytes
             free_bytes -= leg.size_bytes
             reader_s += leg.load_s
