@@ -344,7 +344,7 @@ class BlockFiles:
         with opened(file.path, os.O_RDONLY) as descriptor:
             return work(descriptor, BUFFERED_STRICT)
 
-    def scrub(self, pause: Callable[[], None]) -> list[str]:
+    def scrub(self, pause: Callable[[], object]) -> list[str]:
         """Read everything there is, a piece at a time with ``pause`` after each; forget what is bad, and return its keys."""
         with self._lock:
             files = sorted(self._live_files(), key=lambda file: file.path)
@@ -446,7 +446,7 @@ def _read_run(descriptor: int, source: Source, run: Sequence[_Part]) -> dict[str
     return faults
 
 
-def _checked(descriptor: int, source: Source, place: _Place, scratch: memoryview, pause: Callable[[], None]) -> _Fault | None:
+def _checked(descriptor: int, source: Source, place: _Place, scratch: memoryview, pause: Callable[[], object]) -> _Fault | None:
     """Read an entry piece by piece into ``scratch``; return what is wrong. Raises OSError when the source is refused."""
     for (start, end), checksum in zip(_pieces(place.entry.size_bytes), place.checksums, strict=True):
         piece = _Place(Entry(place.entry.key, end - start), place.offset + start, (checksum,))

@@ -67,6 +67,9 @@ _IDLE_S: Final = 1.0
 _MOST_TAKEN: Final = 8
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
+# What is on disk is read through once in so long, a MiB and then a pause: 20 MB/s at most.
+_SCRUB_EVERY_S: Final = 24 * 3600.0
+_SCRUB_PAUSE_S: Final = 0.05
 
 _Outputs = TypeVar("_Outputs")
 
@@ -163,6 +166,7 @@ class Engine:
         self._draining = False
         self._drained: Callable[[], None] | None = None
         self._finished = False
+        self._ended = threading.Event()
         self._counts = Counts()
         self._session_count = 0
         # Written by the server's thread alone.
@@ -257,6 +261,7 @@ class Engine:
             threading.Thread(target=self._trials.run, name="trials", daemon=True).start()
         if self._activations is not None:
             threading.Thread(target=self._activations.run, name="dry runs", daemon=True).start()
+        threading.Thread(target=self._scrub, name="scrub", daemon=True).start()
         for name in self._catalog.pinned():
             self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
         while not self._finished:
@@ -268,10 +273,15 @@ class Engine:
         self._mover.stop()
         if self._trials is not None:
             self._trials.stop()
+        self._ended.set()
         if self._activations is not None:
             self._activations.stop()
         if self._drained is not None:
             self._drained()
+
+    def _scrub(self) -> None:
+        while not self._ended.wait(_SCRUB_EVERY_S):
+            self._memory.scrub(lambda: self._ended.wait(_SCRUB_PAUSE_S))
 
     def _step(self) -> None:
         self._expire()

@@ -74,6 +74,9 @@ class Memory(Protocol):
     def calibrate(self, verdicts: Verdicts) -> None:
         """Find out, once on a machine, how the disk is read best. Any thread."""
 
+    def scrub(self, pause: Callable[[], object]) -> None:
+        """Read all that is kept on disk, with a pause after each piece; what is damaged is forgotten. Any thread."""
+
 
 def reader(source: Source, weight: Weight) -> Callable[[memoryview], None]:
     """Return the function that writes a weight's bytes, checked, where it is told to."""
@@ -123,6 +126,9 @@ class DeviceMemory:
         pass
 
     def calibrate(self, verdicts: Verdicts) -> None:
+        pass
+
+    def scrub(self, pause: Callable[[], object]) -> None:
         pass
 
 
@@ -283,6 +289,9 @@ class TierMemory:
             known = found.source.name
             verdicts.end("disk", "reading", {"source": known, "bytes_per_s": found.bytes_per_s})
         self._files.source = SOURCES[known]
+
+    def scrub(self, pause: Callable[[], object]) -> None:
+        self._files.scrub(pause)
 
 
 def _checksum(entry: Entry) -> int:

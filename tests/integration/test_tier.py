@@ -238,3 +238,22 @@ def deploy_unloaded(running: Running, made: Network) -> None:
     made.put(running.source)
     ask(running, "model_changed", name=made.name)
     until(lambda: bool(ask(running, "model", name=made.name)["tried"]))
+
+
+def test_block_files_are_read_through_by_and_by(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("mlp")
+    monkeypatch.setattr("sidecar.engine._SCRUB_EVERY_S", 0.01)
+    with node.serve() as running:
+        deploy(running, made)
+        until_on_disk(node, running, made.name)
+        ask(running, "evict", name=made.name)
+        monkeypatch.setattr(TierMemory, "keep", lambda *arguments: None)
+        for path in (node.folder / "blocks").glob("*.block"):
+            with path.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"\xff")
+        files: BlockFiles = running.engine._memory._files  # type: ignore[attr-defined]
+        wanted = running.engine._catalog.deployed[made.name].weights
+        # Found without anybody asking for it.
+        until(lambda: not all(files.find(digest) for digest in wanted))
+        check(made, 0)
