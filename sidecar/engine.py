@@ -147,6 +147,8 @@ class Engine:
         self._streams = Streams(self._residency, self._loads, self._drop, lambda: self._mover.pace, clock)
         # Requests that wait for the run of a model that streams to end.
         self._aside: list[Work] = []
+        # Models that functions have named and not asked for yet.
+        self._ahead: dict[str, None] = {}
         self._queue: Queue[Work] = Queue(queue_limit)
         self._costs = BatchCosts()
         self._threads = ThreadCounts(device.thread_counts)
@@ -367,13 +369,29 @@ class Engine:
         return max(0.0, self._opened_s + self._batch_window_s - self._clock())
 
     def _prefetch(self, models: Sequence[str]) -> None:
-        for name in dict.fromkeys(each for joint in models for each in joint.split(JOINT)):
+        for name in (each for joint in models for each in joint.split(JOINT)):
+            if name in self._catalog.deployed:
+                self._ahead[name] = None
+
+    def _read_ahead(self) -> None:
+        """Load the models that functions have named, while nobody waits for anything."""
+        while self._ahead and not len(self._queue) and not self._is_closed():
+            name = next(iter(self._ahead))
+            del self._ahead[name]
             deployed = self._catalog.deployed.get(name)
             if deployed is None or deployed.loaded or deployed in self._loads or self._draining:
                 continue
-            # One that does not fit is read when it runs.
-            if sum(self._residency.weights(deployed.plan).values()) <= self._residency.room_bytes:
-                self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
+            try:
+                self._catalog.prepare(deployed)
+                grant = self._residency.lease(deployed.plan)
+            except TrunklineError:
+                # Whoever asks for it is told, or has it streamed.
+                continue
+            # Where there is no room just now it is read when it is asked for.
+            if grant is not None:
+                self._record(grant, (deployed,))
+                self._drop(grant.evict)
+                self._loads.want(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S), (deployed,), None)
 
     def _accept(self, work: Work) -> None:
         if self._draining:
@@ -399,6 +417,7 @@ class Engine:
                 self._fail(late, self._late(late, "waiting"))
             if work is not None:
                 self._take_up(work)
+        self._read_ahead()
         self._follow_stream()
         if self._wavefront:
             self._run_stage()

@@ -15,6 +15,12 @@ from tests.nodes import Node
 TRUNK = b"t" * 100
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the models that other tests have named in this process: they would be loaded ahead."""
+    monkeypatch.setattr(client._pool, "_models", ())
+
+
 @pytest.fixture
 def source() -> FakeSource:
     made = FakeSource()

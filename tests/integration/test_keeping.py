@@ -51,8 +51,6 @@ def source() -> FakeSource:
 @pytest.fixture(autouse=True)
 def sessions_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("TRUNKLINE_SOCKET", str(tmp_path / "trunkline.sock"))
-    # What other tests have named would be loaded ahead.
-    monkeypatch.setattr(client._pool, "_models", ())
     yield
     client._pool.close()
 
