@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -231,25 +231,30 @@ def up(stack: Path, *, functions: list[str] | None = None, gateway_port: int = 8
     """Run a stack until SIGINT or SIGTERM; return the exit code. Raises ConfigError and SidecarUnavailable."""
     if not stack.is_file():
         raise ConfigError(f"{stack} is not there; run this beside a stack.yml or name one")
-    told, started = threading.Event(), threading.Event()
+    # Of all that a thread can wait for, this alone may be touched by a handler that runs in the middle of the waiting: an event's
+    # lock would be taken already.
+    told: queue.SimpleQueue[None] = queue.SimpleQueue()
+    is_told = is_started = False
 
     def tell(number: int, frame: FrameType | None) -> None:
+        nonlocal is_told
         # A second signal changes nothing: everything is being stopped already.
-        if not told.is_set():
-            told.set()
-            if not started.is_set():
+        if not is_told:
+            is_told = True
+            told.put(None)
+            if not is_started:
                 raise _StoppedEarly
 
     signal.signal(signal.SIGTERM, tell)
     signal.signal(signal.SIGINT, tell)
     try:
         with LocalStack(stack, functions=functions, gateway_port=gateway_port) as running:
-            started.set()
+            is_started = True
             to_stderr(f"[up] functions at {running.url}/function/NAME, sidecar at {running.admin}")
             for name in running.ports:
                 to_stderr(f"[up] {running.url}/function/{name}")
             to_stderr(f"[up] push models with: trunkline --admin {running.admin} push DIR; Ctrl-C stops everything")
-            told.wait()
+            told.get()
             to_stderr("[up] stopping")
     except _StoppedEarly:
         to_stderr("[up] stopped before everything had started")
