@@ -66,7 +66,6 @@ class TorchDevice:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._is_cpu = device.type == "cpu"
-        self._threads = torch.get_num_threads()
         # Sizes of the weights alive. Entries go when handles do, in whichever thread that happens.
         self._sizes: dict[object, int] = {}
 
@@ -77,7 +76,7 @@ class TorchDevice:
 
     def facts(self) -> dict[str, object]:
         """Return what an operator wants to know of this device: threads per operator and the version of torch."""
-        return {"threads": self._threads, "torch": torch.__version__}
+        return {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -195,15 +194,6 @@ class TorchDevice:
     def prepare(self, graph: Graph) -> Program:
         """Return the weightless program of a graph. Raises BundleError when this torch cannot run a node."""
         return prepare(graph, self._device)
-
-    @property
-    def thread_counts(self) -> Sequence[int]:
-        """Return the numbers of threads that a run may use; between them only time decides."""
-        return sorted({1, self._threads}) if self._is_cpu else (self._threads,)
-
-    def use_threads(self, count: int) -> None:
-        """Let the runs to come use ``count`` threads, one of ``thread_counts``. It holds for the process, as torch has it."""
-        torch.set_num_threads(count)
 
     def dry_run(self, graph: Graph) -> DryRun:
         """Return a graph to be run on shapes alone; see there."""

@@ -18,7 +18,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -50,7 +50,6 @@ from sidecar.residency import Grant
 from sidecar.rivals import open_residency
 from sidecar.scheduler import Queue
 from sidecar.streams import Streams
-from sidecar.threadcounts import ThreadCounts
 from sidecar.traces import Lease, Recorder
 from sidecar.trials import Trials, Verdict
 from sidecar.verdicts import Verdicts
@@ -151,7 +150,6 @@ class Engine:
         self._ahead: dict[str, None] = {}
         self._queue: Queue[Work] = Queue(queue_limit)
         self._costs = BatchCosts()
-        self._threads = ThreadCounts(device.thread_counts)
         self._wavefront: Wavefront[_Call] = Wavefront(device, self._costs, batch_limit)
         # Without a place for verdicts nothing is tried, and so nothing batched.
         self._trials: Trials | None = None
@@ -607,8 +605,7 @@ class Engine:
 
     def _run_alone(self, group: Group[_Call], step: Step) -> Sequence[Any]:
         weights, inputs = self._loads.bind(step), group.takes()
-        place = (id(step.program), group.extent, group.first.scale)
-        outputs, seconds = self._timed(place, lambda: self._device.run(step.program, weights, inputs))
+        outputs, seconds = self._timed(lambda: self._device.run(step.program, weights, inputs))
         self._costs.record(group.cost_key(step), group.extent, seconds)
         if self._streams.deployed is not None:
             self._streams.ran(step, seconds)
@@ -616,15 +613,11 @@ class Engine:
             self._costs.record(_structure(group, step), 1, seconds)
         return outputs
 
-    def _timed(self, place: Hashable, run: Callable[[], _Outputs]) -> tuple[_Outputs, float]:
-        """Run something on the number of threads that suits it; return what it gives, and the seconds it took."""
-        threads = self._threads.choose(place)
-        self._device.use_threads(threads)
+    def _timed(self, run: Callable[[], _Outputs]) -> tuple[_Outputs, float]:
+        """Run something; return what it gives, and the seconds it took."""
         started_s = self._clock()
         outputs = run()
-        seconds = self._clock() - started_s
-        self._threads.record(place, threads, seconds)
-        return outputs, seconds
+        return outputs, self._clock() - started_s
 
     def _run_stacked(self, group: Group[_Call], step: Step) -> list[tuple[Group[_Call], Sequence[Any]]] | None:
         """Run a stage of several models on one input as one; None when there is nothing to stack, or it does not pay."""
@@ -642,9 +635,7 @@ class Engine:
         steps: list[Any] = [each.step for each in groups]
         try:
             weights, inputs = self._loads.stack(steps), group.takes()
-            given, seconds = self._timed(
-                (*structure, len(groups)), lambda: self._device.run_stacked(step.stacked, weights, inputs, len(groups))
-            )
+            given, seconds = self._timed(lambda: self._device.run_stacked(step.stacked, weights, inputs, len(groups)))
         except DeviceFault as error:
             log.warning("stages of one structure are run one by one: %s", error.message)
             for each in steps:

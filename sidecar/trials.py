@@ -374,18 +374,13 @@ class _Trial:
         if not all(device.agree(one, values[key], tolerance) for one, key in zip(given, stage.gives, strict=True)):
             log.warning("a stage gives something else with packed weights; it runs as it is")
             return {"packed": False, "reason": "the results differ"}
-        # Each on the number of threads that suits it, as it will be served.
-        seconds: dict[tuple[bool, int], list[float]] = {}
+        seconds: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(_TURNS):
-            for threads in device.thread_counts:
-                for is_packed, form, bound in ((False, program, weights), (True, packed, handles)):
-                    device.use_threads(threads)
-                    started = time.perf_counter()
-                    device.run(form, bound, inputs)
-                    seconds.setdefault((is_packed, threads), []).append(time.perf_counter() - started)
-        base_s, packed_s = (
-            min(statistics.median(seconds[is_packed, threads]) for threads in device.thread_counts) for is_packed in (False, True)
-        )
+            for is_packed, form, bound in ((False, program, weights), (True, packed, handles)):
+                started = time.perf_counter()
+                device.run(form, bound, inputs)
+                seconds[is_packed].append(time.perf_counter() - started)
+        base_s, packed_s = (statistics.median(seconds[is_packed]) for is_packed in (False, True))
         return {"packed": _is_faster(packed_s, base_s), "base_us": round(base_s * 1e6), "packed_us": round(packed_s * 1e6)}
 
     def _axis(self, runs: Mapping[str, Mapping[Key, Any]], key: Key, where: str) -> int | None:

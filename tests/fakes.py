@@ -95,7 +95,6 @@ class FakeDevice:
 
     name = "fake"
     can_pack = False
-    thread_counts = (1,)
 
     def __init__(self) -> None:
         self.allocated_bytes = 0
@@ -119,9 +118,6 @@ class FakeDevice:
     def dry_run(self, graph: Graph) -> Any:
         # What an operator without numbers does; nothing is known then.
         return SimpleNamespace(peak_bytes=lambda inputs: None)
-
-    def use_threads(self, count: int) -> None:
-        assert count in self.thread_counts
 
     def prepare(self, graph: Graph) -> Any:
         self.prepare_count += 1

@@ -86,21 +86,6 @@ def test_threads_are_set_and_checked() -> None:
         torch.set_num_threads(before)
 
 
-def test_runs_use_one_thread_or_all_that_are_allowed() -> None:
-    before = torch.get_num_threads()
-    try:
-        opened = open_device("cpu", threads=3)
-        assert opened.thread_counts == [1, 3]
-        for count in opened.thread_counts:
-            opened.use_threads(count)
-            assert torch.get_num_threads() == count
-        opened.use_threads(1)
-        assert opened.facts()["threads"] == 3
-        assert open_device("cpu", threads=1).thread_counts == [1]
-    finally:
-        torch.set_num_threads(before)
-
-
 # --- weights ------------------------------------------------------------------------------------------------------
 
 

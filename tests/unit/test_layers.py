@@ -27,7 +27,6 @@ LAYERS = {
         "together",
         "stages",
         "costs",
-        "threadcounts",
         "timeline",
         "policies",
         "traces",
