@@ -47,6 +47,7 @@ from sidecar.disk import (
     is_refusal,
     opened,
     padded_bytes,
+    remove_unless_locked,
     write_at,
 )
 from sidecar.errors import EntriesUnusable
@@ -132,9 +133,7 @@ class BlockFiles:
     def _sweep(self) -> None:
         """Remove the temporary files of writers that are no more: nobody has them locked."""
         for path in self._folder.glob(f"*{TEMPORARY}*"):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), opened(path, os.O_RDONLY) as descriptor:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
+            remove_unless_locked(path)
 
     def _open(self) -> None:
         found: list[tuple[int, _File]] = []

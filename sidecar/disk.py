@@ -25,6 +25,7 @@ log = logging.getLogger("trunkline.blockfiles")
 PAGE_BYTES: Final = mmap.PAGESIZE
 # As many targets as one call may fill.
 MOST_TARGETS: Final = os.sysconf("SC_IOV_MAX")
+# What the names of temporary files have in them.
 TEMPORARY: Final = ".part-"
 _CALIBRATION_BYTES: Final = 32 * 1024 * 1024
 _CALIBRATION_READ_BYTES: Final = 8 * 1024 * 1024
@@ -61,6 +62,13 @@ def opened(path: Path, flags: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def remove_unless_locked(path: Path) -> None:
+    """Remove the temporary file of a writer that is no more: whoever still writes to one has it locked. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), opened(path, os.O_RDONLY) as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
 
 
 def is_refusal(error: OSError, source: Source) -> bool:

@@ -263,7 +263,7 @@ class Engine:
             threading.Thread(target=self._activations.run, name="dry runs", daemon=True).start()
         threading.Thread(target=self._scrub, name="scrub", daemon=True).start()
         for name in self._catalog.pinned():
-            self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
+            self._accept(self._own_load(name))
         while not self._finished:
             try:
                 self._step()
@@ -353,7 +353,7 @@ class Engine:
         name = deployed.name
         if was_resident and not self._catalog.is_deployed(deployed) and name in self._catalog.deployed:
             # It serves on in another form, whose weights are made while nobody waits for them.
-            self._accept(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S))
+            self._accept(self._own_load(name))
 
     def _forget_weights(self, digests: Collection[str]) -> None:
         if self._trials is not None:
@@ -370,6 +370,10 @@ class Engine:
         for name in (each for joint in models for each in joint.split(JOINT)):
             if name in self._catalog.deployed:
                 self._ahead[name] = None
+
+    def _own_load(self, name: str) -> Work:
+        """Return a load that nobody has asked for but the engine itself."""
+        return Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S)
 
     def _read_ahead(self) -> None:
         """Load the models that functions have named, while nobody waits for anything."""
@@ -389,7 +393,7 @@ class Engine:
             if grant is not None:
                 self._record(grant, (deployed,))
                 self._drop(grant.evict)
-                self._loads.want(Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S), (deployed,), None)
+                self._loads.want(self._own_load(name), (deployed,), None)
 
     def _accept(self, work: Work) -> None:
         if self._draining:

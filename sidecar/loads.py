@@ -112,14 +112,12 @@ class Loads:
         if not missing:
             deployed.loaded = True
             return
-        self._fetch(deployed, missing)
+        self.fetch(deployed, missing)
 
-    def fetch(self, deployed: Deployed, digests: Sequence[str]) -> None:
+    def fetch(self, deployed: Deployed, missing: Sequence[str]) -> None:
         """Have some weights of a leased model loaded, beside those that are on their way."""
-        if digests:
-            self._fetch(deployed, digests)
-
-    def _fetch(self, deployed: Deployed, missing: Sequence[str]) -> None:
+        if not missing:
+            return
         load = self._loads.get(deployed.plan)
         if load is None:
             # The load itself holds a lease: bytes that are being read must not be taken for evictable.

@@ -182,7 +182,7 @@ class TierMemory:
         if not self._tier.check(key):
             return None
         try:
-            handle = self._over(wanted, self._tier.view(key), b"" if entry is None else entry.meta)
+            handle = self._over(wanted, b"" if entry is None else _meta(entry))
         except ValueError as error:
             log.error("packed weight %s cannot be used as it lies in memory (%s); it is made anew", key[:12], error)
             self._tier.free(key)
@@ -190,11 +190,12 @@ class TierMemory:
         self._moved["kept_bytes"] += wanted.weight.size_bytes
         return handle
 
-    def _over(self, wanted: Wanted, room: memoryview, meta: bytes) -> object:
-        """Return the handle of the bytes in ``room``. Raises ValueError when what is said of them does not fit them."""
+    def _over(self, wanted: Wanted, meta: bytes) -> object:
+        """Return the handle of a weight's bytes in the tier. Raises ValueError when what is said of them does not fit them."""
+        room = self._tier.view(wanted.weight.digest)
         if wanted.recipe is None:
             return self._device.over(room, wanted.weight)
-        return self._device.packed_over(meta[_CHECKSUM.size :], room)
+        return self._device.packed_over(meta, room)
 
     def _from_files(self, wanted: Sequence[Wanted]) -> dict[str, object]:
         """Read what is in block files; what cannot be read there is left out, and made anew from the store."""
@@ -214,10 +215,8 @@ class TierMemory:
             key = each.weight.digest
             if key not in entries or key in unusable:
                 continue
-            meta = entries[key].meta
-            room = self._tier.view(key)
             try:
-                handle = self._over(each, room, meta)
+                handle = self._over(each, _meta(entries[key]))
             except ValueError as error:
                 log.error("packed weight %s cannot be used as it lies on disk (%s); it is made anew", key[:12], error)
                 self._files.discard([key])
@@ -229,18 +228,17 @@ class TierMemory:
 
     def _from_store(self, wanted: Wanted) -> object:
         weight, recipe = wanted
-        room = self._tier.view(weight.digest)
         self._moved["store_bytes"] += sum(each.size_bytes for each in (recipe.sources if recipe is not None else (weight,)))
-        if recipe is None:
-            reader(self._source, weight)(room)
-            self._tier.seal(weight.digest, weight.crc32)
-            return self._device.over(room, weight)
-        flat = self._flattened(weight, recipe)
-        flat.copy_to(room)
-        self._tier.seal(weight.digest, isal_zlib.crc32(room))
-        return self._device.packed_over(flat.meta, room)
+        meta, checksum = self._make(wanted, self._tier.view(weight.digest))
+        self._tier.seal(weight.digest, checksum)
+        return self._over(wanted, meta)
 
-    def _flattened(self, weight: Weight, recipe: Recipe) -> Any:
+    def _make(self, wanted: Wanted, target: memoryview) -> tuple[bytes, int]:
+        """Write the bytes of a weight, made of what the store has; return how they are to be read, and their checksum."""
+        weight, recipe = wanted
+        if recipe is None:
+            reader(self._source, weight)(target)
+            return b"", weight.crc32
         flat = self._device.flatten(packed_from_store(self._device, self._source, recipe))
         if flat.size_bytes != weight.size_bytes:
             raise DeviceFault(
@@ -248,7 +246,8 @@ class TierMemory:
                 "folder verdicts from the store and start the sidecar again",
                 size_bytes=flat.size_bytes,
             )
-        return flat
+        flat.copy_to(target)
+        return flat.meta, isal_zlib.crc32(target)
 
     def free(self, digests: Iterable[str]) -> None:
         for digest in digests:
@@ -267,14 +266,7 @@ class TierMemory:
             if self._files.find(weight.digest) is not None:
                 continue
             content = memoryview(bytearray(weight.size_bytes))
-            meta = b""
-            if (recipe := recipes.get(weight.digest)) is None:
-                reader(self._source, weight)(content)
-                checksum = weight.crc32
-            else:
-                flat = self._flattened(weight, recipe)
-                flat.copy_to(content)
-                meta, checksum = flat.meta, isal_zlib.crc32(content)
+            meta, checksum = self._make(Wanted(weight, recipes.get(weight.digest)), content)
             made.append((Entry(weight.digest, weight.size_bytes, _CHECKSUM.pack(checksum) + meta), content))
         if made:
             self._files.write(made)
@@ -297,6 +289,10 @@ class TierMemory:
 def _checksum(entry: Entry) -> int:
     (checksum,) = _CHECKSUM.unpack_from(entry.meta)
     return int(checksum)
+
+
+def _meta(entry: Entry) -> bytes:
+    return entry.meta[_CHECKSUM.size :]
 
 
 def memory_of(device: Device, source: Source, segment: int, folder: Path) -> Memory:

@@ -197,11 +197,8 @@ class Residency:
     def take_over(self, plan: str, digests: Collection[str]) -> None:
         """Count in weights of a plan that are in memory from an earlier life of the caller. Each is read over, and "arrives"
         anew, when the plan is leased; until then they are what was used longest ago."""
-        for digest in digests:
-            if digest not in self._committed:
-                size_bytes = self._plans[plan].weights[digest]
-                self._committed[digest] = self._group_of[digest].committed[digest] = size_bytes
-                self.committed_bytes += size_bytes
+        weights = self._plans[plan].weights
+        self._commit({digest: weights[digest] for digest in digests if digest not in self._committed})
         if digests:
             self._in_use.add(plan)
             # Who used it when has died with the caller: it has been idle since now.
@@ -227,9 +224,7 @@ class Residency:
             self._refuse_the_impossible(plans)
             return None
         evicted_bytes = self._let_go(victims, "room")
-        for digest, size_bytes in missing.items():
-            self._committed[digest] = self._group_of[digest].committed[digest] = size_bytes
-        self.committed_bytes += missed_bytes
+        self._commit(missing)
         self._note_uses(plans)
         count, size_bytes = self._extent(plans)
         self.counts.misses += len(missing)
@@ -238,70 +233,10 @@ class Residency:
         self.counts.hit_bytes += size_bytes - missed_bytes
         return Grant(tuple(victims), tuple(missing), size_bytes - missed_bytes, missed_bytes, evicted_bytes)
 
-    # --- streams: leases on plans that do not fit ----------------------------------------------------------------------
-
-    @property
-    def room_bytes(self) -> int:
-        """Bytes that no pinned plan may claim."""
-        return self.budget_bytes - self._extent([*self._pinned])[1]
-
-    def size_bytes(self, digest: str) -> int:
-        """Return the bytes of a weight of some plan."""
-        user = next(iter(self._group_of[digest].users))
-        return self._plans[user].weights[digest]
-
-    def begin_stream(self, plan: str) -> None:
-        """Take a lease on a plan of which only a window is held: nothing yet, then what ``hold`` says."""
-        assert not self._leases.get(plan), "a plan that is held does not stream"
-        self._note_uses([plan])
-        self._held.discard(plan)
-        if self._committed.keys().isdisjoint(self._plans[plan].weights):
-            self._in_use.discard(plan)
-        self._windows[plan] = frozenset()
-
-    def hold(self, plan: str, digests: Sequence[str], keep: Collection[str] = ()) -> Grant | None:
-        """Have ``digests`` of a streaming plan in memory until told otherwise, and what of ``keep`` is there already.
-
-        All else of it may leave. None, and nothing changes, when there is no room before leases of others are returned.
-        """
-        weights = self._plans[plan].weights
-        missing = {digest: weights[digest] for digest in digests if digest not in self._committed}
-        window = frozenset((*digests, *(digest for digest in keep if digest in self._committed)))
-        missed_bytes = sum(missing.values())
-        before, self._windows[plan] = self._windows[plan], window
-        victims = self._choose_victims(self.committed_bytes + missed_bytes - self.budget_bytes, ())
-        if victims is None:
-            self._windows[plan] = before
-            return None
-        evicted_bytes = self._let_go(victims, "room")
-        for digest, size_bytes in missing.items():
+    def _commit(self, weights: Mapping[str, int]) -> None:
+        for digest, size_bytes in weights.items():
             self._committed[digest] = self._group_of[digest].committed[digest] = size_bytes
-            self._spent.pop(digest, None)
-        self.committed_bytes += missed_bytes
-        self._in_use.add(plan)
-        self.counts.misses += len(missing)
-        self.counts.missed_bytes += missed_bytes
-        hit_bytes = sum(weights[digest] for digest in window - before - missing.keys())
-        self.counts.hits += len(window - before - missing.keys())
-        self.counts.hit_bytes += hit_bytes
-        return Grant(tuple(victims), tuple(missing), hit_bytes, missed_bytes, evicted_bytes)
-
-    def spend(self, plan: str, digests: Iterable[str]) -> None:
-        """Say that a streaming plan is through with weights: what nobody else has leaves before all else, the latest first."""
-        for digest in digests:
-            if digest in self._committed:
-                self._spent.pop(digest, None)
-                self._spent[digest] = plan
-
-    def is_leased_beside(self, plan: str) -> bool:
-        """Say whether any other plan is leased."""
-        return not self._leases.keys() <= {plan}
-
-    def pinned_weights(self) -> set[str]:
-        """Return the digests of the weights that pins protect."""
-        return {digest for plan in self._pinned for digest in self._plans[plan].weights}
-
-    # --- leases, again ---------------------------------------------------------------------------------------------------
+            self.committed_bytes += size_bytes
 
     def _extent(self, plans: Sequence[str]) -> tuple[int, int]:
         """Return how many weights plans have together, each once, and their bytes."""
@@ -364,6 +299,61 @@ class Residency:
             if plan in self._windows:
                 del self._windows[plan]
                 self._spent.clear()
+
+    # --- streams: leases on plans that do not fit ----------------------------------------------------------------------
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that no pinned plan may claim."""
+        return self.budget_bytes - self._extent([*self._pinned])[1]
+
+    def begin_stream(self, plan: str) -> None:
+        """Take a lease on a plan of which only a window is held: nothing yet, then what ``hold`` says."""
+        assert not self._leases.get(plan), "a plan that is held does not stream"
+        self._note_uses([plan])
+        self._held.discard(plan)
+        if self._committed.keys().isdisjoint(self._plans[plan].weights):
+            self._in_use.discard(plan)
+        self._windows[plan] = frozenset()
+
+    def hold(self, plan: str, digests: Sequence[str], keep: Collection[str] = ()) -> Grant | None:
+        """Have ``digests`` of a streaming plan in memory until told otherwise, and what of ``keep`` is there already.
+
+        All else of it may leave. None, and nothing changes, when there is no room before leases of others are returned.
+        """
+        weights = self._plans[plan].weights
+        missing = {digest: weights[digest] for digest in digests if digest not in self._committed}
+        window = frozenset((*digests, *(digest for digest in keep if digest in self._committed)))
+        missed_bytes = sum(missing.values())
+        before, self._windows[plan] = self._windows[plan], window
+        victims = self._choose_victims(self.committed_bytes + missed_bytes - self.budget_bytes, ())
+        if victims is None:
+            self._windows[plan] = before
+            return None
+        evicted_bytes = self._let_go(victims, "room")
+        self._commit(missing)
+        self._in_use.add(plan)
+        self.counts.misses += len(missing)
+        self.counts.missed_bytes += missed_bytes
+        hit_bytes = sum(weights[digest] for digest in window - before - missing.keys())
+        self.counts.hits += len(window - before - missing.keys())
+        self.counts.hit_bytes += hit_bytes
+        return Grant(tuple(victims), tuple(missing), hit_bytes, missed_bytes, evicted_bytes)
+
+    def spend(self, plan: str, digests: Iterable[str]) -> None:
+        """Say that a streaming plan is through with weights: what nobody else has leaves before all else, the latest first."""
+        for digest in digests:
+            if digest in self._committed:
+                self._spent.pop(digest, None)
+                self._spent[digest] = plan
+
+    def is_leased_beside(self, plan: str) -> bool:
+        """Say whether any other plan is leased."""
+        return not self._leases.keys() <= {plan}
+
+    def pinned_weights(self) -> set[str]:
+        """Return the digests of the weights that pins protect."""
+        return {digest for plan in self._pinned for digest in self._plans[plan].weights}
 
     # --- what leaves -------------------------------------------------------------------------------------------------
 

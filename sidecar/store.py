@@ -41,6 +41,7 @@ from sidecar.bundle import (
     parse_bundle,
     parse_manifest,
 )
+from sidecar.disk import TEMPORARY, opened, remove_unless_locked
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError, StoreFull
 
 log = logging.getLogger("trunkline.store")
@@ -49,7 +50,6 @@ DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 # A blob that was pushed ahead of its model must outlast the push.
 GC_GRACE_S: Final = 3600.0
 _CHUNK_BYTES: Final = 1 << 20
-_TEMPORARY: Final = ".part-"
 _KINDS: Final = ("blobs", "graphs", "models", "quarantine")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -82,10 +82,8 @@ class Store:
     def _sweep(self) -> None:
         """Remove the temporary files of writers that are no more."""
         for kind in _KINDS:
-            for path in (self.root / kind).rglob(f"*{_TEMPORARY}*"):
-                with contextlib.suppress(FileNotFoundError, BlockingIOError), _opened(path, os.O_RDONLY) as descriptor:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink(missing_ok=True)
+            for path in (self.root / kind).rglob(f"*{TEMPORARY}*"):
+                remove_unless_locked(path)
 
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:
@@ -408,7 +406,7 @@ class Store:
 def _temporary_beside(path: Path) -> tuple[Path, int]:
     """Make a temporary file in the folder of ``path``, locked by this writer; return it and its descriptor."""
     while True:
-        temporary = path.with_name(f"{path.name}{_TEMPORARY}{secrets.token_hex(8)}")
+        temporary = path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(8)}")
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
@@ -425,15 +423,6 @@ def _temporary_beside(path: Path) -> tuple[Path, int]:
             os.close(descriptor)
             raise
         # Swept in the moment between its making and its lock.
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
         os.close(descriptor)
 
 
@@ -454,7 +443,7 @@ def _write(descriptor: int, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+    with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
         os.fsync(descriptor)
 
 

@@ -94,12 +94,11 @@ class Streams:
         return True
 
     def _legs(self, deployed: Deployed) -> list[Leg]:
-        pace, seen = self.pace(), set(self.residency.pinned_weights())
+        pace, pinned, weights = self.pace(), self.residency.pinned_weights(), self.residency.weights(deployed.plan)
         legs = []
         for step in deployed.steps:
             # Pinned weights take no room of the stream's, and are not read.
-            sizes = {digest: self.residency.size_bytes(digest) for digest in _digests([step]) if digest not in seen}
-            size_bytes = sum(sizes.values())
+            size_bytes = sum(weights[digest] for digest in dict.fromkeys(_digests([step])) if digest not in pinned)
             legs.append(Leg(size_bytes, size_bytes / pace, self._run_s.get(step.key, 0.0)))
         return legs
 

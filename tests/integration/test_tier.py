@@ -99,7 +99,8 @@ def test_a_kept_packed_weight_without_its_block_file_is_made_anew(node: Node, mo
         assert (moved(running)["store_bytes"] > 0) == bool(is_packed)
 
 
-def test_layouts_of_another_torch_are_not_believed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def kept_packed(node: Node, monkeypatch: pytest.MonkeyPatch) -> Network:
+    """Leave a model with packed weights in memory and in block files, and no engine; return it."""
     made = network("resnet")
     monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
     with node.serve() as running:
@@ -107,6 +108,11 @@ def test_layouts_of_another_torch_are_not_believed(node: Node, monkeypatch: pyte
         until_on_disk(node, running, made.name)
         check(made, 0)
         client._pool.close()
+    return made
+
+
+def test_layouts_of_another_torch_are_not_believed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = kept_packed(node, monkeypatch)
     # The file is believed to be this torch's; what it says is not.
     monkeypatch.setattr("sidecar.flat._fingerprint", lambda: b"another.")
     with node.serve() as running:
@@ -180,13 +186,7 @@ def test_a_device_that_does_not_work_in_place_has_memory_of_its_own(node: Node, 
 
 
 def test_kept_bytes_of_another_layout_are_not_believed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = network("resnet")
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
-    with node.serve() as running:
-        deploy(running, made)
-        until_on_disk(node, running, made.name)
-        check(made, 0)
-        client._pool.close()
+    made = kept_packed(node, monkeypatch)
     memory = node.memory()
     find = memory._files.find
     packed = next(key for key in memory._tier.keys() if len(find(key).meta) > 4)  # type: ignore[union-attr]  # noqa: SIM118

@@ -124,7 +124,7 @@ def test_pins_leave_less_room() -> None:
     residency.pin("small")
     assert residency.room_bytes == 30
     assert residency.pinned_weights() == set(SMALL)
-    assert residency.size_bytes("l3") == 10
+    assert residency.weights("large")["l3"] == 10
 
 
 @given(st.integers(0, 2**32), st.integers(4, 12))
