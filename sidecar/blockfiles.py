@@ -4,9 +4,10 @@ They are copies: everything in them can be made again from the store. So what ca
 damaged is forgotten, and the caller makes it anew. A file holds those weights of a block that were in no other file when it was
 written, each an *entry* under a key of the caller's, 64 hexadecimal digits, with a few bytes of *meta* that say how to use it.
 
-A file is a header and its entries, each of whole pages, without gaps. Both are padded with zeros, and all of it is under
-checksums: one of the header, one of each piece of 1 MiB of an entry, compared at every read. A file is written under a
-temporary name, synced once and renamed. Readers may read what is being discarded: they see it whole, or learn that it is gone.
+A file is a header and its entries, each of whole pages, at least one, without gaps. Both are padded with zeros, and all of it
+is under checksums: one of the header, one of each piece of 1 MiB of an entry, compared at every read. A file is written under
+a temporary name, synced once and renamed. Readers may read what is being discarded: they see it whole, or learn that it is
+gone.
 
 What entries depend on beside their key, the *facts* (the device, the version of torch), is part of each file's name and
 header. Files of other facts are removed: a folder belongs to one device. Checksums tell accidents, not intent, and what a meta
@@ -17,7 +18,6 @@ Callable from any thread: a lock is held while the index changes, not while anyt
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 from isal import isal_zlib
+from trunkline.arena import page_aligned
 
 from sidecar.disk import (
     BUFFERED_STRICT,
@@ -46,7 +47,6 @@ from sidecar.disk import (
     fill,
     is_refusal,
     opened,
-    padded_bytes,
     remove_unless_locked,
     write_at,
 )
@@ -55,7 +55,7 @@ from sidecar.errors import EntriesUnusable
 log = logging.getLogger("trunkline.blockfiles")
 
 CHUNK_BYTES: Final = 1 << 20
-_MAGIC: Final = b"TLBLOCK\x01"
+_MAGIC: Final = b"TLBLOCK\x02"
 # Magic, facts, bytes of the file, number of entries, bytes of the header with its padding, and the checksum of all else in it.
 _PREFIX: Final = struct.Struct("<8s32sQIII")
 # Key, bytes, bytes of meta; then the meta, and a checksum per piece.
@@ -84,7 +84,7 @@ class _Place:
 
     @property
     def end(self) -> int:
-        return self.offset + padded_bytes(self.entry.size_bytes)
+        return self.offset + page_aligned(self.entry.size_bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,8 +240,8 @@ class BlockFiles:
             _remove(path)
 
     def _write(self, path: Path, entries: Sequence[tuple[Entry, memoryview]]) -> dict[str, _Place]:
-        header_bytes = padded_bytes(_PREFIX.size + sum(_index_bytes(entry) for entry, _ in entries))
-        file_bytes = header_bytes + sum(padded_bytes(entry.size_bytes) for entry, _ in entries)
+        header_bytes = page_aligned(_PREFIX.size + sum(_index_bytes(entry) for entry, _ in entries))
+        file_bytes = header_bytes + sum(page_aligned(entry.size_bytes) for entry, _ in entries)
         temporary = path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(4)}")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -278,7 +278,7 @@ class BlockFiles:
     def read(self, keys: Sequence[str], targets: Sequence[memoryview]) -> None:
         """Read entries into ``targets``; what lies together in a file is read by one call.
 
-        A target begins on a page and has ``padded_bytes`` of the entry's size: the padding is read and checked, too. Raises
+        A target begins on a page and has ``page_aligned`` of the entry's size: the padding is read and checked, too. Raises
         EntriesUnusable, whose ``keys`` are those that are gone, altered or cannot be read. All others were read.
         """
         faults: dict[str, _Fault] = {}
@@ -374,7 +374,7 @@ class BlockFiles:
 
 def _pieces(size_bytes: int) -> list[tuple[int, int]]:
     """Return where each piece of an entry that has a checksum of its own begins and ends."""
-    whole_bytes = padded_bytes(size_bytes)
+    whole_bytes = page_aligned(size_bytes)
     return [(start, min(start + CHUNK_BYTES, whole_bytes)) for start in range(0, whole_bytes, CHUNK_BYTES)]
 
 

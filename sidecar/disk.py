@@ -34,11 +34,6 @@ _CALIBRATION_ROUNDS: Final = 3
 _DIRECT_WORTH: Final = 1.3
 
 
-def padded_bytes(size_bytes: int) -> int:
-    """Return the bytes of the whole pages that ``size_bytes`` take."""
-    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
-
-
 @dataclass(frozen=True)
 class Source:
     """A way to read files. ``drops`` says that what was read is taken out of the page cache, which is memory, too."""

@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from trunkline.arena import page_aligned
 
 from benchmarks.swap_tasks import FULL, QUICK, Task, units_of
-from sidecar.disk import fill, padded_bytes
+from sidecar.disk import fill
 from sidecar.memory import SOURCES
 
 KINDS = ("two_blocks", "pipelined", "whole_lru", "resident")
@@ -49,7 +50,7 @@ def _place(unit: nn.Module) -> tuple[list[int], int]:
     for tensor in _tensors(unit):
         offsets.append(end)
         end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return offsets, padded_bytes(end)
+    return offsets, page_aligned(end) if end else 0
 
 
 def store(model: nn.Module, path: Path) -> None:

@@ -19,11 +19,12 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+from trunkline.arena import page_aligned
 
 from sidecar import flat, packed
 from sidecar.blockfiles import BlockFiles, Entry
 from sidecar.devices import open_device
-from sidecar.disk import BUFFERED, DIRECT, Source, padded_bytes
+from sidecar.disk import BUFFERED, DIRECT, Source
 from sidecar.export import convert
 from sidecar.ir import Enum, Node, Weight
 from sidecar.lowering import CONV2D, LINEAR, TURNED_LINEAR, Option, Recipe, lower
@@ -276,7 +277,7 @@ def test_a_model_read_from_a_block_file_answers_as_before(tmp_path: Path, build:
     BlockFiles(tmp_path, *flat.facts()).write(entries)
 
     files = BlockFiles(tmp_path, *flat.facts(), source=source)
-    targets = [memoryview(mmap.mmap(-1, padded_bytes(entry.size_bytes))) for entry, _ in entries]
+    targets = [memoryview(mmap.mmap(-1, page_aligned(entry.size_bytes))) for entry, _ in entries]
     files.read([entry.key for entry, _ in entries], targets)
     read = {}
     for (entry, _), target in zip(entries, targets, strict=True):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import zlib
 from dataclasses import replace
 
 import pytest
+import torch
 from trunkline import client, model, models
 from trunkline.errors import DeviceFault
 
 from sidecar.blockfiles import BlockFiles, Entry
 from sidecar.devices import open_device
 from sidecar.errors import NoRoom
-from sidecar.memory import DeviceMemory, TierMemory, memory_of
+from sidecar.ir import Graph, Weight
+from sidecar.memory import DeviceMemory, TierMemory, Wanted, memory_of
 from tests.fakes import Running
 from tests.integration.test_sharing import ask, deploy
 from tests.networks import Network, agrees, network
@@ -119,6 +123,19 @@ def test_layouts_of_another_torch_are_not_believed(node: Node, monkeypatch: pyte
         check(made, 1)
         assert moved(running)["store_bytes"] > 0
         assert moved(running)["kept_bytes"] < ask(running, "memory")["resident_bytes"]
+
+
+def test_a_weight_without_bytes_is_brought_in_from_either_place(node: Node) -> None:
+    empty = Weight(hashlib.sha256(b"").hexdigest(), "float32", (0, 3), 0, zlib.crc32(b""))
+    node.source.blobs[empty.digest] = b""
+    memory = node.memory()
+    for _ in ("store", "block file"):
+        (handle,) = memory.bring([Wanted(empty, None)])
+        assert isinstance(handle, torch.Tensor)
+        assert handle.shape == (0, 3)
+        memory.free([empty.digest])
+        memory.keep(Graph((), (), (), (empty,), (), ()), {})
+    assert node.source.read_count == 2
 
 
 def test_what_no_model_needs_any_more_goes_from_memory_and_disk(node: Node) -> None:
