@@ -212,6 +212,8 @@ class Commands:
             raise InvalidInput(f"{work.model} is pinned; unpin it first")
         before_bytes = self._residency.committed_bytes
         self._drop(self._residency.evict(deployed.plan))
+        # Whoever says so wants the memory.
+        self._loads.trim()
         return self.describe(deployed) | {"freed_bytes": before_bytes - self._residency.committed_bytes}
 
     def _pin(self, work: Work, arguments: dict[str, Any]) -> None:

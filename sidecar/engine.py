@@ -298,7 +298,7 @@ class Engine:
                 self._go_on()
             elif self._untrimmed:
                 self._device.trim()
-                self._mover.trim()
+                self._loads.trim()
                 self._untrimmed = False
             return
         self._untrimmed = True

@@ -7,11 +7,14 @@ always one, so a request fails only when no hole is large enough for it.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Generic, TypeVar
 
 _OFFSET = attrgetter("offset")
 _SIZE = attrgetter("size_bytes")
+_Left = TypeVar("_Left")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +90,43 @@ class Extents:
             assert hole.offset > end, "two holes touch, overlap or are out of order"
             end = hole.end
         assert end <= self.size_bytes, "a hole lies outside the span"
+
+
+class Remains(Generic[_Left]):
+    """What is left in extents that were given back, none of which overlap, until something else is written there."""
+
+    def __init__(self) -> None:
+        self._offsets: list[int] = []
+        self._at: dict[int, tuple[Extent, str, _Left]] = {}
+        self._offset_of: dict[str, int] = {}
+
+    def add(self, name: str, extent: Extent, left: _Left) -> None:
+        """Note what is in an extent."""
+        bisect.insort(self._offsets, extent.offset)
+        self._at[extent.offset] = (extent, name, left)
+        self._offset_of[name] = extent.offset
+
+    def take(self, name: str) -> _Left | None:
+        """Return what is left under a name, which is gone from here then; None when there is nothing."""
+        offset = self._offset_of.pop(name, None)
+        if offset is None:
+            return None
+        self._offsets.remove(offset)
+        return self._at.pop(offset)[2]
+
+    def overwrite(self, extent: Extent) -> None:
+        """Forget all of which a part is in an extent."""
+        for offset in list(self._touched(extent)):
+            self._offsets.remove(offset)
+            del self._offset_of[self._at.pop(offset)[1]]
+
+    def _touched(self, extent: Extent) -> Iterator[int]:
+        at = bisect.bisect_right(self._offsets, extent.offset)
+        if at and self._at[self._offsets[at - 1]][0].end > extent.offset:
+            yield self._offsets[at - 1]
+        while at < len(self._offsets) and self._offsets[at] < extent.end:
+            yield self._offsets[at]
+            at += 1
+
+    def __iter__(self) -> Iterator[tuple[Extent, str, _Left]]:
+        return iter(self._at.values())

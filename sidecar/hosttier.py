@@ -5,10 +5,10 @@ store of a word. A process may be killed between any two instructions: a key is 
 to no valid record returns to the system when the next engine attaches. That costs no look at the bytes; ``check`` compares them
 with their checksum, to be called before their first use.
 
-Pages are reserved before anything is written. Those that are let go of are kept for what comes next, within the budget: to clear
-and map new ones takes as long as reading them from a fast disk. ``trim`` punches them out of the segment, and so does whatever
-needs pages elsewhere. Extents take whole pages, and that is what counts against the budget. Owned by one thread; others may fill
-and read the views it gives out.
+Pages are reserved before anything is written. Those that are let go of are kept for what comes next, within the budget: to
+clear and map new ones takes as long as reading them from a fast disk. Until then a key that was freed can be had back as it
+was. ``trim`` punches them out of the segment, and so does whatever needs pages elsewhere. Extents take whole pages, and that
+is what counts against the budget. Owned by one thread; others may fill and read the views it gives out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from isal import isal_zlib
 from trunkline.arena import page_aligned
 
 from sidecar.errors import NoRoom
-from sidecar.extents import Extent, Extents
+from sidecar.extents import Extent, Extents, Remains
 from sidecar.segment import LEDGER_END, LEDGER_OFFSET, RECORD, RECORD_LIMIT, read_budget, reserve
 
 log = logging.getLogger("trunkline.hosttier")
@@ -65,6 +65,8 @@ class HostTier:
         self._spare = Extents(len(self._view))
         self._spare.claim(Extent(0, len(self._view)))
         self.spare_bytes = 0
+        # Keys that were freed and lie in spare pages as they were.
+        self._remains: Remains[_Held] = Remains()
         self._held: dict[str, _Held] = {}
         self._take_over()
         # Slots below the first that was never used; then come the others.
@@ -123,6 +125,7 @@ class HostTier:
         assert bytes.fromhex(key).hex() == key, "a key is lower-case hexadecimal"
         assert len(key) == 2 * _KEY_BYTES, "a key has 64 digits"
         assert key not in self._held, "a key can be allocated once"
+        self._remains.take(key)
         needed_bytes = page_aligned(size_bytes)
         if self.allocated_bytes + needed_bytes > self.budget_bytes:
             raise self._refusal(
@@ -137,9 +140,24 @@ class HostTier:
             extent = self._new_pages(key, needed_bytes)
         else:
             self.spare_bytes -= needed_bytes
+            self._remains.overwrite(extent)
+        self._hold(key, extent, size_bytes)
+        return self.view(key)
+
+    def _hold(self, key: str, extent: Extent, size_bytes: int) -> None:
         self._held[key] = _Held(self._free_slot(), extent, size_bytes)
         self.allocated_bytes += extent.size_bytes
-        return self.view(key)
+
+    def take_back(self, key: str) -> bool:
+        """Have a freed key again, sealed, if nothing was written over it yet; return whether that is so."""
+        left = self._remains.take(key)
+        if left is None or left.crc32 is None:
+            return False
+        self._spare.claim(left.extent)
+        self.spare_bytes -= left.extent.size_bytes
+        self._hold(key, left.extent, left.size_bytes)
+        self.seal(key, left.crc32)
+        return True
 
     def _new_pages(self, key: str, needed_bytes: int) -> Extent:
         self._punch_spares(self.allocated_bytes + self.spare_bytes + needed_bytes - self.budget_bytes)
@@ -170,6 +188,7 @@ class HostTier:
             if size_bytes <= 0:
                 break
             self._punch(hole)
+            self._remains.overwrite(hole)
             self._spare.claim(hole)
             self._extents.give(hole)
             self.spare_bytes -= hole.size_bytes
@@ -229,10 +248,11 @@ class HostTier:
             return True
         log.error("weight %s was altered in memory: checksum %08x instead of %08x; it is dropped", key, found, held.crc32)
         self.free(key)
+        self._remains.take(key)
         return False
 
     def free(self, key: str) -> None:
-        """Forget a key; its pages are kept for others, until ``trim``."""
+        """Let go of a key; its pages are kept for others, until ``trim``."""
         held = self._held[key]
         self._words[_FIRST_SEAL + held.slot * _RECORD_WORDS] = 0
         del self._held[key]
@@ -240,6 +260,8 @@ class HostTier:
         self.spare_bytes += held.extent.size_bytes
         self._free_slots.append(held.slot)
         self.allocated_bytes -= held.extent.size_bytes
+        if held.crc32 is not None:
+            self._remains.add(key, held.extent, held)
 
     def keys(self) -> dict[str, int]:
         """Return the sealed keys and their bytes, those of earlier engines included."""
@@ -273,6 +295,10 @@ class HostTier:
         free_bytes = sum(hole.size_bytes for hole in self._extents.holes)
         self._spare.check_invariants()
         assert self.spare_bytes == sum(hole.size_bytes for hole in self._spare.holes), "spare_bytes disagrees with the pages"
+        for extent, key, _ in self._remains:
+            assert any(hole.offset <= extent.offset and extent.end <= hole.end for hole in self._spare.holes), (
+                f"freed {key[:12]} lies in pages of others"
+            )
         assert self.allocated_bytes == allocated_bytes, "allocated_bytes disagrees with the extents"
         kept_bytes = allocated_bytes + self.spare_bytes
         assert kept_bytes <= self.budget_bytes, f"{kept_bytes} bytes are held, the budget is {self.budget_bytes}"

@@ -212,6 +212,10 @@ class Loads:
         """Have the memory of weights freed, of which no handle is left."""
         self._mover.free(digests)
 
+    def trim(self) -> None:
+        """Have what was freed given back to the system."""
+        self._mover.trim()
+
     def count(self, plan: str) -> int:
         """Return how many leases on a plan are held from here."""
         return (plan in self._loads) + sum(1 for parked in self.parked for deployed in parked.parts if deployed.plan == plan)

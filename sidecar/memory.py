@@ -153,7 +153,7 @@ class TierMemory:
         found: dict[str, object] = {}
         for each in wanted:
             key = each.weight.digest
-            if key in self._tier and (handle := self._taken_over(each)) is not None:
+            if (key in self._tier or self._tier.take_back(key)) and (handle := self._taken_over(each)) is not None:
                 found[key] = handle
         missing = [each for each in wanted if each.weight.digest not in found]
         rooms: dict[str, memoryview] = {}
@@ -172,7 +172,7 @@ class TierMemory:
         return [found[each.weight.digest] for each in wanted]
 
     def _taken_over(self, wanted: Wanted) -> object | None:
-        """Return the handle of a weight that an earlier engine left, None where it is of no use; it is freed then."""
+        """Return the handle of a weight that is in the tier already, None where it is of no use; it is freed then."""
         key = wanted.weight.digest
         entry = self._files.find(key)
         if wanted.recipe is not None and (entry is None or _checksum(entry) != self._tier.checksum(key)):

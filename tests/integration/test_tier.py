@@ -54,6 +54,23 @@ def test_a_model_answers_from_the_store_from_block_files_and_from_what_was_kept(
         assert 0 < found["kept_bytes"] <= resident_bytes
 
 
+def test_an_eviction_is_taken_back_while_nothing_was_written_over_it(node: Node) -> None:
+    made = network("resnet")
+    with node.serve() as running:
+        deploy(running, made)
+        until_on_disk(node, running, made.name)
+        check(made, 0)
+        before, engine = moved(running), running.engine
+        resident_bytes = ask(running, "memory")["resident_bytes"]
+        engine._post(lambda: engine._drop(engine._residency.evict(engine._catalog.deployed[made.name].plan, "ttl")))
+        check(made, 1)
+        after = moved(running)
+        assert after["block_file_bytes"] == before["block_file_bytes"]
+        assert after["store_bytes"] == before["store_bytes"]
+        assert resident_bytes >= after["kept_bytes"] - before["kept_bytes"] > 0
+        assert ask(running, "memory")["residency"]["evictions"]["ttl"] > 0
+
+
 def test_what_was_altered_in_memory_is_read_again(node: Node) -> None:
     made = network("resnet")
     with node.serve() as running:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sidecar.extents import Extent, Extents
+from sidecar.extents import Extent, Extents, Remains
 
 SPAN = 64
 
@@ -110,3 +112,58 @@ class Random(RuleBasedStateMachine):
 
 Random.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestRandom = Random.TestCase
+
+
+# --- what is left ---------------------------------------------------------------------------------------------------------
+
+
+def left(*extents: Extent) -> Remains[int]:
+    made: Remains[int] = Remains()
+    for number, extent in enumerate(extents):
+        made.add(str(number), extent, number)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("written", "whole"),
+    [
+        (Extent(0, 4), ["0", "1", "2"]),
+        (Extent(3, 2), ["1", "2"]),
+        (Extent(6, 1), ["1", "2"]),
+        (Extent(9, 2), ["2"]),
+        (Extent(13, 1), ["0", "2"]),
+        (Extent(14, 6), ["0", "1", "2"]),
+        (Extent(0, SPAN), []),
+    ],
+)
+def test_what_is_written_over_in_part_is_gone(written: Extent, whole: list[str]) -> None:
+    # Two that are neighbours, and one far off.
+    made = left(Extent(4, 6), Extent(10, 4), Extent(20, 4))
+    made.overwrite(written)
+    assert [name for name in ("0", "1", "2") if made.take(name) is not None] == whole
+
+
+def test_what_is_left_is_taken_once() -> None:
+    made = left(Extent(4, 6))
+    assert made.take("1") is None
+    assert made.take("0") == 0
+    assert made.take("0") is None
+    made.overwrite(Extent(0, SPAN))
+    assert list(made) == []
+
+
+def test_what_is_left_agrees_with_a_search_through_everything() -> None:
+    chosen = random.Random(0)
+    made: Remains[None] = Remains()
+    there: dict[str, Extent] = {}
+    for number in range(2000):
+        extent = Extent(chosen.randrange(SPAN), chosen.randint(1, 8))
+        made.overwrite(extent)
+        there = {name: each for name, each in there.items() if each.end <= extent.offset or extent.end <= each.offset}
+        made.add(str(number), extent, None)
+        there[str(number)] = extent
+        if there and chosen.random() < 0.3:
+            name = chosen.choice(list(there))
+            del there[name]
+            made.take(name)
+        assert {name: each for each, name, _ in made} == there

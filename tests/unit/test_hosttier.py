@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -326,6 +327,18 @@ class Random(RuleBasedStateMachine):
         self.sealed.pop(name, None)
         self.unsealed.pop(name, None)
 
+    @rule(number=st.integers(0, 9))
+    def take_back(self, number: int) -> None:
+        name = key(number)
+        if name not in self.sealed and name not in self.unsealed and self.tier.take_back(name):
+            assert self.tier.check(name)
+            self.sealed[name] = self.tier.keys()[name]
+
+    @rule()
+    def trim(self) -> None:
+        self.tier.trim()
+        assert self.tier.spare_bytes == 0
+
     @rule()
     def restart(self) -> None:
         restarted(self.tier)
@@ -358,3 +371,59 @@ def test_pages_that_are_kept_give_way_within_the_budget(tier: HostTier) -> None:
     tier.check_invariants()
     with pytest.raises(NoRoom):
         tier.allocate(key(5), PAGE)
+
+
+def test_what_was_let_go_of_is_had_back_until_something_is_written_there(tier: HostTier) -> None:
+    put(tier, 1, 4 * PAGE)
+    put(tier, 2, 4 * PAGE)
+    for number in (1, 2):
+        tier.free(key(number))
+    assert tier.take_back(key(2))
+    assert tier.check(key(2))
+    assert (tier.allocated_bytes, tier.spare_bytes) == (4 * PAGE, 4 * PAGE)
+    tier.check_invariants()
+    # One page of the other.
+    put(tier, 3, PAGE)
+    assert not tier.take_back(key(1))
+    assert not tier.take_back(key(9))
+    restarted(tier)
+    assert sorted(tier.keys()) == [key(2), key(3)]
+
+
+def test_neither_trimmed_nor_unsealed_nor_altered_bytes_are_had_back(tier: HostTier) -> None:
+    put(tier, 1, 4 * PAGE)
+    tier.free(key(1))
+    tier.trim()
+    assert not tier.take_back(key(1))
+    tier.allocate(key(2), PAGE)
+    tier.free(key(2))
+    assert not tier.take_back(key(2))
+    put(tier, 3, PAGE)
+    tier.view(key(3))[0] ^= 1
+    assert not tier.check(key(3))
+    assert not tier.take_back(key(3))
+    # What is allocated anew is nobody's remains.
+    put(tier, 4, PAGE)
+    tier.free(key(4))
+    tier.allocate(key(4), PAGE)
+    tier.free(key(4))
+    assert not tier.take_back(key(4))
+
+
+def test_scattered_weights_leave_room_for_large_ones(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sizes and their order: what fits into the budget finds a hole."""
+    # Else it has far more addresses than for its budget.
+    monkeypatch.setattr("sidecar.segment._ROUNDING_BYTES", PAGE)
+    tier = HostTier(make(BUDGET).descriptor)
+    chosen = random.Random(0)
+    held: dict[int, int] = {}
+    for number in range(4000):
+        pages = chosen.choice((1, 1, 2, 3, 5, 9, 17, 30))
+        while sum(held.values()) + pages > BUDGET // PAGE:
+            gone = chosen.choice(list(held))
+            del held[gone]
+            tier.free(key(gone))
+        tier.allocate(key(number), pages * PAGE)
+        held[number] = pages
+    tier.check_invariants()
+    tier.close()
