@@ -118,6 +118,8 @@ class BlockFiles:
         self._facts = hashlib.sha256("\n".join(facts).encode()).digest()
         self.source = source
         self._lock = threading.Lock()
+        # Whose turn it is to have the disk read.
+        self._turn = threading.Lock()
         self._index: dict[str, tuple[_File, _Place]] = {}
         self._is_usable = True
         try:
@@ -308,7 +310,7 @@ class BlockFiles:
         def read(descriptor: int, source: Source) -> dict[str, _Fault]:
             faults: dict[str, _Fault] = {}
             for run in _runs(parts):
-                faults |= _read_run(descriptor, source, run)
+                faults |= self._read_run(descriptor, source, run)
             return faults
 
         try:
@@ -343,6 +345,31 @@ class BlockFiles:
         with opened(file.path, os.O_RDONLY) as descriptor:
             return work(descriptor, BUFFERED_STRICT)
 
+    def _read_run(self, descriptor: int, source: Source, run: Sequence[_Part]) -> dict[str, _Fault]:
+        """Read parts that lie without a gap; return what is wrong with which. Raises OSError when the source is refused."""
+        begin = run[0][0].offset
+        try:
+            # One after the other: two at once would only make the first one later.
+            with self._turn:
+                reached = begin + fill(descriptor, source, begin, [target for _, target in run])
+        except OSError as error:
+            if is_refusal(error, source):
+                raise
+            if len(run) > 1:
+                # Which of them it is, is learned one by one.
+                return {key: fault for part in run for key, fault in self._read_run(descriptor, source, [part]).items()}
+            return {run[0][0].entry.key: _Fault(_reason(error), lasts=error.errno == errno.EIO)}
+        faults = {}
+        for place, target in run:
+            if place.end > reached:
+                faults[place.entry.key] = _Fault("the file ends before it")
+            elif any(
+                isal_zlib.crc32(target[start:end]) != checksum
+                for (start, end), checksum in zip(_pieces(place.entry.size_bytes), place.checksums, strict=True)
+            ):
+                faults[place.entry.key] = _Fault("its bytes were altered")
+        return faults
+
     def scrub(self, pause: Callable[[], object]) -> list[str]:
         """Read everything there is, a piece at a time with ``pause`` after each; forget what is bad, and return its keys."""
         with self._lock:
@@ -354,7 +381,7 @@ class BlockFiles:
             def check(descriptor: int, source: Source, file: _File = file) -> dict[str, _Fault]:
                 # What the page cache holds says nothing about the disk.
                 drop(descriptor)
-                faults = {key: _checked(descriptor, source, file.places[key], scratch, pause) for key in self._live(file)}
+                faults = {key: self._checked(descriptor, source, file.places[key], scratch, pause) for key in self._live(file)}
                 drop(descriptor)
                 return {key: fault for key, fault in faults.items() if fault is not None}
 
@@ -367,6 +394,18 @@ class BlockFiles:
             self._note(file, faults)
             bad += faults
         return bad
+
+    def _checked(
+        self, descriptor: int, source: Source, place: _Place, scratch: memoryview, pause: Callable[[], object]
+    ) -> _Fault | None:
+        """Read an entry piece by piece into ``scratch``; return what is wrong. Raises OSError when the source is refused."""
+        for (start, end), checksum in zip(_pieces(place.entry.size_bytes), place.checksums, strict=True):
+            piece = _Place(Entry(place.entry.key, end - start), place.offset + start, (checksum,))
+            faults = self._read_run(descriptor, source, [(piece, scratch[: end - start])])
+            if faults:
+                return faults[place.entry.key]
+            pause()
+        return None
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------
@@ -419,41 +458,6 @@ def _runs(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
             run = []
         run.append(part)
     yield run
-
-
-def _read_run(descriptor: int, source: Source, run: Sequence[_Part]) -> dict[str, _Fault]:
-    """Read parts that lie without a gap; return what is wrong with which. Raises OSError when the source is refused."""
-    begin = run[0][0].offset
-    try:
-        reached = begin + fill(descriptor, source, begin, [target for _, target in run])
-    except OSError as error:
-        if is_refusal(error, source):
-            raise
-        if len(run) > 1:
-            # Which of them it is, is learned one by one.
-            return {key: fault for part in run for key, fault in _read_run(descriptor, source, [part]).items()}
-        return {run[0][0].entry.key: _Fault(_reason(error), lasts=error.errno == errno.EIO)}
-    faults = {}
-    for place, target in run:
-        if place.end > reached:
-            faults[place.entry.key] = _Fault("the file ends before it")
-        elif any(
-            isal_zlib.crc32(target[start:end]) != checksum
-            for (start, end), checksum in zip(_pieces(place.entry.size_bytes), place.checksums, strict=True)
-        ):
-            faults[place.entry.key] = _Fault("its bytes were altered")
-    return faults
-
-
-def _checked(descriptor: int, source: Source, place: _Place, scratch: memoryview, pause: Callable[[], object]) -> _Fault | None:
-    """Read an entry piece by piece into ``scratch``; return what is wrong. Raises OSError when the source is refused."""
-    for (start, end), checksum in zip(_pieces(place.entry.size_bytes), place.checksums, strict=True):
-        piece = _Place(Entry(place.entry.key, end - start), place.offset + start, (checksum,))
-        faults = _read_run(descriptor, source, [(piece, scratch[: end - start])])
-        if faults:
-            return faults[place.entry.key]
-        pause()
-    return None
 
 
 def _remove(path: Path) -> None:

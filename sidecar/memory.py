@@ -4,6 +4,9 @@
 handle. *Tier memory* is the host tier (``sidecar.hosttier``): on a CPU the operators work on it in place. Weights come from block
 files where they are in one, the whole of a step at one stroke, else from the store; and what an engine that is no more has left
 there is taken as it is, once its checksum was compared.
+
+What is wanted at one stroke is a *batch*. It is brought in by three calls, ``begin``, ``read`` and ``end``, so that the disk
+reads for one batch while another is got ready or made use of.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -44,17 +48,39 @@ class Wanted(NamedTuple):
     recipe: Recipe | None
 
 
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Weights on their way. ``found`` has the handles of those that are there, and the errors of those that cannot be."""
+
+    wanted: Sequence[Wanted]
+    found: dict[str, object] = field(default_factory=dict)
+    # What is read from block files, and where to; then what could not be read.
+    entries: dict[str, Entry] = field(default_factory=dict)
+    targets: list[memoryview] = field(default_factory=list)
+    unusable: Collection[str] = ()
+
+    @property
+    def missing(self) -> list[Wanted]:
+        return [each for each in self.wanted if each.weight.digest not in self.found]
+
+
 class Memory(Protocol):
-    """What loads and the mover need. All but ``size_bytes`` and ``facts`` belong to the mover's thread, once it runs."""
+    """What loads and the mover need. All that does not say otherwise belongs to the mover's thread, once it runs."""
 
     def size_bytes(self, weight: Weight) -> int:
-        """Return the bytes that a weight takes of the budget."""
+        """Return the bytes that a weight takes of the budget. Any thread."""
 
     def kept(self) -> Iterable[str]:
         """Return the digests of weights that an earlier engine left here. Called once, before all else."""
 
-    def bring(self, wanted: Sequence[Wanted]) -> list[object]:
-        """Bring weights in; return for each its handle, or a TrunklineError."""
+    def begin(self, wanted: Sequence[Wanted]) -> Batch:
+        """Make room for weights. Batches may be begun before others are ended."""
+
+    def read(self, batch: Batch) -> None:
+        """Have the disk read what is there as it is needed. Any thread, while nobody else has the batch."""
+
+    def end(self, batch: Batch) -> list[object]:
+        """Have all else read or made; return for each weight its handle, or a TrunklineError."""
 
     def free(self, digests: Iterable[str]) -> None:
         """Let go of weights of which no handle is left."""
@@ -63,7 +89,7 @@ class Memory(Protocol):
         """Give back to the system what was let go of and is kept for what comes next."""
 
     def facts(self) -> Mapping[str, int]:
-        """Return what an operator wants to know, in bytes."""
+        """Return what an operator wants to know, in bytes. Any thread."""
 
     def keep(self, graph: Graph, recipes: Mapping[str, Recipe]) -> None:
         """Write the weights of a step to disk as they are needed, where that is done. Any thread; raises what reading raises."""
@@ -101,8 +127,14 @@ class DeviceMemory:
     def kept(self) -> Iterable[str]:
         return ()
 
-    def bring(self, wanted: Sequence[Wanted]) -> list[object]:
-        return [_outcome(each, self._bring) for each in wanted]
+    def begin(self, wanted: Sequence[Wanted]) -> Batch:
+        return Batch(wanted)
+
+    def read(self, batch: Batch) -> None:
+        """Do nothing: there are no block files."""
+
+    def end(self, batch: Batch) -> list[object]:
+        return [_outcome(each, self._bring) for each in batch.wanted]
 
     def _bring(self, wanted: Wanted) -> object:
         weight, recipe = wanted
@@ -149,27 +181,41 @@ class TierMemory:
     def kept(self) -> Iterable[str]:
         return self._tier.keys()
 
-    def bring(self, wanted: Sequence[Wanted]) -> list[object]:
-        found: dict[str, object] = {}
+    def begin(self, wanted: Sequence[Wanted]) -> Batch:
+        batch = Batch(wanted)
         for each in wanted:
             key = each.weight.digest
             if (key in self._tier or self._tier.take_back(key)) and (handle := self._taken_over(each)) is not None:
-                found[key] = handle
-        missing = [each for each in wanted if each.weight.digest not in found]
-        rooms: dict[str, memoryview] = {}
-        for each in missing:
-            try:
-                rooms[each.weight.digest] = self._tier.allocate(each.weight.digest, each.weight.size_bytes)
-            except NoRoom as error:
-                found[each.weight.digest] = DeviceFault(error.message, **error.details)
-        found |= self._from_files([each for each in missing if each.weight.digest in rooms])
-        for each in missing:
+                batch.found[key] = handle
+        for each in batch.missing:
             key = each.weight.digest
-            if key not in found:
-                found[key] = _outcome(each, self._from_store)
-            if isinstance(found[key], TrunklineError) and key in rooms:
+            try:
+                self._tier.allocate(key, each.weight.size_bytes)
+            except NoRoom as error:
+                batch.found[key] = DeviceFault(error.message, **error.details)
+                continue
+            entry = self._files.find(key)
+            if entry is not None and entry.size_bytes == each.weight.size_bytes:
+                batch.entries[key] = entry
+                batch.targets.append(self._tier.pages(key))
+        return batch
+
+    def read(self, batch: Batch) -> None:
+        try:
+            self._files.read([*batch.entries], batch.targets)
+        except EntriesUnusable as error:
+            batch.unusable = error.keys
+
+    def end(self, batch: Batch) -> list[object]:
+        # Before any of its pages is let go of.
+        batch.targets.clear()
+        for each in batch.missing:
+            key = each.weight.digest
+            handle = self._from_file(each, batch.entries[key]) if key in batch.entries.keys() - batch.unusable else None
+            batch.found[key] = _outcome(each, self._from_store) if handle is None else handle
+            if isinstance(batch.found[key], TrunklineError):
                 self._tier.free(key)
-        return [found[each.weight.digest] for each in wanted]
+        return [batch.found[each.weight.digest] for each in batch.wanted]
 
     def _taken_over(self, wanted: Wanted) -> object | None:
         """Return the handle of a weight that is in the tier already, None where it is of no use; it is freed then."""
@@ -197,34 +243,17 @@ class TierMemory:
             return self._device.over(room, wanted.weight)
         return self._device.packed_over(meta, room)
 
-    def _from_files(self, wanted: Sequence[Wanted]) -> dict[str, object]:
-        """Read what is in block files; what cannot be read there is left out, and made anew from the store."""
-        entries = {
-            each.weight.digest: entry
-            for each in wanted
-            if (entry := self._files.find(each.weight.digest)) is not None and entry.size_bytes == each.weight.size_bytes
-        }
-        unusable: Iterable[str] = ()
-        if entries:
-            try:
-                self._files.read([*entries], [self._tier.pages(key) for key in entries])
-            except EntriesUnusable as error:
-                unusable = error.keys
-        found: dict[str, object] = {}
-        for each in wanted:
-            key = each.weight.digest
-            if key not in entries or key in unusable:
-                continue
-            try:
-                handle = self._over(each, _meta(entries[key]))
-            except ValueError as error:
-                log.error("packed weight %s cannot be used as it lies on disk (%s); it is made anew", key[:12], error)
-                self._files.discard([key])
-                continue
-            self._tier.seal(key, _checksum(entries[key]))
-            self._moved["block_file_bytes"] += each.weight.size_bytes
-            found[key] = handle
-        return found
+    def _from_file(self, wanted: Wanted, entry: Entry) -> object | None:
+        """Return the handle of what was read from a block file, None where it is of no use."""
+        try:
+            handle = self._over(wanted, _meta(entry))
+        except ValueError as error:
+            log.error("packed weight %s cannot be used as it lies on disk (%s); it is made anew", entry.key[:12], error)
+            self._files.discard([entry.key])
+            return None
+        self._tier.seal(entry.key, _checksum(entry))
+        self._moved["block_file_bytes"] += entry.size_bytes
+        return handle
 
     def _from_store(self, wanted: Wanted) -> object:
         weight, recipe = wanted

@@ -1,20 +1,33 @@
-"""The mover: brings weights into memory and lets them go, in the order it was told, in a thread of its own that owns no state."""
+"""The mover: brings weights into memory and lets them go, in the order it was told, in threads of its own that own no state.
+
+One thread makes room for batches and makes use of what was read; *readers* read, one batch each, so that the disk need not wait
+for that. What is freed before something is fetched is gone when room is made for that: so bytes in memory stay within what the
+engine has counted.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import queue
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from trunkline.errors import SidecarFault
 
 from sidecar.bundle import Weight
-from sidecar.memory import Memory, Wanted
+from sidecar.memory import Batch, Memory, Wanted
 
 log = logging.getLogger("trunkline.engine")
 
+# One is read while checksums of another are compared; the third is ready when the disk is.
+_READERS: Final = 2
+_MOST_BEGUN: Final = 3
 _FIRST_PACE: Final = 500e6
 # How much the latest measurement counts in a running mean, and from how many bytes on it says something.
 _WEIGHT: Final = 0.2
@@ -22,58 +35,122 @@ _ENOUGH_BYTES: Final = 1 << 20
 
 # Run in the engine thread, with each weight and its handle, or a TrunklineError.
 _Arrived = Callable[[Sequence[tuple[Weight, object]]], None]
+_Job = Callable[[], object]
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    """One batch on its way; it has none before it is begun, nor when it failed."""
+
+    wanted: Sequence[Wanted]
+    arrived: _Arrived
+    begun_s: float = 0.0
+    batch: Batch | None = None
 
 
 class Mover:
-    """Moves weights, what is asked first first. ``run`` is its thread's body; all else may be called anywhere.
-
-    What is freed before something is fetched is gone when that is brought in: so bytes in memory stay within what the engine
-    has counted.
-    """
+    """Moves weights, what is asked first first. ``run`` is its thread's body; all else may be called anywhere."""
 
     def __init__(self, memory: Memory, post: Callable[[Callable[[], None]], None]) -> None:
         self._memory = memory
         self._post = post
         # Bytes that are brought in per second, as measured; before that, what most disks can do.
         self.pace = _FIRST_PACE
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._to_read: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        # What it was told, as long as enough has been begun.
+        self._told: deque[_Job] = deque()
+        self._begun_count = 0
+        self._ended_s = 0.0
 
     def fetch(self, wanted: Sequence[Wanted], arrived: _Arrived) -> None:
         """Bring the weights of a step in; ``arrived`` is told of all of them at once."""
-        self._jobs.put(lambda: self._fetch(wanted, arrived))
+        self._tell(functools.partial(self._begin, _Fetch(wanted, arrived)))
 
     def free(self, digests: Iterable[str]) -> None:
         """Let go of weights. No handle of them may be left."""
-        self._jobs.put(lambda: self._memory.free(digests))
+        self._tell(lambda: self._memory.free(digests))
 
     def trim(self) -> None:
         """Give back what is kept for what comes next."""
-        self._jobs.put(self._memory.trim)
+        self._tell(self._memory.trim)
+
+    def _tell(self, job: _Job) -> None:
+        self._inbox.put(functools.partial(self._told.append, job))
 
     def stop(self) -> None:
-        self._jobs.put(None)
+        self._inbox.put(None)
 
     def run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except Exception:
-                # A bug; what it was about is lost, but not the thread.
-                log.exception("the mover failed at a job")
+        for _ in range(_READERS):
+            threading.Thread(target=_work, args=(self._to_read,), name="reader", daemon=True).start()
+        _work(self._inbox, self._go_on)
+        for _ in range(_READERS):
+            self._to_read.put(None)
 
-    def _fetch(self, wanted: Sequence[Wanted], arrived: _Arrived) -> None:
-        # A frame of its own: a local of the loop would keep the last weights in memory after their eviction.
-        outcomes: Sequence[object]
-        started_s = time.perf_counter()
-        try:
-            outcomes = self._memory.bring(wanted)
-            self._measure(sum(each.weight.size_bytes for each in wanted), time.perf_counter() - started_s)
-        except Exception:
-            log.exception("%d weights could not be brought in", len(wanted))
-            outcomes = [SidecarFault("a weight could not be brought into memory; the sidecar's log says why")] * len(wanted)
-        pairs = [(each.weight, outcome) for each, outcome in zip(wanted, outcomes, strict=True)]
+    def _go_on(self) -> None:
+        while self._told and self._begun_count < _MOST_BEGUN:
+            _do(self._told.popleft())
+
+    def _begin(self, fetch: _Fetch) -> None:
+        self._begun_count += 1
+        fetch.begun_s = time.perf_counter()
+        with _guarded(fetch):
+            fetch.batch = self._memory.begin(fetch.wanted)
+        self._to_read.put(functools.partial(self._read, fetch))
+
+    def _read(self, fetch: _Fetch) -> None:
+        with _guarded(fetch):
+            if fetch.batch is not None:
+                self._memory.read(fetch.batch)
+        self._inbox.put(functools.partial(self._end, fetch))
+
+    def _end(self, fetch: _Fetch) -> None:
+        self._begun_count -= 1
+        outcomes: Sequence[object] = ()
+        with _guarded(fetch):
+            if fetch.batch is not None:
+                outcomes = self._memory.end(fetch.batch)
+                self._measure(fetch)
+        if fetch.batch is None:
+            outcomes = [SidecarFault("a weight could not be brought into memory; the sidecar's log says why")] * len(fetch.wanted)
+        pairs = [(each.weight, outcome) for each, outcome in zip(fetch.wanted, outcomes, strict=True)]
+        arrived = fetch.arrived
         self._post(lambda: arrived(pairs))
 
-    def _measure(self, size_bytes: int, seconds: float) -> None:
+    def _measure(self, fetch: _Fetch) -> None:
+        # Of one that was begun before the last was ended, what it takes beyond that.
+        since_s, self._ended_s = max(fetch.begun_s, self._ended_s), time.perf_counter()
+        size_bytes = sum(each.weight.size_bytes for each in fetch.wanted)
         if size_bytes >= _ENOUGH_BYTES:
-            self.pace += _WEIGHT * (size_bytes / seconds - self.pace)
+            self.pace += _WEIGHT * (size_bytes / (self._ended_s - since_s) - self.pace)
+
+
+@contextlib.contextmanager
+def _guarded(fetch: _Fetch) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        log.exception("%d weights could not be brought in", len(fetch.wanted))
+        fetch.batch = None
+
+
+def _work(jobs: queue.SimpleQueue[_Job | None], then: _Job = lambda: None) -> None:
+    while _take(jobs):
+        then()
+
+
+def _take(jobs: queue.SimpleQueue[_Job | None]) -> bool:
+    # A frame of its own: a local of the loop would keep the last weights in memory after their eviction.
+    job = jobs.get()
+    if job is not None:
+        _do(job)
+    return job is not None
+
+
+def _do(job: _Job) -> None:
+    try:
+        job()
+    except Exception:
+        # A bug; what it was about is lost, but not the thread.
+        log.exception("the mover failed at a job")

@@ -147,7 +147,9 @@ def test_a_weight_without_bytes_is_brought_in_from_either_place(node: Node) -> N
     node.source.blobs[empty.digest] = b""
     memory = node.memory()
     for _ in ("store", "block file"):
-        (handle,) = memory.bring([Wanted(empty, None)])
+        batch = memory.begin([Wanted(empty, None)])
+        memory.read(batch)
+        (handle,) = memory.end(batch)
         assert isinstance(handle, torch.Tensor)
         assert handle.shape == (0, 3)
         memory.free([empty.digest])

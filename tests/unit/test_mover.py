@@ -1,0 +1,194 @@
+"""The mover: in order, while the disk is at work, and whatever goes wrong is told to those it concerns."""
+
+from __future__ import annotations
+
+import gc
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from trunkline.errors import SidecarFault
+
+from sidecar.bundle import Weight
+from sidecar.memory import Batch, Wanted
+from sidecar.mover import Mover, _Fetch
+
+TIMEOUT_S = 60
+
+
+class Handle:
+    pass
+
+
+class FakeMemory:
+    """Notes what it is told; a batch is read when it is let through, and fails where it should."""
+
+    def __init__(self) -> None:
+        self.told: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.gates: dict[str, threading.Event] = {}
+        self.fails: set[str] = set()
+
+    def note(self, what: str, name: str) -> None:
+        self.told.put(f"{what} {name}")
+        if f"{what} {name}" in self.fails:
+            raise RuntimeError("as it was told")
+
+    def begin(self, wanted: Sequence[Wanted]) -> Batch:
+        self.note("begin", _name(wanted))
+        return Batch(wanted)
+
+    def read(self, batch: Batch) -> None:
+        name = _name(batch.wanted)
+        assert self.gates.setdefault(name, threading.Event()).wait(TIMEOUT_S)
+        self.note("read", name)
+
+    def end(self, batch: Batch) -> list[object]:
+        self.note("end", _name(batch.wanted))
+        return [Handle() for _ in batch.wanted]
+
+    def free(self, digests: Iterable[str]) -> None:
+        self.note("free", "".join(digests))
+
+    def trim(self) -> None:
+        self.note("trim", "all")
+
+    def let_through(self, *names: str) -> None:
+        for name in names:
+            self.gates.setdefault(name, threading.Event()).set()
+
+    def saw(self, count: int) -> list[str]:
+        return [self.told.get(timeout=TIMEOUT_S) for _ in range(count)]
+
+
+def _name(wanted: Sequence[Wanted]) -> str:
+    return wanted[0].weight.digest
+
+
+def batch(name: str, size_bytes: int = 1) -> list[Wanted]:
+    return [Wanted(Weight(name, "uint8", (size_bytes,), size_bytes, 0), None)]
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.memory: Any = FakeMemory()
+        self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.mover = Mover(self.memory, self.posted.put)
+        self.arrived: list[tuple[str, object]] = []
+        self.thread = threading.Thread(target=self.mover.run)
+
+    def fetch(self, *names: str) -> None:
+        for name in names:
+            self.mover.fetch(batch(name), self.note)
+
+    def note(self, pairs: Sequence[tuple[Weight, object]]) -> None:
+        self.arrived += [(weight.digest, outcome) for weight, outcome in pairs]
+
+    def take(self, count: int) -> list[tuple[str, object]]:
+        """Return what arrived, when that many batches have."""
+        for _ in range(count):
+            self.posted.get(timeout=TIMEOUT_S)()
+        arrived, self.arrived = self.arrived, []
+        return arrived
+
+
+@pytest.fixture
+def bench(nothing_leaks: None) -> Iterator[Bench]:
+    made = Bench()
+    made.thread.start()
+    yield made
+    made.mover.stop()
+    made.thread.join(TIMEOUT_S)
+    assert not made.thread.is_alive()
+
+
+def test_the_next_are_begun_while_the_first_is_read(bench: Bench) -> None:
+    bench.fetch("a", "b", "c", "d", "e")
+    assert bench.memory.saw(3) == ["begin a", "begin b", "begin c"]
+    # Not the fourth, before one of them has ended.
+    assert bench.memory.told.empty()
+    bench.memory.let_through("a")
+    assert bench.memory.saw(3) == ["read a", "end a", "begin d"]
+    ((name, handle),) = bench.take(1)
+    assert name == "a"
+    assert isinstance(handle, Handle)
+    bench.memory.let_through("b", "c", "d", "e")
+    assert [name for name, _ in sorted(bench.take(4), key=lambda pair: pair[0])] == ["b", "c", "d", "e"]
+
+
+def test_what_is_let_go_of_first_is_gone_before_room_is_made(bench: Bench) -> None:
+    bench.memory.let_through(*"abcd")
+    bench.fetch("a")
+    bench.mover.free(["x"])
+    bench.fetch("b", "c", "d")
+    bench.mover.free(["y"])
+    bench.mover.trim()
+    bench.take(4)
+    told = [each for each in bench.memory.saw(15) if not each.startswith(("read", "end"))]
+    assert told == ["begin a", "free x", "begin b", "begin c", "begin d", "free y", "trim all"]
+
+
+@pytest.mark.parametrize("step", ["begin", "read", "end"])
+def test_what_goes_wrong_with_one_batch_is_told_and_harms_no_other(
+    step: str, bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.memory.fails.add(f"{step} a")
+    bench.memory.let_through("a", "b")
+    bench.fetch("a", "b")
+    found = dict(bench.take(2))
+    assert isinstance(found["a"], SidecarFault)
+    assert isinstance(found["b"], Handle)
+    assert "1 weights could not be brought in" in caplog.text
+    # It counts no more as begun: three more are.
+    bench.fetch("c", "d", "e")
+    bench.memory.let_through("c", "d", "e")
+    assert len(bench.take(3)) == 3
+
+
+def test_another_job_that_fails_does_not_end_the_thread(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.memory.fails.add("free x")
+    bench.memory.let_through("a")
+    bench.mover.free(["x"])
+    bench.fetch("a")
+    assert len(bench.take(1)) == 1
+    assert "the mover failed at a job" in caplog.text
+
+
+def test_nobody_holds_on_to_what_has_arrived(bench: Bench) -> None:
+    bench.memory.let_through("a")
+    bench.fetch("a")
+    ((_, handle),) = bench.take(1)
+    # Of what it was told next it has no notion of the last.
+    bench.mover.trim()
+    while bench.memory.told.get(timeout=TIMEOUT_S) != "trim all":
+        pass
+    seen = weakref.ref(handle)
+    del handle
+    gc.collect()
+    assert seen() is None
+
+
+def test_the_pace_is_that_of_batches_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("sidecar.mover.time.perf_counter", lambda: now[0])
+    memory: Any = FakeMemory()
+    mover = Mover(memory, lambda command: command())
+    first_pace = mover.pace
+    size_bytes = 1 << 30
+    fetches = [_Fetch(batch(name, size_bytes), lambda pairs: None) for name in "ab"]
+    for fetch in fetches:
+        mover._begin(fetch)
+    now[0] = 2.0
+    mover._end(fetches[0])
+    expected = first_pace + 0.2 * (size_bytes / 2 - first_pace)
+    assert mover.pace == pytest.approx(expected)
+    now[0] = 3.0
+    mover._end(fetches[1])
+    assert mover.pace == pytest.approx(expected + 0.2 * (size_bytes / 1 - expected))
+    # So little says nothing about the disk.
+    mover._begin(small := _Fetch(batch("c", 1), lambda pairs: None))
+    known = mover.pace
+    mover._end(small)
+    assert mover.pace == known
