@@ -161,7 +161,8 @@ class Streams:
         if grant is None:
             return False
         self.drop(grant.evict)
-        self.loads.fetch(stream.deployed, grant.fetch)
+        # Not only what room was made for now: what an engine before this one left in memory has room, and no handle.
+        self.loads.fetch(stream.deployed, [digest for digest in wanted if not self.residency.is_resident(digest)])
         return True
 
 

@@ -83,6 +83,19 @@ def test_the_first_stages_stay_and_the_others_are_read_again(node: Node, monkeyp
         assert all(size - budget <= each < size for each in read)
 
 
+def test_a_stream_goes_on_with_what_an_engine_before_it_left_in_memory(node: Node) -> None:
+    made = network("resnet")
+    (size,), (smallest,) = rooms(node, made)
+    node.resize((smallest + size) // 2)
+    for seed in range(3):
+        with node.serve() as running:
+            assert (ask(running, "memory")["resident_bytes"] > 0) == (seed > 0)
+            check(made, seed)
+            assert (moved(running)["kept_bytes"] > 0) == (seed > 0)
+            assert ask(running, "memory")["resident_bytes"] <= node.budget_bytes
+            client._pool.close()
+
+
 def test_too_little_for_two_neighbours_is_refused_with_the_numbers(node: Node) -> None:
     made = network("resnet")
     _, (smallest,) = rooms(node, made)
