@@ -90,6 +90,11 @@ class Deployed:
         """Return where the rows of a batch lie; None where rows must not stand beside others."""
         return None if self.verdict is None else self.verdict.layouts
 
+    @property
+    def run_s(self) -> tuple[float, ...]:
+        """Return the seconds each step took when it was tried; empty where that is not known."""
+        return () if self.verdict is None else self.verdict.run_s
+
     def padding(self, inputs: Mapping[Key, Any]) -> Padding | None:
         """Return how a call's inputs may be made longer; None where that would change its answer, or was not tried."""
         symbol = "" if self.verdict is None else self.verdict.padded

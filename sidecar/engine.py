@@ -155,7 +155,7 @@ class Engine:
         self._trials: Trials | None = None
         if verdicts is not None:
             self._trials = Trials(device, source, verdicts, self._post, packing=packing, keep=self._memory.keep)
-            self._trials.then(lambda: self._memory.calibrate(verdicts))
+            self._trials.then(lambda: self._mover.expect(self._memory.calibrate(verdicts)))
         # Set while the head of the queue waits for a lease of somebody else to end.
         self._blocked = False
         self._untrimmed = False

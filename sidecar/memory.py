@@ -12,6 +12,7 @@ reads for one batch while another is got ready or made use of.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -97,8 +98,8 @@ class Memory(Protocol):
     def forget(self, digests: Iterable[str]) -> None:
         """Remove from there what no model has any more. Any thread."""
 
-    def calibrate(self, verdicts: Verdicts) -> None:
-        """Find out, once on a machine, how the disk is read best. Any thread."""
+    def calibrate(self, verdicts: Verdicts) -> float | None:
+        """Find out, once on a machine, how the disk is read best; return the bytes per second, if known. Any thread."""
 
     def scrub(self, pause: Callable[[], object]) -> None:
         """Read all that is kept on disk, with a pause after each piece; what is damaged is forgotten. Any thread."""
@@ -157,8 +158,8 @@ class DeviceMemory:
     def forget(self, digests: Iterable[str]) -> None:
         pass
 
-    def calibrate(self, verdicts: Verdicts) -> None:
-        pass
+    def calibrate(self, verdicts: Verdicts) -> float | None:
+        return None
 
     def scrub(self, pause: Callable[[], object]) -> None:
         pass
@@ -303,13 +304,16 @@ class TierMemory:
     def forget(self, digests: Iterable[str]) -> None:
         self._files.discard(digests)
 
-    def calibrate(self, verdicts: Verdicts) -> None:
-        known = (verdicts.find("disk", "reading") or {}).get("source")
-        if known not in SOURCES:
+    def calibrate(self, verdicts: Verdicts) -> float | None:
+        known = verdicts.find("disk", "reading") or {}
+        if known.get("source") not in SOURCES:
             found = self._files.calibrate()
-            known = found.source.name
-            verdicts.end("disk", "reading", {"source": known, "bytes_per_s": found.bytes_per_s})
-        self._files.source = SOURCES[known]
+            known = {"source": found.source.name, "bytes_per_s": found.bytes_per_s}
+            verdicts.end("disk", "reading", known)
+        self._files.source = SOURCES[known["source"]]
+        figures = known.get("bytes_per_s")
+        pace = figures.get(known["source"]) if isinstance(figures, dict) else None
+        return pace if isinstance(pace, float) and 0 < pace < math.inf else None
 
     def scrub(self, pause: Callable[[], object]) -> None:
         self._files.scrub(pause)

@@ -29,9 +29,9 @@ log = logging.getLogger("trunkline.engine")
 _READERS: Final = 2
 _MOST_BEGUN: Final = 3
 _FIRST_PACE: Final = 500e6
-# How much the latest measurement counts in a running mean, and from how many bytes on it says something.
-_WEIGHT: Final = 0.2
+# From how many bytes on a measurement says something, and how many of the latest count fully.
 _ENOUGH_BYTES: Final = 1 << 20
+_LATEST_BYTES: Final = 64 << 20
 
 # Run in the engine thread, with each weight and its handle, or a TrunklineError.
 _Arrived = Callable[[Sequence[tuple[Weight, object]]], None]
@@ -54,13 +54,16 @@ class Mover:
     def __init__(self, memory: Memory, post: Callable[[Callable[[], None]], None]) -> None:
         self._memory = memory
         self._post = post
-        # Bytes that are brought in per second, as measured; before that, what most disks can do.
+        # Bytes that are brought in per second, as measured; before that, what this disk can do, or most can.
         self.pace = _FIRST_PACE
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._to_read: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         # What it was told, as long as enough has been begun.
         self._told: deque[_Job] = deque()
         self._begun_count = 0
+        # What was brought in lately, and how long it took.
+        self._moved_bytes = 0.0
+        self._moved_s = 0.0
         self._ended_s = 0.0
 
     def fetch(self, wanted: Sequence[Wanted], arrived: _Arrived) -> None:
@@ -77,6 +80,12 @@ class Mover:
 
     def _tell(self, job: _Job) -> None:
         self._inbox.put(functools.partial(self._told.append, job))
+
+    def expect(self, pace: float | None) -> None:
+        """Take what the disk was found to do, if it was, for the pace until something is brought in."""
+        # Should it meet a measurement, either may be lost, and the next one makes up for it.
+        if pace is not None and self._moved_bytes < _ENOUGH_BYTES:
+            self.pace = pace
 
     def stop(self) -> None:
         self._inbox.put(None)
@@ -122,8 +131,14 @@ class Mover:
         # Of one that was begun before the last was ended, what it takes beyond that.
         since_s, self._ended_s = max(fetch.begun_s, self._ended_s), time.perf_counter()
         size_bytes = sum(each.weight.size_bytes for each in fetch.wanted)
-        if size_bytes >= _ENOUGH_BYTES:
-            self.pace += _WEIGHT * (size_bytes / (self._ended_s - since_s) - self.pace)
+        # Bytes and seconds apart: a batch that ends right after another takes next to no time beyond that.
+        self._moved_bytes += size_bytes
+        self._moved_s += self._ended_s - since_s
+        if self._moved_bytes >= _ENOUGH_BYTES:
+            self.pace = self._moved_bytes / self._moved_s
+        if self._moved_bytes >= 2 * _LATEST_BYTES:
+            self._moved_bytes /= 2
+            self._moved_s /= 2
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ class Streams:
     # It cannot go on until leases of others are returned.
     starved: bool = False
     _open: _Stream | None = None
-    # Seconds a stage takes to run, by key.
+    # Seconds a stage takes to run, by key, as measured in streams.
     _run_s: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -95,11 +95,13 @@ class Streams:
 
     def _legs(self, deployed: Deployed) -> list[Leg]:
         pace, pinned, weights = self.pace(), self.residency.pinned_weights(), self.residency.weights(deployed.plan)
+        # Until a step has run in a stream its trial tells, and where that did not, nothing.
+        tried_s = deployed.run_s or (0.0,) * len(deployed.steps)
         legs = []
-        for step in deployed.steps:
+        for step, run_s in zip(deployed.steps, tried_s, strict=True):
             # Pinned weights take no room of the stream's, and are not read.
             size_bytes = sum(weights[digest] for digest in dict.fromkeys(_digests([step])) if digest not in pinned)
-            legs.append(Leg(size_bytes, size_bytes / pace, self._run_s.get(step.key, 0.0)))
+            legs.append(Leg(size_bytes, size_bytes / pace, self._run_s.get(step.key, run_s)))
         return legs
 
     def ran(self, step: Step, seconds: float) -> None:

@@ -10,6 +10,8 @@ a global maximum, a dynamic quantisation. The same runs show where the rows lie 
 *Form.* Where a stage can be lowered (``sidecar.lowering``), both forms of it take turns. The lowered one is taken where it agrees
 and is faster. Stages of one structure have one form, whichever models they are in, so that their weights are shared.
 
+*Seconds.* What each stage takes for one row is noted on the way, so that how long a run takes can be told before the first.
+
 Owned by its thread; the outcome is posted.
 """
 
@@ -24,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,13 +69,16 @@ class Verdict:
     """Whether a model's rows are independent; if so, where they lie in every tensor, and if not, why.
 
     ``forms`` has an entry per stage: its lowered graph, None where it runs as it is. ``padded`` names the symbol along which
-    inputs may be padded with zeros; empty where there is none. Where the trial could not be ``held``, nothing is known.
+    inputs may be padded with zeros; empty where there is none. ``run_s`` has the seconds that each stage takes in its form, for
+    one row, or for the batch that a model is fixed to; empty where nobody has measured. Where the trial could not be ``held``,
+    nothing is known.
     """
 
     layouts: Layouts | None
     reason: str = ""
     forms: tuple[Lowered | None, ...] = ()
     padded: str = ""
+    run_s: tuple[float, ...] = ()
     held: bool = True
 
 
@@ -220,7 +225,7 @@ class Trials:
             rows: dict[str, Any] = {"layouts": None, "reason": trial.dependence}
             if not trial.dependence:
                 rows = {"layouts": layouts, "padded": bool(trial.padded)}
-            return rows, trial.forms
+            return rows | {"run_us": trial.run_us}, trial.forms
         return {"layouts": None, "reason": f"it could not be run on {_ROWS} rows: {failed}"}, {}
 
 
@@ -258,13 +263,26 @@ class _State:
             each if each is not None and (self.forms[self.structures[number]] or {}).get("packed") else None
             for number, each in enumerate(self.lowered)
         )
+        run_s = self._run_s(rows, taken)
         if rows["layouts"] is None:
-            return Verdict(None, str(rows["reason"]), taken)
+            return Verdict(None, str(rows["reason"]), taken, run_s=run_s)
         layouts: dict[Key, int | None] = dict.fromkeys(self.staged.inputs, INPUT)
         for stage, known in zip(self.staged.stages, rows["layouts"], strict=True):
             layouts.update(zip(stage.gives, known, strict=True))
         # Verdicts know structures, which have no names.
-        return Verdict(layouts, "", taken, _masked(self.bundle) if rows["padded"] else "")
+        return Verdict(layouts, "", taken, _masked(self.bundle) if rows["padded"] else "", run_s)
+
+    def _run_s(self, rows: Mapping[str, Any], taken: Sequence[Lowered | None]) -> tuple[float, ...]:
+        found = rows.get("run_us")
+        if not isinstance(found, list) or len(found) != len(taken) or not all(map(_is_count, found)):
+            # A verdict of before they were measured.
+            return ()
+        seconds = []
+        for number, (plain_us, lowered) in enumerate(zip(found, taken, strict=True)):
+            # Its own time as it is, and what another form was seen to make of it, with another input perhaps.
+            ratio = 1.0 if lowered is None else _ratio(self.forms[self.structures[number]] or {})
+            seconds.append(plain_us * 1e-6 * ratio)
+        return tuple(seconds)
 
 
 class _Dependent(Exception):
@@ -272,7 +290,11 @@ class _Dependent(Exception):
 
 
 class _Trial:
-    """One model on one row, and on four rows with six fillings. ``dependence`` says why its rows are not independent."""
+    """One model on one row, and on four rows with six fillings. ``dependence`` says why its rows are not independent.
+
+    ``run_us`` has how long each stage took for the row alone, as it is. Where it ran on four rows before, what a first run sets
+    up is not in it.
+    """
 
     def __init__(self, device: Device, source: Source, bundle: Bundle, size: int) -> None:
         self._device = device
@@ -282,6 +304,7 @@ class _Trial:
         self.padded = ""
         self._graph = bundle.graph
         self.forms: dict[int, dict[str, Any]] = {}
+        self.run_us: list[int] = []
         random = np.random.default_rng(0)
         sizes = {symbol.name: min(max(size, symbol.minimum), symbol.maximum) for symbol in bundle.graph.symbols}
         self._inputs: list[dict[str, NDArray[Any]]] = []
@@ -310,7 +333,7 @@ class _Trial:
                 filled["padded"] = np.pad(filled["alone"], widths)
 
     def run(self, staged: Staged, lowered: Mapping[int, Lowered | None]) -> list[list[int | None]]:
-        """Return where rows lie in all that each stage gives; fill ``dependence`` and ``forms``. Raises what a device raises."""
+        """Return where rows lie in all that each stage gives; fill all that can be asked for. Raises what a device raises."""
         runs: dict[str, dict[Key, Any]] = {}
         for filling in self._inputs[0] if self._inputs else ():
             arrays = [filled[filling] for filled in self._inputs]
@@ -322,11 +345,17 @@ class _Trial:
         for number, stage in enumerate(staged.stages):
             weights = [self._device.new_weight(weight, reader(self._source, weight)) for weight in stage.graph.weights]
             program = self._device.prepare(stage.graph)
-            for values in runs.values():
-                given = self._device.run(program, weights, [values[key] for key in stage.takes])
+            for filling, values in runs.items():
+                inputs = [values[key] for key in stage.takes]
+                started = time.perf_counter()
+                given = self._device.run(program, weights, inputs)
+                if filling == "alone":
+                    self.run_us.append(round((time.perf_counter() - started) * 1e6))
                 values.update(zip(stage.gives, given, strict=True))
             if (form := lowered.get(number)) is not None:
-                self.forms[number] = self._compare(stage, program, weights, form, runs["alone"])
+                compared = self.forms[number] = self._compare(stage, program, weights, form, runs["alone"])
+                # The same run, measured more than once.
+                self.run_us[number] = compared.get("base_us", self.run_us[number])
             del weights
             if not self.dependence:
                 try:
@@ -472,6 +501,16 @@ def _values(
     return np.full(shape, number).astype(dtype)
 
 
+def _ratio(form: Mapping[str, Any]) -> float:
+    """Return how long a stage takes with packed weights / as it is; 1 where that is not known."""
+    base_us, packed_us = form.get("base_us"), form.get("packed_us")
+    return packed_us / base_us if _is_count(base_us) and _is_count(packed_us) and base_us else 1.0
+
+
+def _is_count(found: object) -> TypeGuard[int]:
+    return isinstance(found, int) and not isinstance(found, bool) and found >= 0
+
+
 def _is_form(plain: Mapping[str, Any] | None) -> bool:
     return plain is not None and isinstance(plain.get("packed"), bool)
 
@@ -491,4 +530,4 @@ def _is_whole(plain: Mapping[str, Any], staged: Staged) -> bool:
 
 
 def _is_axis(found: object) -> bool:
-    return found is None or (isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 64)
+    return found is None or (_is_count(found) and found < 64)

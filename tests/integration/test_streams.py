@@ -13,6 +13,7 @@ from trunkline.errors import BudgetExceeded, DeadlineExceeded, ModelCorrupt, Sid
 from trunkline.pool import Pool
 
 from sidecar.errors import BlobCorrupt
+from sidecar.memory import TierMemory
 from sidecar.timeline import smallest_room
 from tests.fakes import Running
 from tests.integration.test_sharing import ask, at_once, deploy
@@ -61,12 +62,19 @@ def test_a_model_larger_than_the_budget_answers_as_ever(kind: str, node: Node) -
         memory._tier.check_invariants()
 
 
-def test_the_first_stages_stay_and_the_others_are_read_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = network("resnet")
-    # A disk that is faster than any computation: two stages at a time are enough, and all else stays.
+@pytest.fixture
+def instant_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is faster than any computation."""
     monkeypatch.setattr("sidecar.timeline._HANDOVER_S", 0.0)
     monkeypatch.setattr("sidecar.mover._FIRST_PACE", 1e15)
     monkeypatch.setattr("sidecar.mover._ENOUGH_BYTES", 1 << 60)
+    monkeypatch.setattr(TierMemory, "calibrate", lambda self, verdicts: None)
+
+
+@pytest.mark.usefixtures("instant_disk")
+def test_the_first_stages_stay_and_the_others_are_read_again(node: Node) -> None:
+    made = network("resnet")
+    # Two stages at a time are enough, and all else stays.
     (size,), (smallest,) = rooms(node, made)
     budget = (smallest + size) // 2
     node.resize(budget)
@@ -93,6 +101,25 @@ def test_a_stream_goes_on_with_what_an_engine_before_it_left_in_memory(node: Nod
             check(made, seed)
             assert (moved(running)["kept_bytes"] > 0) == (seed > 0)
             assert ask(running, "memory")["resident_bytes"] <= node.budget_bytes
+            client._pool.close()
+
+
+@pytest.mark.usefixtures("instant_disk")
+def test_the_first_run_after_a_restart_is_predicted_by_the_trial_before_it(node: Node) -> None:
+    made = network("resnet")
+    (size,), (smallest,) = rooms(node, made)
+    node.resize((smallest + size) // 2)
+    before: tuple[float, ...] = ()
+    for _ in range(2):
+        with node.serve() as running:
+            run_s = running.engine._catalog.deployed[made.name].run_s
+            assert run_s == (before or run_s)
+            check(made, 0)
+            found = streams(running)
+            assert found["runs"] == 1
+            assert found["predicted_s"] == pytest.approx(sum(run_s), abs=1e-6)
+            assert found["predicted_s"] > 0
+            before = run_s
             client._pool.close()
 
 

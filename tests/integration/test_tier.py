@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import zlib
@@ -18,6 +19,7 @@ from sidecar.devices import open_device
 from sidecar.errors import NoRoom
 from sidecar.ir import Graph, Weight
 from sidecar.memory import DeviceMemory, TierMemory, Wanted, memory_of
+from sidecar.verdicts import Verdicts
 from tests.fakes import Running
 from tests.integration.test_sharing import ask, deploy
 from tests.networks import Network, agrees, network
@@ -140,6 +142,23 @@ def test_layouts_of_another_torch_are_not_believed(node: Node, monkeypatch: pyte
         check(made, 1)
         assert moved(running)["store_bytes"] > 0
         assert moved(running)["kept_bytes"] < ask(running, "memory")["resident_bytes"]
+
+
+@pytest.mark.parametrize("source", ["buffered", "direct"])
+def test_weights_are_expected_as_fast_as_the_disk_was_found_to_be(source: str, node: Node) -> None:
+    figures = {"buffered": 2e9, "direct": 3e9}
+    Verdicts(node.folder / "verdicts", "test").end("disk", "reading", {"source": source, "bytes_per_s": figures})
+    memory = node.memory()
+    with node.serve(memory) as running:
+        until(lambda: running.engine._mover.pace == figures[source])
+    assert memory._files.source.name == source
+
+
+@pytest.mark.parametrize("figures", [None, 3e9, {}, {"buffered": 3e9}, {"direct": "3e9"}, {"direct": 0.0}, {"direct": math.inf}])
+def test_a_disk_without_figures_is_not_told_to_be_of_any_speed(figures: object, node: Node) -> None:
+    verdicts = Verdicts(node.folder / "verdicts", "test")
+    verdicts.end("disk", "reading", {"source": "direct", "bytes_per_s": figures})
+    assert node.memory().calibrate(verdicts) is None
 
 
 def test_a_weight_without_bytes_is_brought_in_from_either_place(node: Node) -> None:

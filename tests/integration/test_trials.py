@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from sidecar.devices import TorchDevice, open_device
 from sidecar.errors import BlobMissing
 from sidecar.export import Source, convert
 from sidecar.graph import FusedGraph
+from sidecar.merkle import skeleton_id
 from sidecar.stages import Staged
 from sidecar.trials import Trials, Verdict
 from sidecar.verdicts import Verdicts
@@ -324,6 +328,69 @@ def test_a_model_that_cannot_be_run_on_four_rows_is_served_one_by_one(tmp_path: 
     assert (verdict.layouts, verdict.reason) == (None, "it could not be run on 4 rows: too large")
 
 
+def written(path: Path) -> dict[str, Any]:
+    """Return a verdict as it is on disk."""
+    found: dict[str, Any] = json.loads(path.read_bytes().partition(b"\n")[2])
+    return found
+
+
+def test_stages_are_timed_in_the_form_they_are_taken_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
+    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["resnet"](), blobs)
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    verdicts = Verdicts(tmp_path, "test")
+    rows = verdicts.find("rows", f"{bundle.graph_digest} {bundle.batch}")
+    assert rows is not None
+    assert any(verdict.forms)
+    assert len(verdict.run_s) == len(rows["run_us"]) == len(staged.stages) > 1
+    for stage, lowered, plain_us, run_s in zip(staged.stages, verdict.forms, rows["run_us"], verdict.run_s, strict=True):
+        assert isinstance(plain_us, int)
+        form = (verdicts.find("form", skeleton_id(stage.graph)) or {}) if lowered is not None else {"base_us": 1, "packed_us": 1}
+        assert run_s == pytest.approx(plain_us * 1e-6 * form["packed_us"] / form["base_us"])
+
+
+def test_a_model_of_fixed_size_is_timed_as_it_is_asked(tmp_path: Path) -> None:
+    blobs, graph = Blobs(), FusedGraph()
+    source = zoo.ALL["mlp"]()
+    made = convert(source.module, source.inputs, name="m", batch=False)
+    blobs.contents |= {digest: bytes(content) for digest, content in made.blobs}
+    graph.add(made.bundle)
+    (verdict,) = judge(made.bundle, graph.staged("m"), blobs, tmp_path)
+    assert len(verdict.run_s) == len(graph.staged("m").stages)
+    assert judge(made.bundle, graph.staged("m"), blobs, tmp_path) == [verdict]
+
+
+@pytest.mark.parametrize("figures", [None, 5, [], [-1], [True], [0.5], [1, 2]])
+def test_a_verdict_without_figures_is_one_nevertheless(figures: object, tmp_path: Path) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+    assert len(staged.stages) == 1
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    (path,) = tmp_path.glob("rows-*.json")
+    old = written(path) | {"run_us": figures}
+    if figures is None:
+        del old["run_us"]
+    Verdicts(tmp_path, "test").end("rows", f"{bundle.graph_digest} {bundle.batch}", old)
+    reads = blobs.reads
+    assert judge(bundle, staged, blobs, tmp_path) == [replace(verdict, run_s=())]
+    assert blobs.reads == reads
+    assert written(path) == old
+
+
+@pytest.mark.parametrize("form", [{}, {"base_us": 0, "packed_us": 5}, {"base_us": 5, "packed_us": "5"}])
+def test_a_form_without_figures_changes_nothing_about_those_of_its_stage(form: dict[str, Any], tmp_path: Path) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+    judge(bundle, staged, blobs, tmp_path)
+    (rows,) = map(written, tmp_path.glob("rows-*.json"))
+    Verdicts(tmp_path, "test").end("form", skeleton_id(staged.stages[0].graph), {"packed": True} | form)
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    assert verdict.forms[0] is not None
+    assert verdict.run_s == (rows["run_us"][0] * 1e-6,)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -343,12 +410,14 @@ def test_verdicts_that_are_no_verdicts_are_found_again(content: str, tmp_path: P
     bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
     (verdict,) = judge(bundle, staged, blobs, tmp_path)
     (path,) = tmp_path.glob("rows-*.json")
-    whole = path.read_bytes()
+    whole = written(path)
     # What the disk has altered, and what another program has written.
     for altered in (content.encode(), b"%08x\n" % zlib.crc32(content.encode()) + content.encode()):
         path.write_bytes(altered)
-        assert judge(bundle, staged, blobs, tmp_path) == [verdict]
-        assert path.read_bytes() == whole
+        (again,) = judge(bundle, staged, blobs, tmp_path)
+        # It was tried, and so timed, once more.
+        assert replace(again, run_s=verdict.run_s) == verdict
+        assert written(path) | {"run_us": whole["run_us"]} == whole
 
 
 def test_a_folder_that_cannot_be_used_is_told_and_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,9 +14,10 @@ from trunkline.errors import SidecarFault
 
 from sidecar.bundle import Weight
 from sidecar.memory import Batch, Wanted
-from sidecar.mover import Mover, _Fetch
+from sidecar.mover import _FIRST_PACE, _LATEST_BYTES, Mover, _Fetch
 
 TIMEOUT_S = 60
+MB = 1 << 20
 
 
 class Handle:
@@ -170,25 +171,55 @@ def test_nobody_holds_on_to_what_has_arrived(bench: Bench) -> None:
     assert seen() is None
 
 
-def test_the_pace_is_that_of_batches_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("sidecar.mover.time.perf_counter", lambda: now[0])
-    memory: Any = FakeMemory()
-    mover = Mover(memory, lambda command: command())
-    first_pace = mover.pace
-    size_bytes = 1 << 30
-    fetches = [_Fetch(batch(name, size_bytes), lambda pairs: None) for name in "ab"]
+def moved(mover: Mover, now: list[float], *batches: tuple[int, float]) -> None:
+    """Bring in batches, all begun at once, of so many bytes, which end at these times."""
+    fetches = [_Fetch(batch("a", size_bytes), lambda pairs: None) for size_bytes, _ in batches]
     for fetch in fetches:
         mover._begin(fetch)
-    now[0] = 2.0
-    mover._end(fetches[0])
-    expected = first_pace + 0.2 * (size_bytes / 2 - first_pace)
-    assert mover.pace == pytest.approx(expected)
-    now[0] = 3.0
-    mover._end(fetches[1])
-    assert mover.pace == pytest.approx(expected + 0.2 * (size_bytes / 1 - expected))
-    # So little says nothing about the disk.
-    mover._begin(small := _Fetch(batch("c", 1), lambda pairs: None))
-    known = mover.pace
-    mover._end(small)
-    assert mover.pace == known
+    for fetch, (_, ended_s) in zip(fetches, batches, strict=True):
+        now[0] = ended_s
+        mover._end(fetch)
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr("sidecar.mover.time.perf_counter", lambda: now[0])
+    return now
+
+
+def without_threads() -> Mover:
+    memory: Any = FakeMemory()
+    return Mover(memory, lambda command: command())
+
+
+def test_the_pace_is_that_of_batches_in_a_row(now: list[float]) -> None:
+    mover = without_threads()
+    moved(mover, now, (8 * MB, 2.0), (1 * MB, 3.0), (2 * MB, 3.1), (1, 3.2))
+    assert mover.pace == pytest.approx((11 * MB + 1) / 3.2)
+    # The time in which nothing is brought in does not count.
+    now[0] = 100.0
+    moved(mover, now, (5 * MB, 101.0))
+    assert mover.pace == pytest.approx((16 * MB + 1) / 4.2)
+
+
+def test_a_disk_that_became_faster_is_seen_to_be(now: list[float]) -> None:
+    mover = without_threads()
+    moved(mover, now, (_LATEST_BYTES, 100.0))
+    for _ in range(20):
+        moved(mover, now, (_LATEST_BYTES, now[0] + 1.0))
+    assert mover.pace == pytest.approx(_LATEST_BYTES, rel=1e-3)
+
+
+def test_the_first_pace_is_that_of_the_disk(now: list[float]) -> None:
+    mover = without_threads()
+    mover.expect(None)
+    assert mover.pace == _FIRST_PACE
+    mover.expect(3e9)
+    assert mover.pace == 3e9
+    # Too little to say anything.
+    moved(mover, now, (1, 1.0))
+    assert mover.pace == 3e9
+    moved(mover, now, (MB, 2.0))
+    mover.expect(3e9)
+    assert mover.pace == pytest.approx((MB + 1) / 2)
