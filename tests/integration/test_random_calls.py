@@ -39,13 +39,13 @@ WIDTH = 64
 LARGE = "speech"
 # What is asked in one call, and how often. The first three models begin alike.
 ASKED = {
-    ("age",): 2,
-    ("gender",): 2,
-    ("mood",): 2,
-    ("text",): 2,
-    ("picture",): 2,
+    ("age",): 4,
+    ("gender",): 4,
+    ("mood",): 4,
+    ("text",): 4,
+    ("picture",): 4,
+    ("age", "gender"): 2,
     (LARGE,): 1,
-    ("age", "gender"): 1,
 }
 
 
