@@ -75,7 +75,9 @@ class Streams:
         Raises BudgetExceeded when not even two neighbouring stages fit.
         """
         if self._open is not None:
-            if self._open.deployed is not deployed or self._open.front:
+            # A run that all have left before it began has still to be ended.
+            left = not self.residency.lease_count(self._open.deployed.plan)
+            if self._open.deployed is not deployed or self._open.front or left:
                 return False
             self.residency.lease_again(deployed.plan)
             return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +12,7 @@ from trunkline import client, model, models
 from trunkline.errors import BudgetExceeded, DeadlineExceeded, ModelCorrupt, SidecarFault
 from trunkline.pool import Pool
 
+from sidecar.engine import Engine
 from sidecar.errors import BlobCorrupt
 from sidecar.memory import TierMemory
 from sidecar.timeline import smallest_room
@@ -216,6 +217,51 @@ def test_who_leaves_a_stream_leaves_nothing_behind(node: Node, held: threading.E
         held.set()
         check(made, 1)
         assert ask(running, "model", name=made.name)["leases"] == 0
+
+
+def test_who_is_late_at_the_last_moment_does_not_fail_who_comes_next(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    (size,), (smallest,) = rooms(node, made)
+    node.resize((smallest + size) // 2)
+    stream, taken_up = Engine._stream, threading.Semaphore(0)
+
+    def late(self: Engine, work: Any, parts: Any) -> None:
+        # In time when it was taken from the queue, and not any more when it is to enter.
+        if taken_up.acquire(blocking=False):
+            work.deadline = 0.0
+        stream(self, work, parts)
+
+    monkeypatch.setattr(Engine, "_stream", late)
+    with node.serve() as running:
+        inputs = made.inputs(1, 0)
+        pools = [Pool() for _ in range(3)]
+        asked = [client.Model(made.name, pool) for pool in pools]
+        assert all(each.signature for each in asked)
+        taken_up.release()
+        outcomes = together(running, [lambda each=each: each.call(inputs) for each in asked])  # type: ignore[misc]
+        failed = [each for each in outcomes if isinstance(each, Exception)]
+        assert [type(each) for each in failed] == [DeadlineExceeded], failed
+        assert all(agrees(each, made.eager(inputs), exact=False) for each in outcomes if not isinstance(each, Exception))
+        for pool in pools:
+            pool.close()
+
+
+def together(running: Running, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Make calls while the engine is held up, so that all are there when the first is taken up; return answers and errors."""
+    release, submitted, submit = threading.Event(), threading.Semaphore(0), running.engine.submit
+
+    def counted(work: Any) -> None:
+        submit(work)
+        submitted.release()
+
+    running.engine.submit = counted  # type: ignore[method-assign]
+    running.engine._post(lambda: (release.wait(60), None)[1])
+    with ThreadPoolExecutor(len(calls)) as threads:
+        pending = [threads.submit(call) for call in calls]
+        for _ in calls:
+            assert submitted.acquire(timeout=60)
+        release.set()
+        return [each.exception(60) or each.result() for each in pending]
 
 
 def test_a_damaged_weight_fails_the_run_and_not_the_next(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
