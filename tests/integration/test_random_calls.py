@@ -126,7 +126,8 @@ class Watch:
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """Poison what the host tier gives out and lets go, and note how large it is whenever it has grown."""
     made = Watch()
-    allocate, free = HostTier.allocate, HostTier.free
+    allocate, free, take_back = HostTier.allocate, HostTier.free, HostTier.take_back
+    freed: dict[str, bytes] = {}
 
     def poison(tier: HostTier, key: str) -> None:
         pages = tier.pages(key)
@@ -140,11 +141,19 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
         return room
 
     def poisoned_free(tier: HostTier, key: str) -> None:
+        freed[key] = bytes(tier.view(key))
         poison(tier, key)
         free(tier, key)
 
+    def cured_take_back(tier: HostTier, key: str) -> bool:
+        is_back = take_back(tier, key)
+        if is_back:
+            tier.view(key)[:] = freed[key]
+        return is_back
+
     monkeypatch.setattr(HostTier, "allocate", poisoned_allocate)
     monkeypatch.setattr(HostTier, "free", poisoned_free)
+    monkeypatch.setattr(HostTier, "take_back", cured_take_back)
     return made
 
 
@@ -165,12 +174,12 @@ def check_books(running: Running, memory: TierMemory, watch: Watch) -> threading
         watch.guard("the engine's books", engine.check_invariants)
         committed = engine._residency._committed.copy()
         # Once the mover has done what it was told up to now, this is what it has: no weight less, and none more.
-        engine._mover._jobs.put(lambda: check_tier(committed))
+        engine._mover._tell(lambda: check_tier(committed))
 
     def check_tier(committed: dict[str, int]) -> None:
         def check() -> None:
             memory._tier.check_invariants()
-            assert memory._tier.keys().keys() == committed.keys(), "the tier holds other weights than are counted"
+            assert memory._tier._held.keys() == committed.keys(), "the tier holds other weights than are counted"
             assert memory._tier.allocated_bytes == sum(committed.values())
 
         watch.guard("the tier's books", check)
