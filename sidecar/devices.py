@@ -23,7 +23,7 @@ from sidecar.errors import ConfigError
 from sidecar.ir import Graph, Weight
 from sidecar.lowering import Recipe
 from sidecar.prepare import prepare
-from sidecar.programs import Program
+from sidecar.programs import FAILURES, Program, failure
 from sidecar.stacked import Stack, StackedProgram, stack, stackable
 
 # The dtypes that travel between a function and a model.
@@ -204,30 +204,41 @@ class TorchDevice:
 
         Inputs are views in host memory, unchanged until the outputs were read. Outputs share no memory with weights or
         inputs. On CUDA the work may still be under way when this returns; ``read_output`` waits for it. Raises
-        ValueOutOfBounds, DeviceFault.
+        ValueOutOfBounds, DeviceFault, and of the latter DeviceOutOfMemory when there is no room.
         """
         if not self._is_cpu:
-            inputs = [tensor.to(self._device, non_blocking=True) for tensor in inputs]
+            inputs = [self._brought(tensor) for tensor in inputs]
         return program.run(weights, inputs)
 
-    # --- between stages ---------------------------------------------------------------------------------------------
+    def _brought(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor on this device. Raises DeviceOutOfMemory, DeviceFault."""
+        try:
+            return tensor.to(self._device, non_blocking=True)
+        except FAILURES as error:
+            raise failure(f"bringing {tensor.nbytes} bytes to {self.name}", error) from error
+
+    # --- between stages: they raise DeviceOutOfMemory when there is no room, DeviceFault when something else is wrong ----
 
     def join(self, tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
-        """Return tensors one after the other along an axis. Raises DeviceFault when there is no memory."""
+        """Return tensors one after the other along an axis."""
         try:
             with torch.inference_mode():
                 return torch.cat([tensor.to(self._device) for tensor in tensors], axis)
-        except RuntimeError as error:
-            raise DeviceFault(f"{len(tensors)} tensors could not be joined on {self.name}: {type(error).__name__}") from error
+        except FAILURES as error:
+            raise failure(f"joining {len(tensors)} tensors on {self.name}", error) from error
 
     def pad(self, tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-        """Return a tensor of ``size`` along an axis, zeros after what there is. Raises DeviceFault when there is no memory."""
+        """Return a tensor of ``size`` along an axis, zeros after what there is."""
         shape = list(tensor.shape)
         shape[axis] = size - shape[axis]
-        return self.join([tensor, torch.zeros(shape, dtype=tensor.dtype)], axis)
+        try:
+            zeros = torch.zeros(shape, dtype=tensor.dtype)
+        except FAILURES as error:
+            raise failure(f"padding a tensor to {size} places", error) from error
+        return self.join([tensor, zeros], axis)
 
     def part(self, tensor: torch.Tensor, axis: int, start: int, length: int) -> torch.Tensor:
-        """Return a part of a tensor along an axis; it shares memory with the whole. Raises DeviceFault where there is none."""
+        """Return a part of a tensor along an axis; it shares memory with the whole."""
         try:
             with torch.inference_mode():
                 return tensor.narrow(axis, start, length)
@@ -249,7 +260,10 @@ class TorchDevice:
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy of a tensor."""
-        return tensor.clone()
+        try:
+            return tensor.clone()
+        except FAILURES as error:
+            raise failure(f"copying a tensor of {tensor.nbytes} bytes", error) from error
 
     def agree(self, one: torch.Tensor, other: torch.Tensor, tolerance: float | None) -> bool:
         """Say whether two results are the same: to the bit when ``tolerance`` is None, else relative to the largest number.
@@ -277,21 +291,21 @@ class TorchDevice:
     def stack(self, handles: Sequence[Sequence[object]]) -> list[Stack]:
         """Return the weights of several models, each in the graph's order, as ``run_stacked`` takes them: copies.
 
-        Raises DeviceFault when there is no memory.
+        Raises DeviceOutOfMemory when there is no room, DeviceFault when something else is wrong.
         """
         try:
             return stack(handles)
-        except RuntimeError as error:
-            raise DeviceFault(f"the weights of {len(handles)} models could not be stacked: {type(error).__name__}") from error
+        except FAILURES as error:
+            raise failure(f"stacking the weights of {len(handles)} models", error) from error
 
     def run_stacked(
         self, program: StackedProgram, weights: Sequence[Stack], inputs: Sequence[torch.Tensor], count: int
     ) -> list[list[torch.Tensor]]:
-        """Run ``count`` models on one input; return the outputs of each. Raises DeviceFault."""
+        """Run ``count`` models on one input; return the outputs of each. Raises DeviceOutOfMemory, DeviceFault."""
         try:
             return program.run(weights, [tensor.to(self._device) for tensor in inputs], count)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise DeviceFault(f"{count} models could not be run as one: {type(error).__name__}") from error
+        except FAILURES as error:
+            raise failure(f"running {count} models as one", error) from error
 
     # --- inputs and outputs -----------------------------------------------------------------------------------------
 
@@ -309,11 +323,14 @@ class TorchDevice:
         return name, tuple(tensor.shape)
 
     def read_output(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
-        """Write an output into ``target``, a view of its dtype and shape. Waits for the run that makes it."""
+        """Write an output into ``target``, a view of its dtype and shape. Waits for the run that makes it.
+
+        Raises DeviceOutOfMemory when there is no room on the way, DeviceFault when something else is wrong.
+        """
         try:
             target.copy_(tensor)
-        except RuntimeError as error:
-            raise DeviceFault(f"an output could not be read from {self.name}: {type(error).__name__}") from error
+        except FAILURES as error:
+            raise failure(f"reading an output from {self.name}", error) from error
 
     def trim(self) -> None:
         """Return to the system what finished runs left behind in the host's allocator. Takes milliseconds."""

@@ -26,6 +26,7 @@ from trunkline.errors import (
     BudgetExceeded,
     DeadlineExceeded,
     DeviceFault,
+    DeviceOutOfMemory,
     Draining,
     QueueFull,
     SidecarFault,
@@ -49,6 +50,7 @@ from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Grant
 from sidecar.rivals import open_residency
 from sidecar.scheduler import Queue
+from sidecar.shortage import Shortage
 from sidecar.streams import Streams
 from sidecar.traces import Lease, Recorder
 from sidecar.trials import Trials, Verdict
@@ -144,6 +146,7 @@ class Engine:
         if activation_budget_bytes is not None:
             self._activations = Activations(device, activation_budget_bytes, self._post, self._unblock)
         self._streams = Streams(self._residency, self._loads, self._drop, lambda: self._mover.pace, clock)
+        self._shortage = Shortage(device, self._residency, self._loads, self._mover, self._drop)
         # Requests that wait for the run of a model that streams to end.
         self._aside: list[Work] = []
         # Models that functions have named and not asked for yet.
@@ -580,6 +583,9 @@ class Engine:
         return call
 
     def _run_stage(self) -> None:
+        self._stalled = self._shortage.relieving
+        if self._stalled:
+            return
         try:
             group = self._wavefront.choose(self._loads.is_ready)  # type: ignore[arg-type]
         except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
@@ -593,6 +599,9 @@ class Engine:
         assert isinstance(step, Step)
         try:
             given = self._run_stacked(group, step) or [(group, self._run_alone(group, step))]
+        except DeviceOutOfMemory as error:
+            self._has_no_room(group, error)
+            return
         except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
             self._stage_failed(group, error)
             return
@@ -608,8 +617,8 @@ class Engine:
                 self._stage_failed(each, error)
 
     def _run_alone(self, group: Group[_Call], step: Step) -> Sequence[Any]:
-        weights, inputs = self._loads.bind(step), group.takes()
-        outputs, seconds = self._timed(lambda: self._device.run(step.program, weights, inputs))
+        weights = self._loads.bind(step)
+        outputs, seconds = self._timed(lambda: self._shortage.run(group, step.program, weights))
         self._costs.record(group.cost_key(step), group.extent, seconds)
         if self._streams.deployed is not None:
             self._streams.ran(step, seconds)
@@ -659,6 +668,13 @@ class Engine:
                 # Call and tickets know each other; results would stay until the collector comes round.
                 call.results.clear()
                 call.tickets.clear()
+
+    def _has_no_room(self, group: Group[_Call], error: DeviceOutOfMemory) -> None:
+        if len(group.rows) > 1:
+            # Each by itself.
+            self._stage_failed(group, error)
+        elif not self._shortage.relieve(group):
+            self._stage_failed(group, self._shortage.refusal(group, error))
 
     def _stage_failed(self, group: Group[_Call], error: Exception) -> None:
         self._calls_failed(self._wavefront.fail(group), error)
@@ -788,6 +804,11 @@ class Engine:
                 "predicted_s": round(self._streams.counts.predicted_s, 6),
                 "actual_s": round(self._streams.counts.actual_s, 6),
                 "starved": self._streams.counts.starved,
+            },
+            "shortage": {
+                "splits": self._shortage.counts.splits,
+                "reliefs": self._shortage.counts.reliefs,
+                "refused": self._shortage.counts.refused,
             },
             "sharing": {
                 "stages": self._counts.stages,

@@ -204,9 +204,13 @@ class Loads:
 
     def drop(self, digests: Sequence[str]) -> None:
         """Forget the handles of weights that were evicted, and copies of them."""
-        self._stacks.clear()
+        self.drop_copies()
         for digest in digests:
             self._handles.pop(digest, None)
+
+    def drop_copies(self) -> None:
+        """Forget weights that were stacked; they are stacked anew when they are needed."""
+        self._stacks.clear()
 
     def free(self, digests: Sequence[str]) -> None:
         """Have the memory of weights freed, of which no handle is left."""

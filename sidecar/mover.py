@@ -74,6 +74,10 @@ class Mover:
         """Let go of weights. No handle of them may be left."""
         self._tell(lambda: self._memory.free(digests))
 
+    def then(self, done: Callable[[], None]) -> None:
+        """Have ``done`` run in the engine thread, when all that was to be let go of before is gone."""
+        self._tell(lambda: self._post(done))
+
     def trim(self) -> None:
         """Give back what is kept for what comes next."""
         self._tell(self._memory.trim)

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
-from trunkline.errors import DeviceFault, ValueOutOfBounds
+from trunkline.errors import Detail, DeviceFault, DeviceOutOfMemory, ValueOutOfBounds
 
 from sidecar import operators
 from sidecar.ir import Node
 
 # What torch raises when an operator refuses its arguments, or our arithmetic on sizes does.
-_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError)
+FAILURES: Final = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError)
+# What is said by those that run out of memory and raise a RuntimeError: torch's allocators, CUDA, its libraries, the C++ library.
+_NO_MEMORY: Final = ("out of memory", "not enough memory", "allocate memory", "STATUS_ALLOC_FAILED", "bad_alloc")
 
 
 class Step(NamedTuple):
@@ -47,7 +49,8 @@ class Program:
     def run(self, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """Return the outputs, none of which shares memory with a weight or an input.
 
-        Raises ValueOutOfBounds when an index taken from an input is out of range, DeviceFault for any other failure.
+        Raises ValueOutOfBounds when an index taken from an input is out of range, DeviceOutOfMemory when there is no room for a
+        result, DeviceFault for any other failure.
         """
         assert len(weights) == self.weight_count, f"{len(weights)} weights for {self.weight_count}"
         assert len(inputs) == self.input_count, f"{len(inputs)} inputs for {self.input_count}"
@@ -59,7 +62,7 @@ class Program:
                     values[target] = call(*gather(values))
                     for slot in released:
                         values[slot] = None
-            except _FAILURES as error:
+            except FAILURES as error:
                 _translate(error, self.nodes[node], node)
             return [self._output(number, values) for number in range(len(self.results))]
 
@@ -71,8 +74,8 @@ class Program:
             start = output.untyped_storage().data_ptr() if self.sources[number] else None
             if any(values[source].untyped_storage().data_ptr() == start for source in self.sources[number]):
                 return output.clone()
-        except _FAILURES as error:
-            raise DeviceFault(f"output {number} failed: {type(error).__name__}", output=number) from error
+        except FAILURES as error:
+            raise failure(f"output {number}", error, output=number) from error
         return output
 
 
@@ -81,7 +84,11 @@ def _translate(error: Exception, node: Node, index: int) -> NoReturn:
     where = f"{node.op} (node {index}, {node.origin or 'no origin'})"
     if node.op in operators.INDEXING and (isinstance(error, IndexError) or "out of bounds" in text):
         raise ValueOutOfBounds(f"an index is out of range in {where}", node=index, operator=node.op) from error
-    reason = type(error).__name__
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in text or "allocate" in text:
-        reason = "out of memory"
-    raise DeviceFault(f"{where} failed: {reason}", node=index, operator=node.op) from error
+    raise failure(where, error, node=index, operator=node.op) from error
+
+
+def failure(what: str, error: Exception, **details: Detail) -> DeviceFault:
+    """Return the error that tells of one of torch's; how it is raised says whether memory was what it lacked."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return DeviceOutOfMemory(f"{what} failed: out of memory", **details)
+    return DeviceFault(f"{what} failed: {type(error).__name__}", **details)

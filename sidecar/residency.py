@@ -34,8 +34,9 @@ from sidecar.policies import LeastRecentlyUsed, Policy, Use, Value
 
 # Below the lowest: that of what only plans use that were idle for too long.
 _EXPIRED: Final = -1
-# Why weights leave: for others, idle for too long, on command, their model is gone, their load failed.
-REASONS: Final = ("room", "ttl", "operator", "removed", "failed")
+# Why weights leave: for others, idle for too long, on command, their model is gone, their load failed, so that there is memory to
+# compute with.
+REASONS: Final = ("room", "ttl", "operator", "removed", "failed", "memory")
 
 
 @dataclass(frozen=True)
@@ -362,8 +363,7 @@ class Residency:
         victims: list[str] = []
         if shortfall <= 0:
             return victims
-        staying = frozenset((*wanted, *(self._leases.keys() - self._windows.keys()), *self._pinned))
-        windows = frozenset[str]().union(*self._windows.values())
+        staying, windows = self._staying(wanted)
         for digest in reversed(self._spent):
             users = self._group_of[digest].users
             if (
@@ -397,6 +397,11 @@ class Residency:
                 self.lru_age_s = now_s - max(each.use.at_s for each in self._users_of(self._group_of[victims[-1]]))
                 return victims
         return None
+
+    def _staying(self, wanted: Sequence[str] = ()) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the plans of which nothing may leave, and the weights of others that may not."""
+        staying = frozenset((*wanted, *(self._leases.keys() - self._windows.keys()), *self._pinned))
+        return staying, frozenset[str]().union(*self._windows.values())
 
     def _rank(self, group: _Group, now_s: float) -> _Rank:
         users = self._users_of(group)
@@ -451,6 +456,26 @@ class Residency:
         freed = [digest for digest in self._plans[plan].weights if digest in self._committed and not self._has_use_for(digest)]
         self._let_go(freed, reason)
         return tuple(freed)
+
+    def relieve(self, size_bytes: int) -> tuple[str, ...]:
+        """Let so many bytes go, or all that may leave if that is less: memory is needed for something else than weights.
+
+        What leaves first is chosen as ever. Returns the weights to drop.
+        """
+        staying, windows = self._staying()
+        most_bytes = sum(
+            size
+            for group in self._groups.values()
+            if staying.isdisjoint(group.users)
+            for digest, size in group.committed.items()
+            if digest not in windows
+        )
+        # That age tells whether the budget is large enough, which is not what this is about.
+        age_s = self.lru_age_s
+        victims = self._choose_victims(min(size_bytes, most_bytes), ()) or []
+        self.lru_age_s = age_s
+        self._let_go(victims, "memory")
+        return tuple(victims)
 
     def _has_use_for(self, digest: str) -> bool:
         users = self._group_of[digest].users

@@ -31,7 +31,8 @@ def open_residency(budget_bytes: int, policy: str, clock: Callable[[], float] = 
 class AdaptiveResidency(Residency):
     """Evicts as ``lru`` or as ``rate`` says, whichever would have fetched less of late.
 
-    Its rivals know nothing of pins, of failed loads, nor of what an operator evicts: those are nobody's choice.
+    Its rivals know nothing of pins, of failed loads, nor of what an operator evicts or has to leave so that there is memory to
+    compute with: those are nobody's choice.
     """
 
     def __init__(self, budget_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:

@@ -30,7 +30,7 @@ from typing import Any, Final, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
-from trunkline.errors import TrunklineError
+from trunkline.errors import DeviceOutOfMemory, TrunklineError
 
 from sidecar.bundle import Bundle
 from sidecar.errors import BundleError, StoreError
@@ -217,7 +217,8 @@ class Trials:
             trial = _Trial(self._device, self._source, bundle, size)
             try:
                 layouts = trial.run(staged, lowered)
-            except (BundleError, StoreError):
+            except (BundleError, StoreError, DeviceOutOfMemory):
+                # That says nothing of the model.
                 raise
             except TrunklineError as error:
                 failed = failed or error.message

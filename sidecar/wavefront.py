@@ -117,6 +117,8 @@ class Group(Generic[C]):
     values: dict[Key, Any]
     # Of a group that failed, which was split into its rows.
     apart: bool = False
+    # Something was let go of, so that there is room for its stage.
+    relieved: bool = False
     # It lets others catch up with it, or has done so; ``awaited`` is one of their tickets.
     waited: bool = False
     awaited: Ticket[C] | None = None
@@ -151,6 +153,11 @@ class Group(Generic[C]):
         """Return the tensors that the stage is run on."""
         return [self.values[key] for key in self.step.takes]
 
+    @property
+    def is_divisible(self) -> bool:
+        """Return whether its rows were seen not to touch each other, so that they may be computed in parts."""
+        return all(ticket.layouts is not None for ticket in self.tickets())
+
     def axis(self, key: Key) -> int | None:
         """Return the axis of a tensor along which the group's rows lie."""
         for ticket in self.tickets():
@@ -158,9 +165,22 @@ class Group(Generic[C]):
                 return ticket.layouts[key]
         return INPUT
 
+    def places(self, key: Key) -> tuple[int, int] | None:
+        """Return the axis of a tensor along which the rows lie, and the places that each has; None where all have all of it.
+
+        Raises DeviceFault where places do not go to the rows in equal parts.
+        """
+        if (axis := self.axis(key)) is None:
+            return None
+        size = self.values[key].shape[axis]
+        per_row, rest = divmod(size, self.extent)
+        if rest:
+            raise DeviceFault(f"{size} places of a tensor do not go to {self.extent} rows in equal parts")
+        return axis, per_row
+
     def place(self) -> tuple[object, ...]:
         """Return what groups must have in common to be run as one."""
-        if self.apart or any(ticket.layouts is None for ticket in self.tickets()):
+        if self.apart or not self.is_divisible:
             return (id(self),)
         padded = self.index == 0 and all(ticket.padding is not None for ticket in self.tickets())
         shapes: list[object] = [self.first.scale] if padded else []
@@ -226,9 +246,13 @@ class Wavefront(Generic[C]):
                 other = row.tickets[0] if row.tickets else None
                 if other is not None and other.shares and ticket.extent == row.extent and self._same(ticket.inputs, other.inputs):
                     # What the row was made of belongs to the other, and is written to again when the other is answered.
-                    for key, value in group.values.items():
-                        if value is other.inputs.get(key):
-                            group.values[key] = self._arrays.copy(value)
+                    try:
+                        for key, value in group.values.items():
+                            if value is other.inputs.get(key):
+                                group.values[key] = self._arrays.copy(value)
+                    except DeviceFault:
+                        # No room for a copy: it goes by itself.
+                        return False
                     row.tickets.append(ticket)
                     return True
         return False
@@ -367,21 +391,19 @@ class Wavefront(Generic[C]):
         rows = [row for row in group.rows if id(row) in tickets]
         values = {key: self._slice(group, rows, key) for key in alive}
         own = [_Row(tickets[id(row)], row.extent) for row in rows]
-        return Group(group.index + 1, own, values, group.apart, group.waited, group.awaited)
+        return Group(group.index + 1, own, values, group.apart, waited=group.waited, awaited=group.awaited)
 
     def _pick(self, group: Group[C], rows: list[_Row[C]]) -> Group[C]:
         """Return some rows of a group as a group."""
         values = {key: self._slice(group, rows, key) for key in group.values}
-        return Group(group.index, rows, values, group.apart, group.waited, group.awaited)
+        return Group(group.index, rows, values, group.apart, waited=group.waited, awaited=group.awaited)
 
     def _slice(self, group: Group[C], rows: Sequence[_Row[C]], key: Key) -> Any:
         """Return the part of a tensor that belongs to some rows of a group."""
         value = group.values[key]
-        if len(rows) == len(group.rows) or (axis := group.axis(key)) is None:
+        if len(rows) == len(group.rows) or (places := group.places(key)) is None:
             return value
-        per_row, rest = divmod(value.shape[axis], group.extent)
-        if rest:
-            raise DeviceFault(f"{value.shape[axis]} places of a tensor do not go to {group.extent} rows in equal parts")
+        axis, per_row = places
         parts: list[tuple[int, int]] = []
         start = 0
         for row in group.rows:

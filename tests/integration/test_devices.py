@@ -6,12 +6,13 @@ import ctypes
 import gc
 import math
 import zlib
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
 import pytest
 import torch
-from trunkline.errors import DeviceFault, ValueOutOfBounds
+from trunkline.errors import DeviceFault, DeviceOutOfMemory, ValueOutOfBounds
 from trunkline.protocol import TensorSpec
 
 from sidecar import operators
@@ -482,8 +483,68 @@ def test_an_index_out_of_range_is_the_callers_fault(device: TorchDevice, op: str
 
 
 def test_a_tensor_without_room_is_out_of_memory(device: TorchDevice) -> None:
-    with pytest.raises(DeviceFault, match="out of memory"):
+    with pytest.raises(DeviceOutOfMemory, match=r"aten.full.default \(node 0, .*\) failed: out of memory"):
         single(device, "aten.full.default", (1 << 44,), 1.0, inputs=(torch.ones(1),))
+    # An output that is a view of an input is copied.
+    with pytest.raises(DeviceOutOfMemory, match="output 0 failed: out of memory"):
+        single(device, "aten.expand.default", X, (1 << 46,), inputs=(torch.ones(1),))
+
+
+HUGE = torch.ones(1).expand(1 << 46)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda device: device.join([HUGE, HUGE], 0),
+        lambda device: device.pad(torch.ones(1), 0, 1 << 46),
+        lambda device: device.copy(HUGE),
+        lambda device: device.stack([[HUGE], [HUGE]]),
+    ],
+)
+def test_work_between_stages_says_that_it_has_no_room(device: TorchDevice, work: Callable[[TorchDevice], object]) -> None:
+    with pytest.raises(DeviceOutOfMemory, match="out of memory"):
+        work(device)
+
+
+class Unready:
+    """A tensor, a program, or whatever else does its work on being asked, and fails."""
+
+    nbytes = 12
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def fail(self, *arguments: object, **named: object) -> Any:
+        raise self.error
+
+    run = to = copy_ = fail
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 2.00 GiB."), DeviceOutOfMemory),
+        (MemoryError(), DeviceOutOfMemory),
+        (RuntimeError("std::bad_alloc"), DeviceOutOfMemory),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), DeviceOutOfMemory),
+        (RuntimeError("CUDA error: out of memory"), DeviceOutOfMemory),
+        (RuntimeError("CUDA error: device-side assert triggered"), DeviceFault),
+        (ValueError("no"), DeviceFault),
+    ],
+)
+def test_lack_of_memory_is_told_from_other_failures(device: TorchDevice, error: Exception, kind: type[DeviceFault]) -> None:
+    unready: Any = Unready(error)
+    works: list[Callable[[], object]] = [
+        lambda: device._brought(unready),
+        lambda: device.run_stacked(unready, [], [], 2),
+        lambda: device.read_output(torch.ones(1), unready),
+    ]
+    for work in works:
+        with pytest.raises(DeviceFault) as caught:
+            work()
+        assert type(caught.value) is kind
+        assert caught.value.__cause__ is error
 
 
 def test_arithmetic_on_sizes_stays_within_64_bits(device: TorchDevice) -> None:
@@ -500,6 +561,16 @@ def test_arithmetic_on_sizes_stays_within_64_bits(device: TorchDevice) -> None:
 def test_an_output_of_negative_size_is_a_fault(device: TorchDevice) -> None:
     with pytest.raises(DeviceFault, match="output 0"):
         single(device, "aten.expand.default", X, (0, -3, 4), inputs=(torch.ones(4),))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_device_says_that_it_has_no_room() -> None:
+    cuda = open_device("cuda")
+    with pytest.raises(DeviceOutOfMemory, match="out of memory"):
+        single(cuda, "aten.full.default", (1 << 44,), 1.0, inputs=(torch.ones(1),))
+    with pytest.raises(DeviceOutOfMemory, match="out of memory"):
+        cuda.join([HUGE, HUGE], 0)
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ import pytest
 import torch
 from trunkline import client, model, models
 from trunkline.admin import AdminConnection
-from trunkline.errors import DeviceFault
+from trunkline.errors import DeviceFault, DeviceOutOfMemory
 from trunkline.pool import Pool
 
 from sidecar.bundle import Bundle, graph_digest
@@ -452,16 +452,20 @@ def test_heads_of_one_structure_run_as_one(packing: bool, tmp_path: Path, monkey
         assert not running.engine._loads._stacks
 
 
-def test_heads_that_cannot_be_stacked_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", ["stack", "run_stacked"])
+@pytest.mark.parametrize("error", [DeviceFault, DeviceOutOfMemory])
+def test_heads_that_cannot_be_stacked_run_one_by_one(
+    fails: str, error: type[DeviceFault], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 16 * 1024)
     monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
 
-    class Full(TorchDevice):
-        def stack(self, handles: object) -> Any:
-            raise DeviceFault("no room")
+    def refuse(*arguments: object) -> Any:
+        raise error("no room")
 
-    made = heads(3)
-    with serving(tmp_path, monkeypatch, Full(torch.device("cpu"))) as running:
+    made, device = heads(3), open_device("cpu")
+    monkeypatch.setattr(device, fails, refuse)
+    with serving(tmp_path, monkeypatch, device) as running:
         deploy(running, *made)
         inputs = made[0].inputs(1)
         for _ in range(4):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trunkline.errors import DeviceFault
+from trunkline.errors import DeviceFault, DeviceOutOfMemory
 
 from sidecar.bundle import Bundle
 from sidecar.devices import TorchDevice, open_device
@@ -389,6 +389,21 @@ def test_a_form_without_figures_changes_nothing_about_those_of_its_stage(form: d
     (verdict,) = judge(bundle, staged, blobs, tmp_path)
     assert verdict.forms[0] is not None
     assert verdict.run_s == (rows["run_us"][0] * 1e-6,)
+
+
+def test_a_device_without_room_says_nothing_of_a_model(tmp_path: Path) -> None:
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+
+    class Full(TorchDevice):
+        def run(self, program, weights, inputs):  # type: ignore[no-untyped-def]
+            raise DeviceOutOfMemory("no room")
+
+    (verdict,) = judge(bundle, staged, blobs, tmp_path, Full(torch.device("cpu")))
+    assert (verdict.held, verdict.reason) == (False, "it could not be tried: no room")
+    (verdict,) = judge(bundle, staged, blobs, tmp_path)
+    assert verdict.held
+    assert verdict.layouts is not None
 
 
 @pytest.mark.parametrize(

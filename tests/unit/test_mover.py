@@ -119,6 +119,14 @@ def test_the_next_are_begun_while_the_first_is_read(bench: Bench) -> None:
     assert [name for name, _ in sorted(bench.take(4), key=lambda pair: pair[0])] == ["b", "c", "d", "e"]
 
 
+def test_who_waits_for_something_to_be_gone_is_told_even_if_it_failed(bench: Bench) -> None:
+    bench.memory.fails.add("free x")
+    bench.mover.free(["x"])
+    bench.mover.trim()
+    bench.mover.then(lambda: bench.arrived.append(("gone", bench.memory.saw(2))))
+    assert bench.take(1) == [("gone", ["free x", "trim all"])]
+
+
 def test_what_is_let_go_of_first_is_gone_before_room_is_made(bench: Bench) -> None:
     bench.memory.let_through(*"abcd")
     bench.fetch("a")

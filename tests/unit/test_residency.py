@@ -322,8 +322,8 @@ def test_what_happened_is_counted() -> None:
         "hit_bytes": 10 + 15 + 10 + 15,
         "misses": 2 + 1 + 1,
         "missed_bytes": 15 + 5 + 5,
-        "evictions": {"room": 1, "ttl": 0, "operator": 1, "removed": 2, "failed": 0},
-        "evicted_bytes": {"room": 5, "ttl": 0, "operator": 5, "removed": 15, "failed": 0},
+        "evictions": {"room": 1, "ttl": 0, "operator": 1, "removed": 2, "failed": 0, "memory": 0},
+        "evicted_bytes": {"room": 5, "ttl": 0, "operator": 5, "removed": 15, "failed": 0, "memory": 0},
         "lru_age_s": 7.0,
     }
     assert made.evicted_bytes == 25
@@ -369,6 +369,23 @@ def test_evicting_leaves_what_others_use() -> None:
     assert made.evict("a") == ("a",)
     assert made.evict("a") == ()
     assert made.is_ready("b")
+
+
+def test_memory_for_something_else_is_freed_by_the_same_rule() -> None:
+    made = residency(40, old={"o0": 5, "o1": 5}, new={"n": 8}, pinned={"p": 4}, leased={"l": 6})
+    for plan in ("old", "new", "pinned"):
+        use(made, plan)
+    made.lease("leased")
+    made.pin("pinned")
+    age_s = made.lru_age_s
+    assert made.relieve(3) == ("o1",)
+    assert made.relieve(6) == ("o0", "n")
+    assert made.relieve(1 << 40) == ()
+    assert made.committed_bytes == 10
+    assert (made.counts.evictions["memory"], made.counts.evicted_bytes["memory"]) == (3, 18)
+    # How old what leaves is says nothing of the budget then.
+    assert made.lru_age_s == age_s
+    made.check_invariants()
 
 
 def test_a_removed_plan_frees_its_weights() -> None:
@@ -447,6 +464,15 @@ class Random(RuleBasedStateMachine):
         if name not in self.plans:
             self.made.add_plan(name, {weight: WEIGHTS[weight] for weight in weights})
             self.plans.add(name)
+
+    @rule(size_bytes=st.integers(1, 40))
+    def memory_is_needed(self, size_bytes: int) -> None:
+        staying = {digest for plan in {*self.leases, *self.made._pinned} for digest in self.made.weights(plan)}
+        before = dict(self.made._committed)
+        freed = self.made.relieve(size_bytes)
+        assert staying.isdisjoint(freed)
+        free_bytes = sum(size for digest, size in before.items() if digest not in staying)
+        assert sum(before[digest] for digest in freed) >= min(size_bytes, free_bytes)
 
     @rule(seconds=st.integers(0, 20))
     def time_passes(self, seconds: int) -> None:

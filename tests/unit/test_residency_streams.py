@@ -98,6 +98,21 @@ def test_what_was_run_leaves_first_the_latest_before_the_others() -> None:
     assert grant.evict == ("l0", "s1")
 
 
+def test_what_a_window_holds_stays_when_memory_is_needed() -> None:
+    residency = made(60)
+    assert residency.lease("small") is not None
+    residency.release("small")
+    residency.begin_stream("large")
+    assert residency.hold("large", ["l0", "l1", "l2", "l3"]) is not None
+    residency.spend("large", ["l0"])
+    assert residency.hold("large", ["l1", "l2", "l3"]) is not None
+    assert residency.relieve(15) == ("l0", "s1")
+    assert residency.relieve(1 << 40) == ("s0",)
+    assert residency.relieve(1 << 40) == ()
+    assert residency.committed_bytes == 30
+    residency.check_invariants()
+
+
 def test_what_another_plan_has_too_is_not_spent() -> None:
     residency = made(50)
     residency.add_plan("sibling", {"l0": 10, "own": 10})

@@ -170,6 +170,33 @@ def test_a_row_that_others_joined_does_not_depend_on_whose_it_was() -> None:
     assert answers["joined"][0][0].tolist() == alone(model(3, 7), rows(1))[0].tolist()
 
 
+class NoCopies(Arrays):
+    def copy(self, tensor: Any) -> Any:
+        raise DeviceFault("no room")
+
+
+def test_where_there_is_no_room_for_a_copy_nobody_joins_a_row() -> None:
+    wavefront, ran = front(NoCopies(), most_rows=1), Counter[str]()
+    for number, factor in enumerate((5, 7)):
+        wavefront.add([ticket(number, model(2, factor), rows(1))])
+    answers = finish(wavefront, ran)
+    assert ran["/2"] == 2
+    for number, factor in enumerate((5, 7)):
+        assert answers[number][0][0].tolist() == alone(model(2, factor), rows(1))[0].tolist()
+
+
+def test_places_that_do_not_go_to_rows_in_equal_parts_are_a_fault() -> None:
+    wavefront = front()
+    for number in range(2):
+        wavefront.add([ticket(number, model(2), rows(number))])
+    group = wavefront.choose()
+    assert group is not None
+    assert group.places(X) == (0, 1)
+    group.values[X] = rows(1, 2, 3)
+    with pytest.raises(DeviceFault, match="3 places of a tensor do not go to 2 rows"):
+        group.places(X)
+
+
 def test_a_model_whose_rows_touch_each_other_is_alone() -> None:
     wavefront, ran = front(), Counter[str]()
     made = model(2, 3)

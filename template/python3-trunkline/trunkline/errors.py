@@ -199,9 +199,17 @@ class ModelCorrupt(SidecarFault):
 
 
 class DeviceFault(SidecarFault):
-    """The device refused: out of memory, or an operator failed."""
+    """The device refused: no room for a weight, or an operator failed."""
 
     code = "device_fault"
+
+
+class DeviceOutOfMemory(DeviceFault):
+    """The device had no room to compute this request, not even by itself and with all gone that nobody uses."""
+
+    code = "device_out_of_memory"
+    retryable = True
+    http_status = 503
 
 
 def _concrete(base: type[TrunklineError]) -> list[type[TrunklineError]]:
