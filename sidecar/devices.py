@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from trunkline.errors import DeviceFault
 from trunkline.protocol import ITEM_BYTES
@@ -100,6 +101,9 @@ class TorchDevice:
         """Return the handle of a weight whose bytes are there already, in host memory that it shares. CPU only."""
         if not weight.size_bytes:
             return torch.empty(weight.shape, dtype=getattr(torch, weight.dtype))
+        if hasattr(np, weight.dtype):
+            # torch's views let other threads run in between, and then wait for their turn, longer than all this takes.
+            return torch.from_numpy(np.frombuffer(memory, weight.dtype).reshape(weight.shape))
         return cast("torch.Tensor", _read_as(torch.frombuffer(memory, dtype=torch.uint8), weight))
 
     def _count(self, handle: object, size_bytes: int) -> None:

@@ -55,6 +55,19 @@ class Extents:
         self.claim(taken)
         return taken
 
+    def gather(self, size_bytes: int, most: int) -> tuple[Extent, ...] | None:
+        """Return room for ``size_bytes`` bytes in at most ``most`` extents, as few as possible; None when that is not enough."""
+        largest = sorted(self._holes, key=_SIZE, reverse=True)[:most]
+        if sum(map(_SIZE, largest)) < size_bytes:
+            return None
+        taken = []
+        for hole in largest:
+            if size_bytes:
+                taken.append(Extent(hole.offset, min(hole.size_bytes, size_bytes)))
+                size_bytes -= taken[-1].size_bytes
+                self.claim(taken[-1])
+        return tuple(taken)
+
     def claim(self, extent: Extent) -> bool:
         """Take one extent; False, and nothing has changed, when part of it is taken already or outside the span."""
         assert extent.size_bytes > 0

@@ -16,10 +16,12 @@ import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgpack
+import numpy as np
 import torch
 
 from sidecar.packed import Packed, available, padded_bytes
@@ -107,24 +109,49 @@ def unflatten(meta: bytes, payload: memoryview) -> Packed:
     The payload begins on a boundary of 64 bytes. Raises ValueError when the meta is for another torch or processor, or does
     not fit the payload. What it says beyond that is believed.
     """
+    form = _parsed(meta, _fingerprint())
+    if payload.nbytes != form.size_bytes:
+        raise ValueError(f"the packed weight has {form.size_bytes} bytes, {payload.nbytes} were read; make it anew")
+    with torch.inference_mode():
+        bias = None
+        if form.bias_count is not None:
+            bias = torch.frombuffer(payload, dtype=torch.float32, count=form.bias_count, offset=padded_bytes(form.weight_bytes))
+        if form.kind == _TRANSPOSED:
+            rows, columns = form.shape
+            # By numpy, as in ``sidecar.devices``: torch's views let other threads run in between.
+            numbers = np.frombuffer(payload, np.float32, rows * columns)
+            weight = torch.from_numpy(numbers.reshape(columns, rows).T)
+        else:
+            weight = _blocked_over(torch.frombuffer(payload, dtype=torch.uint8), form.shape, form.layout)
+    return Packed(form.shape, (weight, bias, *form.steps), form.size_bytes)
+
+
+class _Form(NamedTuple):
+    """What a meta says."""
+
+    kind: str
+    shape: tuple[int, ...]
+    layout: bytes
+    weight_bytes: int
+    bias_count: int | None
+    steps: tuple[Any, ...]
+    size_bytes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(meta: bytes, fingerprint: bytes) -> _Form:
+    """Return what a meta says, which is the same for every weight of its form. Raises ValueError as ``unflatten`` does."""
     fields = msgpack.unpackb(meta, use_list=True, strict_map_key=True)
-    if not isinstance(fields, list) or fields[:2] != [SCHEME, _fingerprint()]:
+    if not isinstance(fields, list) or fields[:2] != [SCHEME, fingerprint]:
         raise ValueError("the packed weight was laid out by another torch or for another processor; make it anew")
     kind, shape, layout, weight_bytes, bias_count, steps = fields[2:]
-    wanted_bytes = weight_bytes if bias_count is None else padded_bytes(weight_bytes) + bias_count * _FLOAT_BYTES
-    if payload.nbytes != wanted_bytes:
-        raise ValueError(f"the packed weight has {wanted_bytes} bytes, {payload.nbytes} were read; make it anew")
-    with torch.inference_mode():
-        held = torch.frombuffer(payload, dtype=torch.uint8)
-        bias = None if bias_count is None else held[padded_bytes(weight_bytes) :].view(torch.float32)
-        if kind == _TRANSPOSED:
-            rows, columns = shape
-            weight = held[:weight_bytes].view(torch.float32).view(columns, rows).t()
-        else:
-            weight = _blocked_over(held, shape, layout)
-            if torch.ops.mkldnn._nbytes(weight) != weight_bytes:
-                raise ValueError(f"a layout of {torch.ops.mkldnn._nbytes(weight)} bytes is given as one of {weight_bytes}")
-    return Packed(tuple(shape), (weight, bias, *steps), wanted_bytes)
+    if kind != _TRANSPOSED:
+        # Nothing is read or written there, so it takes no memory.
+        found_bytes = _weight_bytes(_blocked_over(torch.empty(weight_bytes, dtype=torch.uint8), shape, layout))
+        if found_bytes != weight_bytes:
+            raise ValueError(f"a layout of {found_bytes} bytes is given as one of {weight_bytes}")
+    size_bytes = weight_bytes if bias_count is None else padded_bytes(weight_bytes) + bias_count * _FLOAT_BYTES
+    return _Form(kind, tuple(shape), layout, weight_bytes, bias_count, tuple(steps), size_bytes)
 
 
 def _weight_bytes(weight: torch.Tensor) -> int:
@@ -145,7 +172,8 @@ _Handle = ctypes.POINTER(ctypes.c_void_p)
 @functools.cache
 def _library() -> Any:
     """Return torch's library with the types of what is called. Raises OSError, AttributeError where it has no such thing."""
-    library: Any = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    # The calls are short: to let other threads run meanwhile, and then wait for one's turn, would take a hundred times as long.
+    library: Any = ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     library.aoti_torch_get_data_ptr.argtypes = [ctypes.c_void_p, _Handle]
     library.aoti_torch_delete_tensor_object.argtypes = [ctypes.c_void_p]
     library.aoti_torch_create_tensor_from_blob_v2.argtypes = [
@@ -167,13 +195,14 @@ def _library() -> Any:
     return library
 
 
+@functools.cache
 def _capsules() -> Any:
     import torch._C._aoti as capsules
 
     return capsules
 
 
-def _blocked_over(held: torch.Tensor, shape: list[int], layout: bytes) -> torch.Tensor:
+def _blocked_over(held: torch.Tensor, shape: Sequence[int], layout: bytes) -> torch.Tensor:
     """Return a tensor in oneDNN's layout over the first bytes of ``held``, which it holds on to."""
     library = _library()
     sizes = (ctypes.c_int64 * len(shape))(*shape)

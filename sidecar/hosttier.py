@@ -1,23 +1,24 @@
 """Weights in memory, by key, in a segment that outlives the process: an engine that was killed is back with all of them.
 
-Bytes are written in place and then *sealed*: a record in the segment's ledger says where they lie, and becomes valid by one last
-store of a word. A process may be killed between any two instructions: a key is there whole, or it is not there, and what belongs
-to no valid record returns to the system when the next engine attaches. That costs no look at the bytes; ``check`` compares them
-with their checksum, to be called before their first use.
+Bytes are written in place and then *sealed*: a record in the segment's ledger says where they lie (``sidecar.ledger``). A process
+may be killed between any two instructions: a key is there whole, or it is not there, and what belongs to no valid record returns
+to the system when the next engine attaches. That costs no look at the bytes; ``check`` compares them with their checksum, to be
+called before their first use.
 
-Pages are reserved before anything is written. Those that are let go of are kept for what comes next, within the budget: to
-clear and map new ones takes as long as reading them from a fast disk. Until then a key that was freed can be had back as it
-was. ``trim`` punches them out of the segment, and so does whatever needs pages elsewhere. Extents take whole pages, and that
-is what counts against the budget. Owned by one thread; others may fill and read the views it gives out.
+Pages are reserved before anything is written. Those that are let go of are kept for what comes next, within the budget: to clear
+and map new ones takes as long as reading them from a fast disk. Until then a key that was freed can be had back as it was. Where
+no hole is large enough, a weight lies in several, which are mapped side by side (``sidecar.glued``). ``trim`` punches free pages
+out of the segment, and so does whatever needs pages elsewhere. Extents take whole pages, and that is what counts against the
+budget. Owned by one thread; others may fill and read the views it gives out.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,23 +27,27 @@ from trunkline.arena import page_aligned
 
 from sidecar.errors import NoRoom
 from sidecar.extents import Extent, Extents, Remains
-from sidecar.segment import LEDGER_END, LEDGER_OFFSET, RECORD, RECORD_LIMIT, read_budget, reserve
+from sidecar.glued import glue
+from sidecar.ledger import Ledger, Record
+from sidecar.segment import LEDGER_END, RECORD_LIMIT, punch, read_budget, reserve
 
 log = logging.getLogger("trunkline.hosttier")
 
-_WORD_BYTES: Final = 4
 _KEY_BYTES: Final = 32
-_RECORD_WORDS: Final = RECORD.size // _WORD_BYTES
-# The seal is the last word of a record.
-_FIRST_SEAL: Final = LEDGER_OFFSET // _WORD_BYTES + _RECORD_WORDS - 1
+# In so many pieces a weight may lie. Each is a record in the ledger, and an entry in the kernel's list of mappings.
+_MOST_PIECES: Final = 64
 
 
 @dataclass(slots=True)
 class _Held:
-    """One key: its place in the ledger, its pages, how many bytes of them are its own; their checksum once they are sealed."""
+    """One key: its extents, with a slot in the ledger each; its pages as they are mapped; how many of their bytes are its own.
 
-    slot: int
-    extent: Extent
+    ``crc32`` is that of its bytes once they are sealed.
+    """
+
+    extents: tuple[Extent, ...]
+    slots: tuple[int, ...]
+    pages: memoryview
     size_bytes: int
     crc32: int | None = None
 
@@ -57,8 +62,7 @@ class HostTier:
         self._descriptor = descriptor
         self._mapping = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
         self._view = memoryview(self._mapping)
-        # Native words: storing one is one instruction, which happens or does not.
-        self._words = self._view[:LEDGER_END].cast("I")
+        self._ledger = Ledger(self._view)
         self._extents = Extents(len(self._view))
         self._extents.claim(Extent(0, LEDGER_END))
         # Pages that were let go of; to ``_extents`` they are taken.
@@ -69,10 +73,6 @@ class HostTier:
         self._remains: Remains[_Held] = Remains()
         self._held: dict[str, _Held] = {}
         self._take_over()
-        # Slots below the first that was never used; then come the others.
-        used = {held.slot for held in self._held.values()}
-        self._next_slot = max(used, default=-1) + 1
-        self._free_slots = [slot for slot in range(self._next_slot) if slot not in used]
         for hole in self._extents.holes:
             self._punch(hole)
         if self.resident_bytes < self.allocated_bytes:
@@ -89,31 +89,46 @@ class HostTier:
 
     def _take_over(self) -> None:
         dropped_count = 0
-        for slot, seal in self._seals():
-            if not self._is_taken_over(slot, seal):
-                self._words[_FIRST_SEAL + slot * _RECORD_WORDS] = 0
+        found: dict[str, dict[int, tuple[int, Record]]] = {}
+        for slot, record in self._ledger.records():
+            if record is None or not self._is_taken_over(record, found.get(record.key, {})):
+                self._ledger.clear(slot)
                 dropped_count += 1
+                continue
+            found.setdefault(record.key, {})[record.piece] = (slot, record)
+            self.allocated_bytes += page_aligned(record.size_bytes)
+        for key, pieces in found.items():
+            slots, records = zip(*(pieces[number] for number in sorted(pieces)), strict=True)
+            extents = tuple(_extent_of(record) for record in records)
+            # Else, whoever was about to seal it, or to let go of it, was killed.
+            if len(records) == records[0].piece_count:
+                with contextlib.suppress(OSError):
+                    size_bytes = sum(record.size_bytes for record in records)
+                    self._held[key] = _Held(extents, slots, self._mapped(extents), size_bytes, records[0].crc32)
+                    continue
+            for slot, extent in zip(slots, extents, strict=True):
+                self._ledger.clear(slot)
+                self._extents.give(extent)
+                self.allocated_bytes -= extent.size_bytes
         if dropped_count:
             log.error(
                 "%d records of the weights kept in memory make no sense and are dropped; they are loaded again", dropped_count
             )
 
-    def _is_taken_over(self, slot: int, seal: int) -> bool:
-        body = self._body(slot)
-        raw, offset, size_bytes, crc32, _ = RECORD.unpack(body + bytes(_WORD_BYTES))
-        key, extent = raw.hex(), Extent(offset, page_aligned(size_bytes))
-        if (
-            seal != _seal_of(body)
-            or offset % mmap.PAGESIZE
-            or key in self._held
-            or self.allocated_bytes + extent.size_bytes > self.budget_bytes
+    def _is_taken_over(self, record: Record, pieces: dict[int, tuple[int, Record]]) -> bool:
+        """Take the extent of a record that makes sense beside those of its key; ``pieces`` are those found so far."""
+        _, first = next(iter(pieces.values()), (0, record))
+        is_last, extent = record.piece == record.piece_count - 1, _extent_of(record)
+        return (
+            record.piece not in pieces
+            and record.piece < record.piece_count
+            and (record.piece_count, record.crc32) == (first.piece_count, first.crc32)
+            and not record.offset % mmap.PAGESIZE
+            and (is_last or not record.size_bytes % mmap.PAGESIZE)
+            and self.allocated_bytes + extent.size_bytes <= self.budget_bytes
             # Last, because it takes the extent: false when it overlaps another or leaves the segment.
-            or not self._extents.claim(extent)
-        ):
-            return False
-        self._held[key] = _Held(slot, extent, size_bytes, crc32)
-        self.allocated_bytes += extent.size_bytes
-        return True
+            and self._extents.claim(extent)
+        )
 
     # --- keys --------------------------------------------------------------------------------------------------------
 
@@ -133,33 +148,58 @@ class HostTier:
                 "the memory budget",
                 needed_bytes,
             )
-        if len(self._held) == RECORD_LIMIT:
-            raise self._refusal(f"{RECORD_LIMIT} weights are held, which is the most; let go of others first", needed_bytes)
-        extent = self._spare.take(needed_bytes)
-        if extent is None:
-            extent = self._new_pages(key, needed_bytes)
-        else:
-            self.spare_bytes -= needed_bytes
-            self._remains.overwrite(extent)
-        self._hold(key, extent, size_bytes)
+        if self._ledger.used_count + _MOST_PIECES > RECORD_LIMIT:
+            raise self._refusal(
+                f"{self._ledger.used_count} of {RECORD_LIMIT} records are taken, and it may need {_MOST_PIECES}; let go of "
+                "others first",
+                needed_bytes,
+            )
+        extents, pages = self._spare_pages(needed_bytes) or self._new_pages(key, needed_bytes)
+        self._hold(key, extents, pages, size_bytes)
         return self.view(key)
 
-    def _hold(self, key: str, extent: Extent, size_bytes: int) -> None:
-        self._held[key] = _Held(self._free_slot(), extent, size_bytes)
-        self.allocated_bytes += extent.size_bytes
+    def _hold(self, key: str, extents: tuple[Extent, ...], pages: memoryview, size_bytes: int) -> None:
+        slots = tuple(self._ledger.take() for _ in extents)
+        self._held[key] = _Held(extents, slots, pages, size_bytes)
+        self.allocated_bytes += len(pages)
+
+    def _spare_pages(self, needed_bytes: int) -> tuple[tuple[Extent, ...], memoryview] | None:
+        """Return pages that were let go of, as few pieces as possible and how they are mapped; None when there are too few."""
+        hole = self._spare.take(needed_bytes)
+        extents = self._spare.gather(needed_bytes, _MOST_PIECES) if hole is None else (hole,)
+        if extents is None:
+            return None
+        try:
+            pages = self._mapped(extents)
+        except OSError as error:
+            log.warning("%d pieces of memory cannot be used as one (%s); new pages are", len(extents), error.strerror)
+            for extent in extents:
+                self._spare.give(extent)
+            return None
+        self.spare_bytes -= needed_bytes
+        for extent in extents:
+            self._remains.overwrite(extent)
+        return extents, pages
+
+    def _mapped(self, extents: tuple[Extent, ...]) -> memoryview:
+        """Return the pages of extents, one after the other. Raises OSError when the system will not map several as one."""
+        if len(extents) > 1:
+            return memoryview(glue(self._descriptor, extents))
+        return self._view[extents[0].offset : extents[0].end]
 
     def take_back(self, key: str) -> bool:
         """Have a freed key again, sealed, if nothing was written over it yet; return whether that is so."""
         left = self._remains.take(key)
         if left is None or left.crc32 is None:
             return False
-        self._spare.claim(left.extent)
-        self.spare_bytes -= left.extent.size_bytes
-        self._hold(key, left.extent, left.size_bytes)
+        for extent in left.extents:
+            self._spare.claim(extent)
+        self.spare_bytes -= len(left.pages)
+        self._hold(key, left.extents, left.pages, left.size_bytes)
         self.seal(key, left.crc32)
         return True
 
-    def _new_pages(self, key: str, needed_bytes: int) -> Extent:
+    def _new_pages(self, key: str, needed_bytes: int) -> tuple[tuple[Extent, ...], memoryview]:
         self._punch_spares(self.allocated_bytes + self.spare_bytes + needed_bytes - self.budget_bytes)
         extent = self._extents.take(needed_bytes)
         if extent is None:
@@ -176,7 +216,7 @@ class HostTier:
             self._punch(extent)
             self._extents.give(extent)
             raise
-        return extent
+        return (extent,), self._mapped((extent,))
 
     def trim(self) -> None:
         """Give the pages that were let go of back to the system."""
@@ -202,30 +242,22 @@ class HostTier:
             budget_bytes=self.budget_bytes,
         )
 
-    def _free_slot(self) -> int:
-        if self._free_slots:
-            return self._free_slots.pop()
-        self._next_slot += 1
-        return self._next_slot - 1
-
     def seal(self, key: str, crc32: int) -> None:
         """State that the bytes of an allocated key are whole: from here on they survive this process."""
         held = self._held[key]
         assert held.crc32 is None, "a key can be sealed once"
-        start = LEDGER_OFFSET + held.slot * RECORD.size
-        RECORD.pack_into(self._view, start, bytes.fromhex(key), held.extent.offset, held.size_bytes, crc32, 0)
-        self._words[_FIRST_SEAL + held.slot * _RECORD_WORDS] = _seal_of(self._body(held.slot))
+        for slot, record in zip(held.slots, _records(key, held, crc32), strict=True):
+            self._ledger.write(slot, record)
         held.crc32 = crc32
 
     def view(self, key: str) -> memoryview:
         """Return the bytes of a key, sealed or not, writable. They must not be touched after it was freed."""
         held = self._held[key]
-        return self._view[held.extent.offset : held.extent.offset + held.size_bytes]
+        return held.pages[: held.size_bytes]
 
     def pages(self, key: str) -> memoryview:
         """Return the whole pages of a key, of which its bytes are the first."""
-        held = self._held[key]
-        return self._view[held.extent.offset : held.extent.end]
+        return self._held[key].pages[:]
 
     def holds(self, key: str) -> bool:
         """Say whether a key was allocated, sealed or not."""
@@ -254,14 +286,16 @@ class HostTier:
     def free(self, key: str) -> None:
         """Let go of a key; its pages are kept for others, until ``trim``."""
         held = self._held[key]
-        self._words[_FIRST_SEAL + held.slot * _RECORD_WORDS] = 0
+        for slot in held.slots:
+            self._ledger.clear(slot)
         del self._held[key]
-        self._spare.give(held.extent)
-        self.spare_bytes += held.extent.size_bytes
-        self._free_slots.append(held.slot)
-        self.allocated_bytes -= held.extent.size_bytes
-        if held.crc32 is not None:
-            self._remains.add(key, held.extent, held)
+        for extent in held.extents:
+            self._spare.give(extent)
+        self.spare_bytes += len(held.pages)
+        self.allocated_bytes -= len(held.pages)
+        # One in pieces would have to be watched piece by piece.
+        if held.crc32 is not None and len(held.extents) == 1:
+            self._remains.add(key, held.extents[0], held)
 
     def keys(self) -> dict[str, int]:
         """Return the sealed keys and their bytes, those of earlier engines included."""
@@ -274,24 +308,13 @@ class HostTier:
 
     # --- the segment -------------------------------------------------------------------------------------------------
 
-    def _seals(self) -> Iterator[tuple[int, int]]:
-        """Yield the slots in use and their seals."""
-        seals = self._words[_FIRST_SEAL::_RECORD_WORDS].tolist()
-        # Most are zero; what skips them is not Python.
-        return itertools.compress(enumerate(seals), seals)
-
-    def _body(self, slot: int) -> bytes:
-        """Return a record without its seal."""
-        start = LEDGER_OFFSET + slot * RECORD.size
-        return bytes(self._view[start : start + RECORD.size - _WORD_BYTES])
-
     def _punch(self, extent: Extent) -> None:
-        self._mapping.madvise(mmap.MADV_REMOVE, extent.offset, extent.size_bytes)
+        punch(self._descriptor, extent.offset, extent.size_bytes)
 
     def check_invariants(self) -> None:
         """Raise AssertionError when books, ledger and system disagree."""
         self._extents.check_invariants()
-        allocated_bytes = sum(held.extent.size_bytes for held in self._held.values())
+        allocated_bytes = sum(extent.size_bytes for held in self._held.values() for extent in held.extents)
         free_bytes = sum(hole.size_bytes for hole in self._extents.holes)
         self._spare.check_invariants()
         assert self.spare_bytes == sum(hole.size_bytes for hole in self._spare.holes), "spare_bytes disagrees with the pages"
@@ -304,26 +327,36 @@ class HostTier:
         assert kept_bytes <= self.budget_bytes, f"{kept_bytes} bytes are held, the budget is {self.budget_bytes}"
         assert LEDGER_END + kept_bytes + free_bytes == len(self._view), "extents and holes do not fill the segment"
         assert self.resident_bytes == kept_bytes, f"{self.resident_bytes} bytes are in memory, not {kept_bytes}"
-        slots = [held.slot for held in self._held.values()]
-        assert sorted((*slots, *self._free_slots)) == list(range(self._next_slot)), "a slot is lost, or has two owners"
-        written = {slot: self._body(slot) for slot, _ in self._seals()}
+        self._ledger.check_invariants(slot for held in self._held.values() for slot in held.slots)
         expected = {
-            held.slot: RECORD.pack(bytes.fromhex(key), held.extent.offset, held.size_bytes, held.crc32, 0)[:-_WORD_BYTES]
+            slot: record
             for key, held in self._held.items()
             if held.crc32 is not None
+            for slot, record in zip(held.slots, _records(key, held, held.crc32), strict=True)
         }
-        assert written == expected, "the ledger disagrees with the books"
+        assert dict(self._ledger.records()) == expected, "the ledger disagrees with the books"
 
     def close(self) -> None:
         """Unmap the segment, which stays as it is. Raises BufferError while a view of it is in use.
 
         An engine that ends need not call it: the kernel unmaps what a process leaves.
         """
-        self._words.release()
+        for held in self._held.values():
+            held.pages.release()
+        for _, _, left in self._remains:
+            left.pages.release()
+        self._ledger.close()
         self._view.release()
         self._mapping.close()
 
 
-def _seal_of(body: bytes) -> int:
-    """Return the word that makes a record valid: a checksum of it, never zero, which stands for none."""
-    return isal_zlib.crc32(body) or 1
+def _extent_of(record: Record) -> Extent:
+    return Extent(record.offset, page_aligned(record.size_bytes))
+
+
+def _records(key: str, held: _Held, crc32: int) -> Iterable[Record]:
+    """Yield the records of a key, a piece each."""
+    left_bytes = held.size_bytes
+    for number, extent in enumerate(held.extents):
+        yield Record(key, extent.offset, min(left_bytes, extent.size_bytes), crc32, number, len(held.extents))
+        left_bytes -= extent.size_bytes

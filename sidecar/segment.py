@@ -17,6 +17,7 @@ budget, one in a hundred requests for a random one of eleven models found no hol
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -27,7 +28,7 @@ import stat
 import struct
 import zlib
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import posix_ipc
 from trunkline.arena import sealable_memory
@@ -37,21 +38,27 @@ from sidecar.errors import NoRoom
 log = logging.getLogger("trunkline.segment")
 
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory, not a place for temporary files
-# Key, offset and size of an extent, checksum of its bytes; last the seal, which makes the record valid.
-RECORD: Final = struct.Struct("<32sQQI8xI")
+# Key, offset and size of an extent, checksum of the weight, number of the piece and of all pieces; last the seal, which makes the
+# record valid (``sidecar.ledger``).
+RECORD: Final = struct.Struct("<32sQQIHH4xI")
 RECORD_LIMIT: Final = 65536
 LEDGER_OFFSET: Final = mmap.PAGESIZE
 # Header included: where the bytes begin.
 LEDGER_END: Final = LEDGER_OFFSET + RECORD_LIMIT * RECORD.size
 
 _MAGIC: Final = b"TRUNKSEG"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _LAYOUT: Final = zlib.crc32(f"{_VERSION} {RECORD.format} {RECORD_LIMIT} {mmap.PAGESIZE}".encode())
 # Magic, layout, budget, length of the run directory's path, which follows.
 _HEADER: Final = struct.Struct("<8sIQH")
 _MODE: Final = 0o600
 _ROUNDING_BYTES: Final = 64 << 20
 _ADDRESSES: Final = 8
+# FALLOC_FL_PUNCH_HOLE with FALLOC_FL_KEEP_SIZE, of linux/falloc.h.
+_PUNCH_HOLE: Final = 0x3
+
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 class Segment:
@@ -214,6 +221,16 @@ def reserve(descriptor: int, offset: int, size_bytes: int, what: str) -> None:
             f"{SHARED_MEMORY} or the container's memory limit, or lower the memory budget",
             needed_bytes=size_bytes,
         ) from error
+
+
+def punch(descriptor: int, offset: int, size_bytes: int) -> None:
+    """Give the pages of a range back to the system. Raises OSError.
+
+    Not by way of Python's madvise, which keeps all other threads from running meanwhile, 0.3 ms for a MiB.
+    """
+    if _libc.fallocate(descriptor, _PUNCH_HOLE, offset, size_bytes):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _remove_abandoned(own: str) -> None:

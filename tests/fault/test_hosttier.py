@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from trunkline.arena import page_aligned
 
-from sidecar import extents, hosttier, segment
+from sidecar import extents, glued, hosttier, ledger, segment
 from sidecar.hosttier import HostTier
 from sidecar.segment import SHARED_MEMORY, Segment, segment_name
 from tests.segments import PAGE, Make, content, key, names, put, segments
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("nothing_leaks")
 BUDGET = 64 * PAGE
 # Instructions that can change something outside of the process; all points between two of them are one.
 EFFECTS = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "STORE_SUBSCR")}
-TRACED = {module.__file__ for module in (extents, hosttier, segment)}
+TRACED = {module.__file__ for module in (extents, glued, hosttier, ledger, segment)}
 
 
 def survives(step: int, work: Callable[[], None]) -> bool:
@@ -71,7 +71,7 @@ def _killer(step: int) -> Callable[[FrameType, str, Any], Any]:
 
 
 # What an engine does, and which weights are there after it: sizes by number. Before it come 0, 1 and 2.
-SIZES = {0: 3 * PAGE, 1: 2 * PAGE + 5, 2: PAGE, 3: PAGE + 1, 4: 4 * PAGE, 5: PAGE}
+SIZES = {0: 3 * PAGE, 1: 2 * PAGE + 5, 2: PAGE, 3: PAGE + 1, 4: 4 * PAGE, 5: PAGE, 6: 5 * PAGE - 3}
 
 
 def free(number: int) -> Callable[[HostTier], None]:
@@ -92,6 +92,11 @@ def find_altered(tier: HostTier) -> None:
     assert not tier.check(key(2))
 
 
+def load_in_pieces(tier: HostTier) -> None:
+    put(tier, 6, SIZES[6])
+    assert len(tier._held[key(6)].extents) == 2
+
+
 STEPS: list[tuple[Callable[[HostTier], None], set[int]]] = [
     (lambda tier: None, {0, 1, 2}),
     (load(3), {0, 1, 2, 3}),
@@ -100,6 +105,11 @@ STEPS: list[tuple[Callable[[HostTier], None], set[int]]] = [
     (load_and_give_up, {0, 2, 3, 4}),
     (find_altered, {0, 3, 4}),
     (load(1), {0, 1, 3, 4}),
+    (free(3), {0, 1, 4}),
+    (free(0), {1, 4}),
+    # What is free lies apart now.
+    (load_in_pieces, {1, 4, 6}),
+    (free(6), {1, 4}),
 ]
 
 

@@ -597,3 +597,18 @@ def test_a_cuda_device_runs_what_the_cpu_runs(device: TorchDevice) -> None:
         answers.append(target)
     assert torch.allclose(*answers, atol=1e-5)
     assert cuda.memory()["weight_bytes"] == 0 or cuda.memory()["allocated_bytes"] > 0
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (0, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"])
+def test_bytes_that_are_there_are_read_in_place(dtype: str, shape: tuple[int, ...]) -> None:
+    expected = torch.arange(6)[: math.prod(shape)].to(getattr(torch, dtype)).reshape(shape)
+    memory = memoryview(bytearray(expected.reshape(-1).view(torch.uint8).numpy().tobytes()))
+    weight = Weight("ab" * 32, dtype, shape, len(memory), 0)
+    found = open_device("cpu").over(memory, weight)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    if len(memory):
+        # Not a copy.
+        memory[:] = bytes(len(memory))
+        assert not found.any()

@@ -312,7 +312,7 @@ def test_a_torch_without_the_interface_flattens_none(monkeypatch: pytest.MonkeyP
 
 
 def test_a_library_without_a_function_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda path: object())
+    monkeypatch.setattr(ctypes, "PyDLL", lambda path: object())
     flat._library.cache_clear()
     try:
         with pytest.raises(AttributeError):

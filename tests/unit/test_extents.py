@@ -88,6 +88,19 @@ class Random(RuleBasedStateMachine):
             self.taken.append(extent)
             self.mark(extent, True)
 
+    @rule(size_bytes=st.integers(1, SPAN), most=st.integers(1, 6))
+    def gather(self, size_bytes: int, most: int) -> None:
+        largest = sorted((hole.size_bytes for hole in self.holes()), reverse=True)[:most]
+        extents = self.made.gather(size_bytes, most)
+        assert (extents is None) == (sum(largest) < size_bytes)
+        if extents is not None:
+            assert sum(extent.size_bytes for extent in extents) == size_bytes
+            # No fewer would have done.
+            assert sum(largest[: len(extents) - 1]) < size_bytes
+            for extent in extents:
+                self.taken.append(extent)
+                self.mark(extent, True)
+
     @rule(offset=st.integers(0, SPAN), size_bytes=st.integers(1, SPAN))
     def claim(self, offset: int, size_bytes: int) -> None:
         extent = Extent(offset, size_bytes)

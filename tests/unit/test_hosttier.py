@@ -114,10 +114,10 @@ def test_the_budget_is_enforced_before_anything_is_allocated(tier: HostTier) -> 
 
 
 def test_a_full_ledger_refuses(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RECORD_LIMIT", 2)
+    monkeypatch.setattr(module, "RECORD_LIMIT", module._MOST_PIECES + 1)
     put(tier, 1, 1)
     put(tier, 2, 1)
-    with pytest.raises(NoRoom, match="2 weights are held, which is the most"):
+    with pytest.raises(NoRoom, match="2 of 65 records are taken, and it may need 64"):
         tier.allocate(key(3), 1)
     tier.free(key(1))
     put(tier, 3, 1)
@@ -211,8 +211,8 @@ def test_a_segment_is_not_unmapped_under_a_view(segment: Segment) -> None:
 # --- a ledger that makes no sense -----------------------------------------------------------------------------------------
 
 
-def record(number: int, offset: int, size_bytes: int = PAGE) -> bytes:
-    body = RECORD.pack(bytes.fromhex(key(number)), offset, size_bytes, 0, 0)[:-4]
+def record(number: int, offset: int, size_bytes: int = PAGE, piece: int = 0, piece_count: int = 1) -> bytes:
+    body = RECORD.pack(bytes.fromhex(key(number)), offset, size_bytes, 0, piece, piece_count, 0)[:-4]
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
@@ -253,11 +253,14 @@ def test_weights_whose_pages_somebody_took_are_dropped(
         record(5, 2**64 - PAGE),
         record(1, LEDGER_END + 8 * PAGE),
         record(5, LEDGER_END + 8 * PAGE)[:-1] + b"\xff",
+        record(5, LEDGER_END + 8 * PAGE, piece=1),
+        record(5, LEDGER_END + 8 * PAGE, PAGE + 1, piece_count=2),
+        record(1, LEDGER_END + 8 * PAGE, piece=1, piece_count=2),
         b"\xff" * RECORD.size,
     ],
     ids=[
         *("unaligned", "ledger", "header", "overlapping its end", "overlapping", "outside", "across the end", "over budget"),
-        *("immense", "far away", "duplicate", "wrong seal", "noise"),
+        *("immense", "far away", "duplicate", "wrong seal", "no such piece", "broken piece", "piece of another", "noise"),
     ],
 )
 @pytest.mark.parametrize("slot", [2, RECORD_LIMIT - 1])
@@ -277,6 +280,20 @@ def test_records_that_make_no_sense_are_dropped(
     caplog.clear()
     restarted(tier)
     assert "make no sense" not in caplog.text
+
+
+@pytest.mark.parametrize("pieces", [[0], [1], [0, 2], [1, 2]])
+def test_a_weight_of_which_a_piece_is_missing_is_not_there(tier: HostTier, segment: Segment, pieces: list[int]) -> None:
+    put(tier, 1, PAGE)
+    os.posix_fallocate(segment.descriptor, LEDGER_END, 32 * PAGE)
+    for piece in pieces:
+        wrong = record(5, LEDGER_END + (8 + 2 * piece) * PAGE, PAGE, piece, 3)
+        os.pwrite(segment.descriptor, wrong, LEDGER_OFFSET + (7 + piece) * RECORD.size)
+    restarted(tier)
+    assert tier.keys() == {key(1): PAGE}
+    assert tier.resident_bytes == PAGE
+    # Their slots and pages serve others.
+    put(tier, 2, 60 * PAGE)
 
 
 # --- at random ------------------------------------------------------------------------------------------------------------
@@ -408,6 +425,67 @@ def test_neither_trimmed_nor_unsealed_nor_altered_bytes_are_had_back(tier: HostT
     tier.allocate(key(4), PAGE)
     tier.free(key(4))
     assert not tier.take_back(key(4))
+
+
+def scattered(tier: HostTier) -> int:
+    """Fill a tier with single pages and free every other one; return how many pages are free."""
+    whole = BUDGET // PAGE
+    for number in range(whole):
+        put(tier, 100 + number, PAGE)
+    for number in range(0, whole, 2):
+        tier.free(key(100 + number))
+    return whole // 2
+
+
+@pytest.mark.parametrize("missing_bytes", [0, 5, PAGE, PAGE + 5])
+def test_free_pages_that_lie_apart_serve_a_large_weight(tier: HostTier, missing_bytes: int) -> None:
+    free = scattered(tier)
+    put(tier, 1, free * PAGE - missing_bytes)
+    tier.check_invariants()
+    # No page is new, and none was given back for one.
+    assert tier.resident_bytes == BUDGET
+    assert tier.spare_bytes == missing_bytes // PAGE * PAGE
+    assert len(tier.pages(key(1))) == (free - missing_bytes // PAGE) * PAGE
+    restarted(tier)
+    assert tier.view(key(1)) == content(1, free * PAGE - missing_bytes)
+    assert tier.check(key(1))
+    assert len(tier.keys()) == free + 1
+    # What it does not take went back to the system.
+    assert tier.resident_bytes == tier.allocated_bytes == BUDGET - missing_bytes // PAGE * PAGE
+    tier.free(key(1))
+    assert not tier.take_back(key(1))
+    assert all(tier.check(name) for name in tier.keys())  # noqa: SIM118 - not a dict
+    put(tier, 2, PAGE)
+
+
+def test_more_pieces_than_one_weight_may_have_are_not_put_together(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_PIECES", 4)
+    scattered(tier)
+    put(tier, 1, 4 * PAGE)
+    assert tier.resident_bytes == BUDGET
+    assert len(tier._held[key(1)].extents) == 4
+    put(tier, 2, 5 * PAGE)
+    assert len(tier._held[key(2)].extents) == 1
+    assert tier.resident_bytes <= BUDGET
+
+
+def test_pieces_that_the_system_will_not_map_as_one_are_left_apart(
+    tier: HostTier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scattered(tier)
+    put(tier, 1, 8 * PAGE)
+
+    def refuse(descriptor: int, pieces: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(module, "glue", refuse)
+    put(tier, 2, 8 * PAGE)
+    assert "8 pieces of memory cannot be used as one (Cannot allocate memory); new pages are" in caplog.text
+    tier.check_invariants()
+    restarted(tier)
+    # It is read again: nothing of it is left, and nobody is told of pages that cannot be used.
+    assert key(1) not in tier.keys()  # noqa: SIM118 - not a dict
+    assert tier.check(key(2))
 
 
 def test_scattered_weights_leave_room_for_large_ones(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

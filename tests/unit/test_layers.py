@@ -18,6 +18,8 @@ LAYERS = {
     1: {
         "errors",
         "extents",
+        "glued",
+        "ledger",
         "segment",
         "config",
         "bundle",
