@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from sidecar.errors import ConfigError
 from sidecar.machine import available_bytes, core_count
-from sidecar.policies import LeastRecentlyUsed
+from sidecar.policies import Either
 
 PREFIX: Final = "TRUNKLINE_"
 _UNITS: Final = {
@@ -58,7 +58,7 @@ class Settings:
     threads: int = 1
     memory_budget_bytes: int = 0
     activation_budget_bytes: int = 0
-    eviction_policy: str = LeastRecentlyUsed.name
+    eviction_policy: str = Either.name
     admin_host: str = "127.0.0.1"
     admin_port: int = 9470
     blob_limit_bytes: int = 64 * 2**30

@@ -45,7 +45,7 @@ from sidecar.logs import RateLimit
 from sidecar.memory import DeviceMemory, Memory
 from sidecar.mover import Mover
 from sidecar.pins import Pins
-from sidecar.policies import LeastRecentlyUsed
+from sidecar.policies import Either
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Grant
 from sidecar.rivals import open_residency
@@ -111,7 +111,7 @@ class Engine:
         pins: Pins,
         *,
         budget_bytes: int,
-        eviction_policy: str = LeastRecentlyUsed.name,
+        eviction_policy: str = Either.name,
         queue_limit: int,
         batch_limit: int = 8,
         batch_window_s: float = 0.0,

@@ -41,18 +41,24 @@ class AdaptiveResidency(Residency):
         self._rivals = [Residency(budget_bytes, make(), clock) for make in (LeastRecentlyUsed, LeastOften)]
         # Bytes they would have fetched; the older, the less they count.
         self._fetched = [0.0 for _ in self._rivals]
+        # Of all weights of all plans. As long as they fit together, nothing ever leaves, and there is nothing to compare.
+        self._all_bytes = 0
 
     def add_plan(
         self, plan: str, weights: Mapping[str, int], *, priority: int = DEFAULT_PRIORITY, ttl_s: float | None = None
     ) -> None:
         for each in self._rivals:
             each.add_plan(plan, weights, priority=priority, ttl_s=ttl_s)
+        self._all_bytes += sum(size_bytes for digest, size_bytes in weights.items() if digest not in self._group_of)
         super().add_plan(plan, weights, priority=priority, ttl_s=ttl_s)
 
     def remove_plan(self, plan: str) -> tuple[str, ...]:
         for each in self._rivals:
             each.remove_plan(plan)
-        return super().remove_plan(plan)
+        weights = self.weights(plan)
+        freed = super().remove_plan(plan)
+        self._all_bytes -= sum(size_bytes for digest, size_bytes in weights.items() if digest not in self._group_of)
+        return freed
 
     def set_priority(self, plan: str, priority: int) -> None:
         for each in self._rivals:
@@ -66,9 +72,14 @@ class AdaptiveResidency(Residency):
 
     def lease(self, *plans: str) -> Grant | None:
         grant = super().lease(*plans)
-        if grant is not None:
+        if grant is not None and self._all_bytes > self.budget_bytes:
             self._compare(plans)
         return grant
+
+    def expire(self) -> tuple[str, ...]:
+        for each in self._rivals:
+            each.expire()
+        return super().expire()
 
     def _compare(self, plans: tuple[str, ...]) -> None:
         for number, rival in enumerate(self._rivals):
@@ -85,5 +96,7 @@ class AdaptiveResidency(Residency):
 
     def check_invariants(self) -> None:
         super().check_invariants()
+        sizes = {digest: size_bytes for plan in self._plans.values() for digest, size_bytes in plan.weights.items()}
+        assert self._all_bytes == sum(sizes.values()), "the bytes of all weights are wrong"
         for each in self._rivals:
             each.check_invariants()

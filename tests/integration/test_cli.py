@@ -141,7 +141,7 @@ def test_json_is_all_that_is_printed(answers: Answers, words: list[str], expecte
 def test_a_trace_is_written_in_lines_that_can_be_replayed(answers: Answers, tmp_path: Path) -> None:
     answers.table["trace?limit=10000"] = {
         "budget_bytes": 30,
-        "policy": "lru",
+        "policy": "adaptive",
         "recorded": 2,
         "weights": [10, 5],
         "models": {"a": [0], "b": [0, 1]},

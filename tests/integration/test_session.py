@@ -316,7 +316,7 @@ def test_commands_of_the_administrator(running: Running) -> None:
     assert evicted["freed_bytes"] == 103
     assert running.device.allocated_bytes == 0
     residency = connection.command("memory")["residency"]
-    assert (residency["policy"], residency["evicted_bytes"]["operator"]) == ("lru", 103)
+    assert (residency["policy"], residency["evicted_bytes"]["operator"]) == ("adaptive", 103)
     traced = connection.command("trace", {"limit": 1})
     assert traced["recorded"] == 2
     assert sum(traced["weights"]) == 103

@@ -191,6 +191,35 @@ def test_of_two_policies_the_better_decides_and_the_other_again_when_it_is_bette
     made.check_invariants()
 
 
+def test_policies_are_compared_only_while_not_everything_fits() -> None:
+    made = AdaptiveResidency(30)
+    made.add_plan("a", {"trunk": 10, "a": 10})
+    made.add_plan("b", {"trunk": 10, "b": 10})
+    use(made, "a")
+    use(made, "b")
+    made.check_invariants()
+    assert [each.committed_bytes for each in made._rivals] == [0, 0]
+    made.add_plan("c", {"c": 10})
+    use(made, "c")
+    assert [each.committed_bytes for each in made._rivals] == [10, 10]
+    made.remove_plan("b")
+    made.check_invariants()
+    use(made, "a")
+    assert [each.committed_bytes for each in made._rivals] == [10, 10]
+
+
+def test_what_is_idle_too_long_leaves_the_books_of_all_policies() -> None:
+    now = [0.0]
+    made = AdaptiveResidency(20, lambda: now[0])
+    for plan in "abc":
+        made.add_plan(plan, {plan: 10}, ttl_s=60.0 if plan == "a" else None)
+    use(made, "a")
+    now[0] = 61.0
+    assert made.expire() == ("a",)
+    assert [each.committed_bytes for each in made._rivals] == [0, 0]
+    made.check_invariants()
+
+
 def test_lower_priority_leaves_first_and_a_shared_weight_has_the_highest_of_its_users() -> None:
     made = Residency(30)
     made.add_plan("dear", {"trunk": 10, "d": 5}, priority=9)
