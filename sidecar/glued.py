@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from sidecar.extents import Extent
@@ -19,10 +20,22 @@ from sidecar.extents import Extent
 _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000
 _FAILED: Final = ctypes.c_void_p(-1).value
+_LIMIT: Final = Path("/proc/sys/vm/max_map_count")
+# Of Linux, unless somebody has changed it.
+_USUAL_LIMIT: Final = 65530
 
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+
+
+def most_mappings() -> int:
+    """Return how many mappings a process may have, all that torch and its threads need included."""
+    try:
+        return int(_LIMIT.read_text())
+    except (OSError, ValueError):
+        # A sandbox without it.
+        return _USUAL_LIMIT
 
 
 def glue(descriptor: int, pieces: Sequence[Extent]) -> mmap.mmap:

@@ -6,8 +6,9 @@ to the system when the next engine attaches. That costs no look at the bytes; ``
 called before their first use.
 
 Pages are reserved before anything is written. Those that are let go of are kept for what comes next, within the budget: to clear
-and map new ones takes as long as reading them from a fast disk. Until then a key that was freed can be had back as it was. Where
-no hole is large enough, a weight lies in several, which are mapped side by side (``sidecar.glued``). ``trim`` punches free pages
+and map new ones takes as long as reading them from a fast disk. Until then a key that was freed can be had back as it was, if it
+lies in one hole. Where none is large enough, a weight lies in several, mapped side by side (``sidecar.glued``). The more often
+that is done the smaller they get: so there is a limit to it, beyond which new pages are taken. ``trim`` punches free pages
 out of the segment, and so does whatever needs pages elsewhere. Extents take whole pages, and that is what counts against the
 budget. Owned by one thread; others may fill and read the views it gives out.
 """
@@ -27,7 +28,7 @@ from trunkline.arena import page_aligned
 
 from sidecar.errors import NoRoom
 from sidecar.extents import Extent, Extents, Remains
-from sidecar.glued import glue
+from sidecar.glued import glue, most_mappings
 from sidecar.ledger import Ledger, Record
 from sidecar.segment import LEDGER_END, RECORD_LIMIT, punch, read_budget, reserve
 
@@ -69,6 +70,9 @@ class HostTier:
         self._spare = Extents(len(self._view))
         self._spare.claim(Extent(0, len(self._view)))
         self.spare_bytes = 0
+        # Pieces of the weights that lie in several, and how many there may be.
+        self._glued_count = 0
+        self._most_glued = min(most_mappings(), RECORD_LIMIT) // 4
         # Keys that were freed and lie in spare pages as they were.
         self._remains: Remains[_Held] = Remains()
         self._held: dict[str, _Held] = {}
@@ -105,6 +109,7 @@ class HostTier:
                 with contextlib.suppress(OSError):
                     size_bytes = sum(record.size_bytes for record in records)
                     self._held[key] = _Held(extents, slots, self._mapped(extents), size_bytes, records[0].crc32)
+                    self._glued_count += _glued_count(extents)
                     continue
             for slot, extent in zip(slots, extents, strict=True):
                 self._ledger.clear(slot)
@@ -161,12 +166,15 @@ class HostTier:
     def _hold(self, key: str, extents: tuple[Extent, ...], pages: memoryview, size_bytes: int) -> None:
         slots = tuple(self._ledger.take() for _ in extents)
         self._held[key] = _Held(extents, slots, pages, size_bytes)
+        self._glued_count += _glued_count(extents)
         self.allocated_bytes += len(pages)
 
     def _spare_pages(self, needed_bytes: int) -> tuple[tuple[Extent, ...], memoryview] | None:
         """Return pages that were let go of, as few pieces as possible and how they are mapped; None when there are too few."""
+        # Mappings and records are for others, too: without one neither torch nor a thread gets memory, nor a weight a place.
+        most = max(0, min(_MOST_PIECES, self._most_glued - self._glued_count))
         hole = self._spare.take(needed_bytes)
-        extents = self._spare.gather(needed_bytes, _MOST_PIECES) if hole is None else (hole,)
+        extents = self._spare.gather(needed_bytes, most) if hole is None else (hole,)
         if extents is None:
             return None
         try:
@@ -190,7 +198,7 @@ class HostTier:
     def take_back(self, key: str) -> bool:
         """Have a freed key again, sealed, if nothing was written over it yet; return whether that is so."""
         left = self._remains.take(key)
-        if left is None or left.crc32 is None:
+        if left is None or left.crc32 is None or self._ledger.used_count >= RECORD_LIMIT:
             return False
         for extent in left.extents:
             self._spare.claim(extent)
@@ -293,6 +301,7 @@ class HostTier:
             self._spare.give(extent)
         self.spare_bytes += len(held.pages)
         self.allocated_bytes -= len(held.pages)
+        self._glued_count -= _glued_count(held.extents)
         # One in pieces would have to be watched piece by piece.
         if held.crc32 is not None and len(held.extents) == 1:
             self._remains.add(key, held.extents[0], held)
@@ -323,6 +332,8 @@ class HostTier:
                 f"freed {key[:12]} lies in pages of others"
             )
         assert self.allocated_bytes == allocated_bytes, "allocated_bytes disagrees with the extents"
+        glued_count = sum(_glued_count(held.extents) for held in self._held.values())
+        assert self._glued_count == glued_count, "pieces are miscounted"
         kept_bytes = allocated_bytes + self.spare_bytes
         assert kept_bytes <= self.budget_bytes, f"{kept_bytes} bytes are held, the budget is {self.budget_bytes}"
         assert LEDGER_END + kept_bytes + free_bytes == len(self._view), "extents and holes do not fill the segment"
@@ -348,6 +359,10 @@ class HostTier:
         self._ledger.close()
         self._view.release()
         self._mapping.close()
+
+
+def _glued_count(extents: tuple[Extent, ...]) -> int:
+    return len(extents) if len(extents) > 1 else 0
 
 
 def _extent_of(record: Record) -> Extent:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sidecar import glued as module
 from sidecar.extents import Extent
-from sidecar.glued import glue
+from sidecar.glued import glue, most_mappings
 
 PAGE = mmap.PAGESIZE
 PIECES = (Extent(4 * PAGE, 2 * PAGE), Extent(0, PAGE), Extent(7 * PAGE, PAGE))
@@ -57,3 +58,13 @@ def test_what_the_system_refuses_is_an_error_and_leaves_nothing(descriptor: int)
     with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
         glue(descriptor, (Extent(0, PAGE), Extent(PAGE + 1, PAGE)))
     assert mapping_count() == 0
+
+
+def test_there_are_as_many_mappings_as_linux_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "max_map_count"
+    monkeypatch.setattr(module, "_LIMIT", told)
+    assert most_mappings() == 65530
+    told.write_text("nothing of the kind")
+    assert most_mappings() == 65530
+    told.write_text("262144\n")
+    assert most_mappings() == 262144

@@ -123,6 +123,14 @@ def test_a_full_ledger_refuses(tier: HostTier, monkeypatch: pytest.MonkeyPatch) 
     put(tier, 3, 1)
 
 
+def test_without_a_record_nothing_is_taken_back(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        put(tier, number, 1)
+    tier.free(key(1))
+    monkeypatch.setattr(module, "RECORD_LIMIT", 1)
+    assert not tier.take_back(key(1))
+
+
 def test_a_segment_without_a_hole_that_is_large_enough_refuses(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Extents, "take", lambda self, size_bytes: None)
     with pytest.raises(NoRoom, match=f"the largest hole between others has {segment_bytes(BUDGET) - LEDGER_END}"):
@@ -467,6 +475,31 @@ def test_more_pieces_than_one_weight_may_have_are_not_put_together(tier: HostTie
     put(tier, 2, 5 * PAGE)
     assert len(tier._held[key(2)].extents) == 1
     assert tier.resident_bytes <= BUDGET
+
+
+def test_pieces_leave_mappings_and_records_to_others(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "most_mappings", lambda: 1 << 30)
+    restarted(tier)
+    assert tier._most_glued == RECORD_LIMIT // 4
+    monkeypatch.setattr(module, "most_mappings", lambda: 4 * 9)
+    restarted(tier)
+    scattered(tier)
+    for number, pages in ((1, 6), (2, 4), (3, 3), (4, 2)):
+        put(tier, number, pages * PAGE)
+    # Of the fourth, two pieces would be one too many after six and three; the second would have been.
+    assert [len(tier._held[key(number)].extents) for number in (1, 2, 3, 4)] == [6, 1, 3, 1]
+    assert tier.resident_bytes <= BUDGET
+    restarted(tier)
+    tier.free(key(1))
+    put(tier, 5, 6 * PAGE)
+    assert len(tier._held[key(5)].extents) > 1
+    # An engine that may have fewer takes over what there is.
+    monkeypatch.setattr(module, "most_mappings", lambda: 4)
+    restarted(tier)
+    assert key(5) in tier.keys()  # noqa: SIM118 - not a dict
+    tier.free(key(3))
+    put(tier, 6, 3 * PAGE)
+    assert len(tier._held[key(6)].extents) == 1
 
 
 def test_pieces_that_the_system_will_not_map_as_one_are_left_apart(
