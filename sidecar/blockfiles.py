@@ -329,7 +329,8 @@ class BlockFiles:
             self._forget([key for key in self._live(file) if key in faults and faults[key].lasts])
 
     def _live(self, file: _File) -> list[str]:
-        return [key for key in file.places if key in self._index and self._index[key][0] is file]
+        # At one stroke each, because not all who ask have the lock.
+        return [key for key in file.places if (found := self._index.get(key)) is not None and found[0] is file]
 
     def _by_source(self, file: _File, work: Callable[[int, Source], _Result]) -> _Result:
         """Open a file and have ``work`` read it; where direct reading is refused, buffered from then on. Raises OSError."""

@@ -654,6 +654,20 @@ def test_scrubbing_finds_what_is_altered(folder: Path, source: Source) -> None:
     assert_reads(files, [entries[0], *others])
 
 
+def test_what_is_discarded_meanwhile_does_not_stop_scrubbing(files: BlockFiles) -> None:
+    entries = several(SMALL)
+    files.write(entries)
+
+    class Racing(dict[Any, Any]):
+        """Where another thread discards a key as soon as somebody has seen that it is there."""
+
+        def __contains__(self, key: object) -> bool:
+            return self.pop(key, None) is not None
+
+    files._index = Racing(files._index)
+    assert files.scrub(lambda: None) == []
+
+
 # --- the disk -------------------------------------------------------------------------------------------------------------
 
 
