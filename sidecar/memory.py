@@ -59,6 +59,8 @@ class Batch:
     entries: dict[str, Entry] = field(default_factory=dict)
     targets: list[memoryview] = field(default_factory=list)
     unusable: Collection[str] = ()
+    # Of those that were in memory already, so that nothing had to be read.
+    kept_bytes: int = 0
 
     @property
     def missing(self) -> list[Wanted]:
@@ -188,6 +190,8 @@ class TierMemory:
             key = each.weight.digest
             if (key in self._tier or self._tier.take_back(key)) and (handle := self._taken_over(each)) is not None:
                 batch.found[key] = handle
+                batch.kept_bytes += each.weight.size_bytes
+        self._moved["kept_bytes"] += batch.kept_bytes
         for each in batch.missing:
             key = each.weight.digest
             try:
@@ -212,7 +216,7 @@ class TierMemory:
         batch.targets.clear()
         for each in batch.missing:
             key = each.weight.digest
-            handle = self._from_file(each, batch.entries[key]) if key in batch.entries.keys() - batch.unusable else None
+            handle = self._from_file(each, batch.entries[key]) if key in batch.entries and key not in batch.unusable else None
             batch.found[key] = _outcome(each, self._from_store) if handle is None else handle
             if isinstance(batch.found[key], TrunklineError):
                 self._tier.free(key)
@@ -234,7 +238,6 @@ class TierMemory:
             log.error("packed weight %s cannot be used as it lies in memory (%s); it is made anew", key[:12], error)
             self._tier.free(key)
             return None
-        self._moved["kept_bytes"] += wanted.weight.size_bytes
         return handle
 
     def _over(self, wanted: Wanted, meta: bytes) -> object:

@@ -124,17 +124,25 @@ class Mover:
         with _guarded(fetch):
             if fetch.batch is not None:
                 outcomes = self._memory.end(fetch.batch)
-                self._measure(fetch)
+                self._measure(fetch, fetch.batch)
         if fetch.batch is None:
+            # What was made room for is given back: whoever wants it next makes room anew.
+            with _guarded(fetch):
+                self._memory.free([each.weight.digest for each in fetch.wanted])
             outcomes = [SidecarFault("a weight could not be brought into memory; the sidecar's log says why")] * len(fetch.wanted)
         pairs = [(each.weight, outcome) for each, outcome in zip(fetch.wanted, outcomes, strict=True)]
+        # The reader may not have let go of it yet.
+        fetch.batch = None
         arrived = fetch.arrived
         self._post(lambda: arrived(pairs))
 
-    def _measure(self, fetch: _Fetch) -> None:
+    def _measure(self, fetch: _Fetch, batch: Batch) -> None:
+        size_bytes = sum(each.weight.size_bytes for each in fetch.wanted) - batch.kept_bytes
+        if not size_bytes:
+            # Nothing was brought in: it was there.
+            return
         # Of one that was begun before the last was ended, what it takes beyond that.
         since_s, self._ended_s = max(fetch.begun_s, self._ended_s), time.perf_counter()
-        size_bytes = sum(each.weight.size_bytes for each in fetch.wanted)
         # Bytes and seconds apart: a batch that ends right after another takes next to no time beyond that.
         self._moved_bytes += size_bytes
         self._moved_s += self._ended_s - since_s

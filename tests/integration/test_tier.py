@@ -12,13 +12,14 @@ from dataclasses import replace
 import pytest
 import torch
 from trunkline import client, model, models
-from trunkline.errors import DeviceFault
+from trunkline.errors import DeviceFault, SidecarFault
 
 from sidecar.blockfiles import BlockFiles, Entry
 from sidecar.devices import open_device
 from sidecar.errors import NoRoom
 from sidecar.ir import Graph, Weight
 from sidecar.memory import DeviceMemory, TierMemory, Wanted, memory_of
+from sidecar.mover import Mover, _Fetch
 from sidecar.verdicts import Verdicts
 from tests.fakes import Running
 from tests.integration.test_sharing import ask, deploy
@@ -174,6 +175,41 @@ def test_a_weight_without_bytes_is_brought_in_from_either_place(node: Node) -> N
         memory.free([empty.digest])
         memory.keep(Graph((), (), (), (empty,), (), ()), {})
     assert node.source.read_count == 2
+
+
+def a_weight(node: Node) -> list[Wanted]:
+    content = random.Random(0).randbytes(5000)
+    weight = Weight(hashlib.sha256(content).hexdigest(), "uint8", (5000,), 5000, zlib.crc32(content))
+    node.source.blobs[weight.digest] = content
+    return [Wanted(weight, None)]
+
+
+def test_a_batch_that_broke_does_not_keep_its_weights_from_being_brought_in(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, wanted, arrived = node.memory(), a_weight(node), list[object]()
+    mover = Mover(memory, lambda command: command())
+    for broken in (True, False):
+        with monkeypatch.context() as patched:
+            if broken:
+                # Of arguments that are none.
+                patched.setattr(memory._files, "read", None)
+            fetch = _Fetch(wanted, lambda pairs: arrived.extend(outcome for _, outcome in pairs))
+            mover._begin(fetch)
+            mover._read(fetch)
+            mover._end(fetch)
+    assert isinstance(arrived[0], SidecarFault)
+    assert isinstance(arrived[1], torch.Tensor)
+    memory._tier.check_invariants()
+
+
+def test_a_batch_knows_what_was_there_already(node: Node) -> None:
+    memory, wanted = node.memory(), a_weight(node)
+    for kept_bytes in (0, 5000):
+        batch = memory.begin(wanted)
+        memory.read(batch)
+        memory.end(batch)
+        assert batch.kept_bytes == memory.facts()["kept_bytes"] == kept_bytes
+        del batch
+        memory.free([wanted[0].weight.digest])
 
 
 def test_what_no_model_needs_any_more_goes_from_memory_and_disk(node: Node) -> None:

@@ -150,10 +150,20 @@ def test_what_goes_wrong_with_one_batch_is_told_and_harms_no_other(
     assert isinstance(found["a"], SidecarFault)
     assert isinstance(found["b"], Handle)
     assert "1 weights could not be brought in" in caplog.text
+    # Its room is given back before anybody is told.
+    told = bench.memory.saw(5 + ["begin", "read", "end"].index(step))
+    assert "free a" in told
     # It counts no more as begun: three more are.
     bench.fetch("c", "d", "e")
     bench.memory.let_through("c", "d", "e")
     assert len(bench.take(3)) == 3
+
+
+def test_what_goes_wrong_is_told_even_if_its_room_cannot_be_given_back(bench: Bench) -> None:
+    bench.memory.fails |= {"begin a", "free a"}
+    bench.fetch("a")
+    ((_, outcome),) = bench.take(1)
+    assert isinstance(outcome, SidecarFault)
 
 
 def test_another_job_that_fails_does_not_end_the_thread(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
@@ -177,6 +187,15 @@ def test_nobody_holds_on_to_what_has_arrived(bench: Bench) -> None:
     del handle
     gc.collect()
     assert seen() is None
+
+
+def test_a_reader_that_is_late_holds_on_to_no_handle() -> None:
+    mover = without_threads()
+    fetch = _Fetch(batch("a"), lambda pairs: None)
+    mover._begin(fetch)
+    assert fetch.batch is not None
+    mover._end(fetch)
+    assert fetch.batch is None
 
 
 def moved(mover: Mover, now: list[float], *batches: tuple[int, float]) -> None:
@@ -231,3 +250,15 @@ def test_the_first_pace_is_that_of_the_disk(now: list[float]) -> None:
     moved(mover, now, (MB, 2.0))
     mover.expect(3e9)
     assert mover.pace == pytest.approx((MB + 1) / 2)
+
+
+def test_what_was_in_memory_already_says_nothing_of_the_pace(now: list[float]) -> None:
+    mover = without_threads()
+    for kept_bytes, ended_s in ((8 * MB, 0.001), (6 * MB, 2.0)):
+        fetch = _Fetch(batch("a", 8 * MB), lambda pairs: None)
+        mover._begin(fetch)
+        assert fetch.batch is not None
+        fetch.batch.kept_bytes = kept_bytes
+        now[0] = ended_s
+        mover._end(fetch)
+    assert mover.pace == pytest.approx(2 * MB / 1.999)
