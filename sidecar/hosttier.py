@@ -218,13 +218,24 @@ class HostTier:
                 f"the largest hole between others has {self._extents.largest_hole_bytes}; let go of others first", needed_bytes
             )
         try:
-            reserve(self._descriptor, extent.offset, extent.size_bytes, f"weight {key[:12]}")
+            self._reserve(extent, f"weight {key[:12]}")
         except BaseException:
             # Some of its pages may be there.
             self._punch(extent)
             self._extents.give(extent)
             raise
         return (extent,), self._mapped((extent,))
+
+    def _reserve(self, extent: Extent, what: str) -> None:
+        """Have pages set aside for an extent. Raises NoRoom when there are none, not even with the spare ones given back."""
+        try:
+            reserve(self._descriptor, extent.offset, extent.size_bytes, what)
+        except NoRoom:
+            if not self.spare_bytes:
+                raise
+            # Others have taken of the system's memory what the budget still allows.
+            self.trim()
+            reserve(self._descriptor, extent.offset, extent.size_bytes, what)
 
     def trim(self) -> None:
         """Give the pages that were let go of back to the system."""

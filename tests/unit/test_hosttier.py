@@ -156,6 +156,27 @@ def test_full_shared_memory_is_an_error_and_no_signal(tier: HostTier, monkeypatc
     put(tier, 2, 8 * PAGE)
 
 
+def test_spare_pages_go_where_the_system_has_no_others(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.posix_fallocate
+    put(tier, 1, 4 * PAGE)
+    put(tier, 2, PAGE)
+    tier.free(key(1))
+
+    def is_full(descriptor: int, offset: int, size_bytes: int) -> None:
+        if tier.resident_bytes + size_bytes > 7 * PAGE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor, offset, size_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", is_full)
+    put(tier, 3, 6 * PAGE)
+    assert tier.resident_bytes == tier.allocated_bytes == 7 * PAGE
+    assert not tier.take_back(key(1))
+    tier.free(key(3))
+    with pytest.raises(NoRoom, match="shared memory left"):
+        tier.allocate(key(4), 7 * PAGE)
+    assert tier.resident_bytes == tier.allocated_bytes == PAGE
+
+
 def test_another_refusal_of_the_system_is_not_taken_for_want_of_room(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int, offset: int, size_bytes: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
