@@ -673,7 +673,7 @@ class Engine:
         if len(group.rows) > 1:
             # Each by itself.
             self._stage_failed(group, error)
-        elif not self._shortage.relieve(group):
+        elif not self._shortage.relieve(group, error):
             self._stage_failed(group, self._shortage.refusal(group, error))
 
     def _stage_failed(self, group: Group[_Call], error: Exception) -> None:

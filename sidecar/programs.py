@@ -8,6 +8,7 @@ layer 2.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, NoReturn
@@ -22,6 +23,9 @@ from sidecar.ir import Node
 FAILURES: Final = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError)
 # What is said by those that run out of memory and raise a RuntimeError: torch's allocators, CUDA, its libraries, the C++ library.
 _NO_MEMORY: Final = ("out of memory", "not enough memory", "allocate memory", "STATUS_ALLOC_FAILED", "bad_alloc")
+# How much was asked for, as the allocators say it.
+_ASKED: Final = re.compile(r"allocate (\d+(?:\.\d+)?) (bytes|[KMGT]iB)")
+_UNITS: Final = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 class Step(NamedTuple):
@@ -88,7 +92,9 @@ def _translate(error: Exception, node: Node, index: int) -> NoReturn:
 
 
 def failure(what: str, error: Exception, **details: Detail) -> DeviceFault:
-    """Return the error that tells of one of torch's; how it is raised says whether memory was what it lacked."""
+    """Return the error that tells of one of torch's; how it is raised says whether memory was what it lacked, and how much."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        if asked := _ASKED.search(str(error)):
+            details["asked_bytes"] = int(float(asked[1]) * _UNITS[asked[2]])
         return DeviceOutOfMemory(f"{what} failed: out of memory", **details)
     return DeviceFault(f"{what} failed: {type(error).__name__}", **details)

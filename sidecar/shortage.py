@@ -5,7 +5,7 @@
 2. For a request that has no room by itself, what nobody uses leaves: copies of weights, what allocators keep, and weights that
    nobody leases, by the rule by which they always leave; a little at first, then twice as much each time. Nothing is run until
    the mover has let go of their bytes.
-3. When nothing is left to let go of, that request is refused, and no other.
+3. When nothing is left to let go of, or all the memory there is would not be enough, that request is refused, and no other.
 
 An error holds on to the frames it came through, and so to all that was computed there. Before anything else is tried it is made
 anew, without them.
@@ -100,11 +100,15 @@ class Shortage:
         axis, per_row = places
         return self._device.part(value, axis, start * per_row, length * per_row)
 
-    def relieve(self, group: Group[Any]) -> bool:
-        """Let go of something for the sake of a request that has no room by itself; False when there is nothing left.
+    def relieve(self, group: Group[Any], error: DeviceOutOfMemory) -> bool:
+        """Let go of something for the sake of a request that has no room by itself; False when that is of no use.
 
         It may be run again when this is over, and at least once.
         """
+        asked_bytes = error.details.get("asked_bytes", 0)
+        if isinstance(asked_bytes, int) and asked_bytes > self._device.memory().get("total_bytes", asked_bytes):
+            # More than there is: others would have to come back for nothing.
+            return False
         self._wanted_bytes = max(2 * self._wanted_bytes, int(_FIRST_SHARE * self._residency.budget_bytes))
         evicted = self._residency.relieve(self._wanted_bytes)
         if group.relieved and not evicted:
@@ -140,7 +144,7 @@ class Shortage:
         }
         return DeviceOutOfMemory(
             f"{self._device.name} has no room for stage {group.index + 1} of {len(group.first.steps)} with {group.extent} rows: "
-            f"{error.message}; weights that are in use take {weight_bytes} bytes, and nothing else is left to let go of; send "
+            f"{error.message}; weights that are in use take {weight_bytes} bytes, and to let go of others is of no use; send "
             "less at a time, try again when fewer requests are under way, or start the sidecar with a smaller --memory-budget",
             **(error.details | details),
         )

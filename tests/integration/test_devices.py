@@ -20,6 +20,7 @@ from sidecar.devices import TorchDevice, open_device
 from sidecar.errors import BundleError, ConfigError
 from sidecar.ir import ITEM_BYTES, Argument, Dtype, Enum, Graph, Node, Value, Weight
 from sidecar.prepare import _BINDINGS
+from sidecar.programs import failure
 
 X = Value("input", 0)
 Y = Value("input", 1)
@@ -483,8 +484,10 @@ def test_an_index_out_of_range_is_the_callers_fault(device: TorchDevice, op: str
 
 
 def test_a_tensor_without_room_is_out_of_memory(device: TorchDevice) -> None:
-    with pytest.raises(DeviceOutOfMemory, match=r"aten.full.default \(node 0, .*\) failed: out of memory"):
+    with pytest.raises(DeviceOutOfMemory, match=r"aten.full.default \(node 0, .*\) failed: out of memory") as caught:
         single(device, "aten.full.default", (1 << 44,), 1.0, inputs=(torch.ones(1),))
+    assert caught.value.details["asked_bytes"] == 1 << 46
+    assert device.memory()["total_bytes"] < 1 << 46
     # An output that is a view of an input is copied.
     with pytest.raises(DeviceOutOfMemory, match="output 0 failed: out of memory"):
         single(device, "aten.expand.default", X, (1 << 46,), inputs=(torch.ones(1),))
@@ -545,6 +548,18 @@ def test_lack_of_memory_is_told_from_other_failures(device: TorchDevice, error: 
             work()
         assert type(caught.value) is kind
         assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("text", "asked_bytes"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 139 GiB", 5 << 29),
+        ("CUDA out of memory. Tried to allocate 512 bytes.", 512),
+        ("std::bad_alloc", None),
+    ],
+)
+def test_how_much_was_asked_for_is_told(text: str, asked_bytes: int | None) -> None:
+    assert failure("it", RuntimeError(text), node=3).details.get("asked_bytes") == asked_bytes
 
 
 def test_arithmetic_on_sizes_stays_within_64_bits(device: TorchDevice) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from trunkline.errors import DeviceOutOfMemory
 
+from sidecar.residency import Residency
 from sidecar.shortage import Shortage
 from sidecar.wavefront import INPUT, Layouts, Ticket, Wavefront
 from tests.unit.test_wavefront import Arrays, Step, X, front, rows
@@ -80,3 +82,24 @@ def test_what_cannot_be_divided_is_told_without_a_trace_of_what_was_computed(lay
     assert (caught.value.__cause__, caught.value.__context__) == (None, None)
     assert caught.value.details == {"rows": len(x)}
     assert shortage.counts.splits == 0
+
+
+@pytest.mark.parametrize(("asked_bytes", "evicts"), [(101, False), (100, True), (None, True)])
+def test_for_what_takes_more_than_there_is_nothing_leaves(asked_bytes: int | None, evicts: bool) -> None:
+    device = Device(0)
+    device.memory = lambda: {"total_bytes": 100}  # type: ignore[attr-defined]
+    wavefront = front(device)
+    wavefront.add([Ticket("call", STEPS, (Y,), {X: rows(1)}, 1, LAYOUTS)])
+    group = wavefront.choose()
+    assert group is not None
+    residency = Residency(32)
+    residency.add_plan("idle", {"weight": 8})
+    assert residency.lease("idle") is not None
+    residency.release("idle")
+    unused: Any = MagicMock()
+    device.trim = unused  # type: ignore[attr-defined]
+    device.name = "small"  # type: ignore[attr-defined]
+    shortage = Shortage(device, residency, unused, unused, unused)  # type: ignore[arg-type]
+    details: dict[str, Any] = {} if asked_bytes is None else {"asked_bytes": asked_bytes}
+    assert shortage.relieve(group, DeviceOutOfMemory("no room", **details)) is evicts
+    assert residency.committed_bytes == (0 if evicts else 8)
