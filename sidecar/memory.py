@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -55,10 +55,9 @@ class Batch:
 
     wanted: Sequence[Wanted]
     found: dict[str, object] = field(default_factory=dict)
-    # What is read from block files, and where to; then what could not be read.
+    # What is read from block files, and where to; in the end, what was.
     entries: dict[str, Entry] = field(default_factory=dict)
     targets: list[memoryview] = field(default_factory=list)
-    unusable: Collection[str] = ()
     # Of those that were in memory already, so that nothing had to be read.
     kept_bytes: int = 0
 
@@ -209,14 +208,15 @@ class TierMemory:
         try:
             self._files.read([*batch.entries], batch.targets)
         except EntriesUnusable as error:
-            batch.unusable = error.keys
+            for key in error.keys:
+                del batch.entries[key]
 
     def end(self, batch: Batch) -> list[object]:
         # Before any of its pages is let go of.
         batch.targets.clear()
         for each in batch.missing:
             key = each.weight.digest
-            handle = self._from_file(each, batch.entries[key]) if key in batch.entries and key not in batch.unusable else None
+            handle = self._from_file(each, batch.entries[key]) if key in batch.entries else None
             batch.found[key] = _outcome(each, self._from_store) if handle is None else handle
             if isinstance(batch.found[key], TrunklineError):
                 self._tier.free(key)
