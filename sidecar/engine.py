@@ -64,6 +64,8 @@ refusals.addFilter(RateLimit(20))
 
 # An engine that had nothing to do for so long gives back what its last runs left in the allocator.
 _IDLE_S: Final = 1.0
+# And one that rests looks through its books, which takes a millisecond for every thousand weights, once in so long at most.
+_AUDIT_EVERY_S: Final = 60.0
 # Commands and requests that are taken from the inbox before a stage must be run.
 _MOST_TAKEN: Final = 8
 # How long the models pinned before a restart may take to come back.
@@ -162,6 +164,7 @@ class Engine:
         # Set while the head of the queue waits for a lease of somebody else to end.
         self._blocked = False
         self._untrimmed = False
+        self._audited_s = -math.inf
         # Commands and requests taken from the inbox since a stage was last run.
         self._taken = 0
         # Set while everything in the wavefront waits for weights; whatever is posted may end that.
@@ -303,6 +306,7 @@ class Engine:
                 self._device.trim()
                 self._loads.trim()
                 self._untrimmed = False
+                self._audit()
             return
         self._untrimmed = True
         if isinstance(command, Work):
@@ -315,6 +319,18 @@ class Engine:
         if self._inbox.empty() or self._taken >= _MOST_TAKEN:
             self._taken = 0
             self._go_on()
+
+    def _audit(self) -> None:
+        """Look through the books while nobody waits: what went wrong shows here before it is felt."""
+        if self._clock() < self._audited_s + _AUDIT_EVERY_S:
+            return
+        self._audited_s = self._clock()
+        try:
+            self._residency.check_invariants()
+            self._loads.check_invariants()
+        except AssertionError as error:
+            log.error("the books of what is in memory do not balance: %s; restart the sidecar, and report it", error)
+        self._mover.audit()
 
     def _is_new(self, deployed: Deployed) -> None:
         self._expect(deployed)

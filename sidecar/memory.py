@@ -90,6 +90,9 @@ class Memory(Protocol):
     def trim(self) -> None:
         """Give back to the system what was let go of and is kept for what comes next."""
 
+    def audit(self) -> None:
+        """Compare the books with what is there, and log what does not fit."""
+
     def facts(self) -> Mapping[str, int]:
         """Return what an operator wants to know, in bytes. Any thread."""
 
@@ -149,6 +152,9 @@ class DeviceMemory:
 
     def trim(self) -> None:
         """Do nothing, as before."""
+
+    def audit(self) -> None:
+        """Do nothing: the handles are the books."""
 
     def facts(self) -> Mapping[str, int]:
         return {}
@@ -289,6 +295,12 @@ class TierMemory:
 
     def trim(self) -> None:
         self._tier.trim()
+
+    def audit(self) -> None:
+        try:
+            self._tier.check_invariants()
+        except AssertionError as error:
+            log.error("weights in shared memory and their ledger do not agree: %s; restart the sidecar, and report it", error)
 
     def facts(self) -> Mapping[str, int]:
         return {"weight_bytes": self._tier.allocated_bytes, "spare_bytes": self._tier.spare_bytes, **self._moved}

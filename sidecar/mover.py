@@ -82,6 +82,10 @@ class Mover:
         """Give back what is kept for what comes next."""
         self._tell(self._memory.trim)
 
+    def audit(self) -> None:
+        """Have the books of memory compared with what is there; what does not fit is logged."""
+        self._tell(self._memory.audit)
+
     def _tell(self, job: _Job) -> None:
         self._inbox.put(functools.partial(self._told.append, job))
 

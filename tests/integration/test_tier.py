@@ -348,3 +348,51 @@ def test_block_files_are_read_through_by_and_by(node: Node, monkeypatch: pytest.
         # Found without anybody asking for it.
         until(lambda: not all(files.find(digest) for digest in wanted))
         check(made, 0)
+
+
+def test_an_idle_engine_looks_through_its_books(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sidecar.engine._IDLE_S", 0.01)
+    monkeypatch.setattr("sidecar.engine._AUDIT_EVERY_S", 0.0)
+    made, memory, audits = network("mlp"), node.memory(), []
+    monkeypatch.setattr(memory, "audit", lambda: (TierMemory.audit(memory), audits.append(None)))
+    with node.serve(memory) as running:
+        deploy(running, made)
+        check(made, 0)
+        engine = running.engine
+
+        def spoil(by: int) -> None:
+            def spoil_engine() -> None:
+                engine._residency.committed_bytes += by
+
+            def spoil_tier() -> None:
+                memory._tier.allocated_bytes += by
+
+            engine._post(spoil_engine)
+            engine._mover._tell(spoil_tier)
+
+        until(lambda: len(audits) > 0)
+        assert "do not" not in caplog.text
+        spoil(1)
+        until(lambda: "the books of what is in memory do not balance: committed_bytes disagrees" in caplog.text)
+        until(lambda: "and their ledger do not agree: allocated_bytes disagrees" in caplog.text)
+        spoil(-1)
+        # It goes on, as well as it can.
+        check(made, 1)
+
+
+def test_the_books_are_looked_through_once_in_a_while_at_most(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.engine._IDLE_S", 0.0)
+    made, audits, trims = network("mlp"), [], []
+    memory = node.memory()
+    monkeypatch.setattr(memory, "audit", lambda: audits.append(None))
+    monkeypatch.setattr(memory, "trim", lambda: trims.append(None))
+    with node.serve(memory) as running:
+        deploy(running, made)
+        for number in range(3):
+            count = len(trims)
+            check(made, number)
+            until(lambda count=count: len(trims) > count)  # type: ignore[misc]
+    assert len(trims) >= 3
+    assert len(audits) == 1
