@@ -6,7 +6,6 @@ thread, and ``view`` from any, while the engine's thread runs programs; everythi
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import weakref
@@ -22,6 +21,7 @@ from sidecar import flat, packed
 from sidecar.dryrun import DryRun
 from sidecar.errors import ConfigError
 from sidecar.ir import Graph, Weight
+from sidecar.libc import LIBC
 from sidecar.lowering import Recipe
 from sidecar.prepare import prepare
 from sidecar.programs import FAILURES, Program, failure
@@ -30,7 +30,6 @@ from sidecar.stacked import Stack, StackedProgram, stack, stackable
 # The dtypes that travel between a function and a model.
 _DTYPE_NAMES = {getattr(torch, name): name for name in ITEM_BYTES}
 _FIRST_BYTES = 4096
-_LIBC = ctypes.CDLL(None)
 _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
 
 
@@ -339,8 +338,8 @@ class TorchDevice:
     def trim(self) -> None:
         """Return to the system what finished runs left behind in the host's allocator. Takes milliseconds."""
         # torch frees activations, but glibc keeps tens of megabytes of them for the next run.
-        if hasattr(_LIBC, "malloc_trim"):
-            _LIBC.malloc_trim(0)
+        if hasattr(LIBC, "malloc_trim"):
+            LIBC.malloc_trim(0)
 
     def memory(self) -> dict[str, int]:
         """Return bytes: of weights held, allocated by torch (CUDA), and in all on the device."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from sidecar.extents import Extent
+from sidecar.libc import LIBC, failed
 
 # Not in Python's mmap; equal on all of Linux that we run on.
 _MAP_FIXED: Final = 0x10
@@ -24,9 +24,8 @@ _LIMIT: Final = Path("/proc/sys/vm/max_map_count")
 # Of Linux, unless somebody has changed it.
 _USUAL_LIMIT: Final = 65530
 
-_libc: Any = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 
 
 def most_mappings() -> int:
@@ -50,8 +49,7 @@ def glue(descriptor: int, pieces: Sequence[Extent]) -> mmap.mmap:
     at = ctypes.addressof(start)
     for piece in pieces:
         access, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | mmap.MAP_POPULATE | _MAP_FIXED
-        if _libc.mmap(at, piece.size_bytes, access, flags, descriptor, piece.offset) == _FAILED:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+        if LIBC.mmap(at, piece.size_bytes, access, flags, descriptor, piece.offset) == _FAILED:
+            raise failed()
         at += piece.size_bytes
     return made

@@ -94,7 +94,7 @@ class HostTier:
     def _take_over(self) -> None:
         dropped_count = 0
         found: dict[str, dict[int, tuple[int, Record]]] = {}
-        for slot, record in self._ledger.records():
+        for slot, record in self._ledger.take_over():
             if record is None or not self._is_taken_over(record, found.get(record.key, {})):
                 self._ledger.clear(slot)
                 dropped_count += 1

@@ -35,14 +35,21 @@ class Ledger:
     """Records by *slot*, a number below RECORD_LIMIT. Slots are taken before they are written."""
 
     def __init__(self, view: memoryview) -> None:
-        """Take the ledger of a segment as it is; ``view`` begins where the segment does."""
+        """Map the ledger of a segment, to be taken over; ``view`` begins where the segment does."""
         self._view = view[:LEDGER_END]
         # Native words: storing one is one instruction.
         self._words = self._view.cast("I")
-        used = {slot for slot, _ in self._seals()}
         # Slots below the first that was never used; then come the others.
+        self._next = 0
+        self._free: list[int] = []
+
+    def take_over(self) -> list[tuple[int, Record | None]]:
+        """Return what is written, as ``records`` yields it; its slots are taken. Called once, before all else."""
+        found = list(self.records())
+        used = {slot for slot, _ in found}
         self._next = max(used, default=-1) + 1
         self._free = [slot for slot in range(self._next) if slot not in used]
+        return found
 
     @property
     def used_count(self) -> int:

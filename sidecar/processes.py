@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 
+# Loaded before it is needed: what a child does between fork and exec must not allocate more than it has to.
+from sidecar.libc import LIBC
+
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
-# Loaded here: what a child does between fork and exec must not allocate more than it has to.
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent(parent_pid: int, by: signal.Signals = signal.SIGTERM) -> None:
@@ -17,6 +17,6 @@ def die_with_parent(parent_pid: int, by: signal.Signals = signal.SIGTERM) -> Non
 
     Raises ProcessLookupError when the parent died before the call.
     """
-    _LIBC.prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
+    LIBC.prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
     if os.getppid() != parent_pid:
         raise ProcessLookupError(f"process {parent_pid} died before its child was ready")

@@ -28,12 +28,13 @@ import stat
 import struct
 import zlib
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import posix_ipc
 from trunkline.arena import sealable_memory
 
 from sidecar.errors import NoRoom
+from sidecar.libc import LIBC, failed
 
 log = logging.getLogger("trunkline.segment")
 
@@ -57,8 +58,7 @@ _ADDRESSES: Final = 8
 # FALLOC_FL_PUNCH_HOLE with FALLOC_FL_KEEP_SIZE, of linux/falloc.h.
 _PUNCH_HOLE: Final = 0x3
 
-_libc: Any = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+LIBC.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 class Segment:
@@ -228,9 +228,8 @@ def punch(descriptor: int, offset: int, size_bytes: int) -> None:
 
     Not by way of Python's madvise, which keeps all other threads from running meanwhile, 0.3 ms for a MiB.
     """
-    if _libc.fallocate(descriptor, _PUNCH_HOLE, offset, size_bytes):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    if LIBC.fallocate(descriptor, _PUNCH_HOLE, offset, size_bytes):
+        raise failed()
 
 
 def _remove_abandoned(own: str) -> None:

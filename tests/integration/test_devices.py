@@ -218,7 +218,7 @@ def test_outputs_never_share_memory_with_weights(device: TorchDevice) -> None:
 def test_trimming_harms_nothing(device: TorchDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = torch.arange(1000)
     device.trim()
-    monkeypatch.setattr("sidecar.devices._LIBC", object())  # a C library without malloc_trim
+    monkeypatch.setattr("sidecar.devices.LIBC", object())  # a C library without malloc_trim
     device.trim()
     assert kept.sum() == 499500
 

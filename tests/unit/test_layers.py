@@ -20,6 +20,7 @@ LAYERS = {
         "extents",
         "glued",
         "ledger",
+        "libc",
         "segment",
         "config",
         "bundle",
