@@ -11,6 +11,7 @@ from trunkline.signature import Signature
 
 from sidecar.bundle import Bundle, Weight
 from sidecar.lowering import Recipe
+from sidecar.tenants import ANYONE, Tenant
 
 # What outputs a request has: name, dtype and shape of each.
 OutputSpecs = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -83,5 +84,7 @@ class Work:
     call_id: str = ""
     inputs: Sequence[object] | None = None
     signature: Signature | None = None
+    # Whose it is.
+    tenant: Tenant = ANYONE
     # What it is reckoned to take beside weights while it is under way.
     activation_bytes: int = 0

@@ -40,6 +40,7 @@ LAYERS = {
         "processes",
         "disk",
         "keeping",
+        "tenants",
         "pins",
         "logs",
         "machine",

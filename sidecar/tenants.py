@@ -1,0 +1,65 @@
+"""Tenants: who asks, and what the operator allows them. Pure data; an operator writes it in a quota file.
+
+A *tenant* is the identity of one or several functions: what it is charged, what it is allowed and what bounds it. Nothing that
+a function sends makes it one tenant or another but its token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Final
+
+DEFAULT_PRIORITY: Final = 5
+HIGHEST_PRIORITY: Final = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    """One tenant. Limits are of what it may have at a time; infinity where the operator named none.
+
+    ``token_hashes`` are sha256 digests in hexadecimal, two at most, so that a token can be changed without a gap. ``models`` are
+    patterns as of a shell. Tenants of one ``domain`` share weights and computation, and can tell so by the time it takes;
+    those of different domains share neither. ``weight`` is the part of device time it gets when all want some, relative to the
+    others' of its ``priority``; those of a higher priority go first.
+    """
+
+    name: str
+    domain: str
+    token_hashes: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    weight: float = 1.0
+    priority: int = DEFAULT_PRIORITY
+    # Whether what it asks may be computed together with the same input of another of its domain.
+    compute_once: bool = True
+    # Requests that wait or run, and the bytes of their inputs.
+    in_flight_limit: float = math.inf
+    queued_limit_bytes: float = math.inf
+    connection_limit: float = math.inf
+    arena_limit_bytes: float = math.inf
+    # Of the weights that models it uses have in memory.
+    resident_limit_bytes: float = math.inf
+
+    def allows(self, model: str) -> bool:
+        """Say whether the operator lets this tenant use a model."""
+        return any(fnmatchcase(model, pattern) for pattern in self.models)
+
+
+# Everybody, where there is no quota file: one tenant without limits, in the domain without a name.
+ANYONE: Final = Tenant(name="anyone", domain="", models=("*",))
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """All tenants by name, as one quota file has them. Without a file there is but ``ANYONE``, who needs no token."""
+
+    tenants: Mapping[str, Tenant] = field(default_factory=lambda: {ANYONE.name: ANYONE})
+
+    def domains(self) -> Mapping[str, tuple[str, ...]]:
+        """Return for each domain the patterns of the models that somebody in it may use."""
+        found: dict[str, tuple[str, ...]] = {}
+        for tenant in self.tenants.values():
+            found[tenant.domain] = tuple(dict.fromkeys((*found.get(tenant.domain, ()), *tenant.models)))
+        return found
