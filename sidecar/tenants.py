@@ -12,8 +12,23 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Final
 
+from trunkline.protocol import JOINT
+
 DEFAULT_PRIORITY: Final = 5
 HIGHEST_PRIORITY: Final = 9
+# Between the name of a model and that of a domain; no name of either has it.
+_IN: Final = "@"
+
+
+def qualified(models: str, domain: str) -> str:
+    """Return the name under which the engine knows a model, or several asked together, in a domain: ``embed@vision``."""
+    return JOINT.join(f"{model}{_IN}{domain}" for model in models.split(JOINT)) if domain else models
+
+
+def unqualified(name: str) -> tuple[str, str]:
+    """Return the name of one model, and the domain it is known in."""
+    model, _, domain = name.partition(_IN)
+    return model, domain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
