@@ -19,6 +19,7 @@ from trunkline.protocol import ITEM_BYTES
 
 from sidecar.bundle import Bundle
 from sidecar.ports import Device
+from sidecar.reserves import Reserves
 
 log = logging.getLogger("trunkline.engine")
 
@@ -48,7 +49,7 @@ class Activations:
         post: Callable[[Callable[[], None]], None],
         learned: Callable[[], None],
     ) -> None:
-        self.budget_bytes = budget_bytes
+        self.reserves = Reserves(budget_bytes)
         self._device = device
         self._post = post
         self._learned = learned
@@ -63,14 +64,14 @@ class Activations:
         if {symbol.name for symbol in bundle.graph.symbols} <= {bundle.batch}:
             self._ask(bundle, ())
 
-    def needed_bytes(self, bundle: Bundle, inputs: Sequence[Any]) -> int:
-        """Return about how many bytes a call with these inputs takes; the whole budget while that is being found out."""
+    def needed_bytes(self, bundle: Bundle, inputs: Sequence[Any]) -> int | None:
+        """Return about how many bytes a call with these inputs takes; None while that is being found out."""
         shapes = (bundle.graph_digest, tuple(tuple(value.shape) for value in inputs))
         needed_bytes = self._needed.get(shapes)
         if needed_bytes is None:
             needed_bytes = self._estimate(bundle, inputs)
             if needed_bytes is None:
-                return self.budget_bytes
+                return None
             if len(self._needed) >= _MOST:
                 self._needed.clear()
             self._needed[shapes] = needed_bytes

@@ -18,17 +18,18 @@ import queue
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from trunkline.errors import (
     BudgetExceeded,
+    CapacityError,
     DeadlineExceeded,
     DeviceFault,
     DeviceOutOfMemory,
     Draining,
-    QueueFull,
     SidecarFault,
     SignatureMismatch,
     TrunklineError,
@@ -49,11 +50,13 @@ from sidecar.policies import Either
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Grant
 from sidecar.rivals import open_residency
-from sidecar.scheduler import Queue
+from sidecar.scheduler import Scheduler
 from sidecar.shortage import Shortage
 from sidecar.streams import Streams
+from sidecar.tenants import Quotas, Tenant
 from sidecar.traces import Lease, Recorder
 from sidecar.trials import Trials, Verdict
+from sidecar.turns import Turns
 from sidecar.verdicts import Verdicts
 from sidecar.wavefront import Group, Ticket, Wavefront
 
@@ -120,6 +123,7 @@ class Engine:
         compute_once: bool = True,
         packing: bool = True,
         stacking: bool = True,
+        quotas: Quotas = Quotas(),  # noqa: B008 - it is frozen
         verdicts: Verdicts | None = None,
         memory: Memory | None = None,
         activation_budget_bytes: int | None = None,
@@ -147,13 +151,16 @@ class Engine:
         self._activations: Activations | None = None
         if activation_budget_bytes is not None:
             self._activations = Activations(device, activation_budget_bytes, self._post, self._unblock)
+            self._activations.reserves.use(quotas.tenants.values())
         self._streams = Streams(self._residency, self._loads, self._drop, lambda: self._mover.pace, clock)
         self._shortage = Shortage(device, self._residency, self._loads, self._mover, self._drop)
         # Requests that wait for the run of a model that streams to end.
         self._aside: list[Work] = []
         # Models that functions have named and not asked for yet.
         self._ahead: dict[str, None] = {}
-        self._queue: Queue[Work] = Queue(queue_limit)
+        self._queue: Scheduler[Work] = Scheduler(queue_limit, quotas)
+        # Enough of one tenant for the largest batch, and for another to form meanwhile; the others keep their deadlines.
+        self._turns: Turns[_Call] = Turns(self._queue, 2 * batch_limit)
         self._costs = BatchCosts()
         self._wavefront: Wavefront[_Call] = Wavefront(device, self._costs, batch_limit)
         # Without a place for verdicts nothing is tried, and so nothing batched.
@@ -161,8 +168,10 @@ class Engine:
         if verdicts is not None:
             self._trials = Trials(device, source, verdicts, self._post, packing=packing, keep=self._memory.keep)
             self._trials.then(lambda: self._mover.expect(self._memory.calibrate(verdicts)))
-        # Set while the head of the queue waits for a lease of somebody else to end.
+        # Set while the next request waits for a lease of somebody else to end, or to be the only one.
         self._blocked = False
+        # Tenants whose next request waits for room to compute.
+        self._short: set[str] = set()
         self._untrimmed = False
         self._audited_s = -math.inf
         # Commands and requests taken from the inbox since a stage was last run.
@@ -205,11 +214,11 @@ class Engine:
         """Queue a request; its session is told the outcome."""
         self._inbox.put(work)
 
-    def check_room(self) -> None:
-        """Raise QueueFull while requests would only be refused. For the server's thread: a flood ends before the inbox."""
+    def check_room(self, tenant: Tenant, input_bytes: int) -> None:
+        """Raise QueueFull or QuotaExceeded while requests would only be refused. For the server's thread: a flood ends there."""
         try:
-            self._queue.check_room()
-        except QueueFull:
+            self._queue.check_room(tenant, input_bytes)
+        except CapacityError:
             self._turned_away += 1
             raise
 
@@ -234,6 +243,10 @@ class Engine:
     def drain(self, drained: Callable[[], None]) -> None:
         """Refuse new requests from now on, finish the accepted ones, then call ``drained`` and end ``run``."""
         self._post(lambda: self._start_drain(drained))
+
+    def use_quotas(self, quotas: Quotas) -> None:
+        """Take up what an operator says of tenants, for all requests to come."""
+        self._post(lambda: self._use_quotas(quotas))
 
     def _post(self, command: Callable[[], None]) -> None:
         self._inbox.put(command)
@@ -292,7 +305,7 @@ class Engine:
     def _step(self) -> None:
         self._expire()
         # Work goes on while there is some, but what has been posted meanwhile comes first.
-        busy = (bool(self._wavefront) and not self._stalled) or (len(self._queue) > 0 and not self._is_closed())
+        busy = (bool(self._wavefront) and not self._stalled) or self._can_take_up()
         window_s = self._window_left_s() if busy else 0.0
         try:
             if busy:
@@ -331,6 +344,12 @@ class Engine:
         except AssertionError as error:
             log.error("the books of what is in memory do not balance: %s; restart the sidecar, and report it", error)
         self._mover.audit()
+
+    def _use_quotas(self, quotas: Quotas) -> None:
+        self._queue.use(quotas)
+        if self._activations is not None:
+            self._activations.reserves.use(quotas.tenants.values())
+        self._unblock()
 
     def _is_new(self, deployed: Deployed) -> None:
         self._expect(deployed)
@@ -396,7 +415,7 @@ class Engine:
 
     def _read_ahead(self) -> None:
         """Load the models that functions have named, while nobody waits for anything."""
-        while self._ahead and not len(self._queue) and not self._is_closed():
+        while self._ahead and not len(self._queue) and not self._is_shut():
             name = next(iter(self._ahead))
             del self._ahead[name]
             deployed = self._catalog.deployed.get(name)
@@ -422,7 +441,7 @@ class Engine:
             self.signature(work.model)
             if not len(self._queue):
                 self._opened_s = self._clock()
-            self._queue.submit(work)
+            self._queue.submit(work, self._clock(), *self._forecast(work))
         except TrunklineError as error:
             self._fail(work, error)
 
@@ -431,13 +450,14 @@ class Engine:
         self._follow_stream()
         if self._window_left_s() > 0:
             return
-        while len(self._queue) and not self._is_closed():
-            expired, work = self._queue.take(self._clock())
+        while len(self._queue) and not self._is_shut():
+            expired, work = self._queue.take(self._clock(), self._admission())
             for late in expired:
                 self._counts.expired += 1
-                self._fail(late, self._late(late, "waiting"))
-            if work is not None:
-                self._take_up(work)
+                self._turn_away(late, self._late(late, "waiting"))
+            if work is None:
+                break
+            self._take_up(work)
         self._read_ahead()
         self._follow_stream()
         if self._wavefront:
@@ -445,11 +465,36 @@ class Engine:
         self._follow_stream()
         self._finish_if_drained()
 
-    def _is_closed(self) -> bool:
-        """Say whether no request can be taken up before something is given back."""
-        # Enough are taken up for the largest batch, and for another to form meanwhile; the others keep their deadlines.
-        most = 2 * self._batch_limit
-        return self._blocked or self._streams.starved or len(self._aside) >= most or len(self._wavefront) >= most
+    def _is_shut(self) -> bool:
+        """Say whether no request of anybody can be taken up before something is given back."""
+        return self._blocked or self._streams.starved or len(self._aside) >= 2 * self._batch_limit
+
+    def _can_take_up(self) -> bool:
+        if not len(self._queue) or self._is_shut():
+            return False
+        return self._queue.can_take(self._admission())
+
+    def _admission(self) -> Callable[[Tenant], bool]:
+        """Return what says of a tenant whether one of its requests can be taken up now."""
+        excluded = self._turns.occupied(self._wavefront) | self._short
+        return lambda tenant: tenant.name not in excluded
+
+    def _forecast(self, work: Work) -> tuple[object, float]:
+        """Return the kind of a request, by which its cost is known, and how long its weights take to be there, in seconds."""
+        if work.inputs is None or work.signature is None:
+            return None, 0.0
+        inputs: Sequence[Any] = work.inputs
+        kind = (work.model, work.signature.version, *(tuple(value.shape) for value in inputs))
+        parts = self._catalog.parts(work.model)
+        if all(deployed.loaded for deployed in parts):
+            return kind, 0.0
+        missing_bytes = sum(
+            size_bytes
+            for deployed in parts
+            for digest, size_bytes in self._residency.weights(deployed.plan).items()
+            if not self._residency.is_resident(digest)
+        )
+        return kind, missing_bytes / self._mover.pace
 
     def _follow_stream(self) -> None:
         deployed = self._streams.deployed
@@ -475,7 +520,7 @@ class Engine:
             self._admit(work)
         except Exception as error:  # noqa: BLE001 - _incident logs it
             # Out of the queue, and nowhere else: whoever asked must not wait for ever.
-            self._fail(work, _incident(f"{work.model} (call {work.call_id})", error))
+            self._turn_away(work, _incident(f"{work.model} (call {work.call_id})", error))
 
     def _admit(self, work: Work) -> None:
         try:
@@ -483,12 +528,12 @@ class Engine:
             parts = self._catalog.parts(work.model)
             joint = self._catalog.joint(work.model) if JOINT in work.model else None
         except TrunklineError as error:
-            self._fail(work, error)
+            self._turn_away(work, error)
             return
         if work.signature is not None and not _takes_the_same(work.signature, signature):
             # What was checked is what is computed: these inputs were another version's.
             message = f"{work.model} became version {signature.version} while the request was waiting"
-            self._fail(work, SignatureMismatch(message))
+            self._turn_away(work, SignatureMismatch(message))
             return
         if not self._has_room_to_compute(work, parts, joint):
             return
@@ -501,12 +546,12 @@ class Engine:
             grant = self._residency.lease(*(deployed.plan for deployed in parts))
         except BudgetExceeded as error:
             if len(parts) > 1 or work.inputs is None:
-                self._fail(work, error)
+                self._turn_away(work, error)
             else:
                 self._stream(work, parts)
             return
         except TrunklineError as error:
-            self._fail(work, error)
+            self._turn_away(work, error)
             return
         if grant is None:
             self._queue.put_back(work)
@@ -520,28 +565,38 @@ class Engine:
         """Say whether what a call takes beside weights can be had now; if not, it was refused, or put back to wait."""
         if self._activations is None or work.inputs is None:
             return True
-        budget_bytes = self._activations.budget_bytes
+        reserves = self._activations.reserves
         named = dict(zip(joint.interface.values, work.inputs, strict=True)) if joint is not None else {}
-        work.activation_bytes = sum(
+        needed = [
             self._activations.needed_bytes(
                 deployed.bundle, work.inputs if joint is None else [named[key] for key in deployed.staged.inputs]
             )
             for deployed in parts
-        )
-        if work.activation_bytes > budget_bytes and len(parts) == 1:
+        ]
+        # What takes nobody knows how much takes all there is.
+        work.activation_bytes = sum(reserves.budget_bytes if size_bytes is None else size_bytes for size_bytes in needed)
+        most_bytes = reserves.most_bytes(work.tenant.name)
+        if work.activation_bytes > most_bytes and len(parts) == 1 and None not in needed:
             message = (
                 f"a call of {work.model} with inputs of these sizes takes about {work.activation_bytes} bytes beside weights, "
-                f"the activation budget is {budget_bytes}; send less at a time, or start the sidecar with a larger "
+                f"of the activation budget it may have {most_bytes}; send less at a time, or start the sidecar with a larger "
                 "--activation-budget"
             )
-            self._fail(work, BudgetExceeded(message, needed_bytes=work.activation_bytes, budget_bytes=budget_bytes))
+            self._turn_away(work, BudgetExceeded(message, needed_bytes=work.activation_bytes, budget_bytes=most_bytes))
             return False
         calls = dict.fromkeys(ticket.call for ticket in self._wavefront.tickets())
-        under_way = [call.work for call in calls] + [parked.work for parked in self._loads.parked]
-        taken_bytes = sum(each.activation_bytes for each in under_way)
-        if taken_bytes and taken_bytes + work.activation_bytes > budget_bytes:
+        taken: Counter[str] = Counter()
+        for each in (*(call.work for call in calls), *(parked.work for parked in self._loads.parked)):
+            taken[each.tenant.name] += each.activation_bytes
+        if work.activation_bytes > most_bytes:
+            # It goes alone, and so that it ever does, all others wait for it.
+            self._blocked = any(taken.values())
+        elif not reserves.fits(work.tenant.name, work.activation_bytes, taken, waiting=bool(self._short)):
+            self._short.add(work.tenant.name)
+        else:
+            return True
+        if self._blocked or work.tenant.name in self._short:
             self._queue.put_back(work)
-            self._blocked = True
             return False
         return True
 
@@ -550,7 +605,7 @@ class Engine:
         try:
             entered = len(parts) == 1 and work.inputs is not None and self._streams.enter(parts[0])
         except TrunklineError as error:
-            self._fail(work, error)
+            self._turn_away(work, error)
             return
         if entered:
             self._enter(Parked(work, parts, None, set()))
@@ -588,13 +643,14 @@ class Engine:
         # The inputs of models asked together may have batch axes of their own; as rows of a batch they must go side by side.
         extents = {value.shape[0] if value.shape else 1 for value in inputs}
         extent = max(extents, default=1)
+        shares = self._compute_once and work.tenant.compute_once
         independent = all(deployed.layouts is not None for deployed in parts) and len(extents) == 1 and extent > 0
         for deployed in parts:
             own = {key: named[key] for key in deployed.staged.inputs} if joint is None else named
             layouts = deployed.layouts if independent else None
             results = deployed.staged.results
             padding = None if layouts is None else deployed.padding(own)
-            ticket = Ticket(call, deployed.steps, results, own, extent, layouts, deployed.most_rows, self._compute_once, padding)
+            ticket = Ticket(call, deployed.steps, results, own, extent, layouts, deployed.most_rows, shares, padding)
             call.tickets.append(ticket)
         return call
 
@@ -603,7 +659,7 @@ class Engine:
         if self._stalled:
             return
         try:
-            group = self._wavefront.choose(self._loads.is_ready)  # type: ignore[arg-type]
+            group = self._turns.choose(self._wavefront, self._loads.is_ready)
         except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
             # It would be chosen again, for ever.
             self._calls_failed(self._wavefront.abandon(), error)
@@ -636,6 +692,7 @@ class Engine:
         weights = self._loads.bind(step)
         outputs, seconds = self._timed(lambda: self._shortage.run(group, step.program, weights))
         self._costs.record(group.cost_key(step), group.extent, seconds)
+        self._turns.charge(group, seconds)
         if self._streams.deployed is not None:
             self._streams.ran(step, seconds)
         if step.stacked is not None:
@@ -671,6 +728,8 @@ class Engine:
                 each.stacked = None
             return None
         self._costs.record(structure, len(groups), seconds)
+        for each in groups:
+            self._turns.charge(each, seconds / len(groups))
         self._counts.stacked += len(groups) - 1
         return list(zip(groups, given, strict=True))
 
@@ -710,6 +769,7 @@ class Engine:
         call.work.session.answer(call.work.request_id, specs, outputs, self._device.read_output)
         self._counts.answered += 1
         now = self._clock()
+        self._queue.leave(call.work, now)
         for deployed in call.parts:
             deployed.request_count += 1
             deployed.last_used_s = now
@@ -723,6 +783,8 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - _incident logs it
             self._fail(work, _incident(f"{work.model} (call {work.call_id})", error))
         finally:
+            # What was told of it is told: an error is no measure of how long an answer takes.
+            self._queue.leave(work)
             for deployed in parts:
                 self._release(deployed)
 
@@ -741,11 +803,12 @@ class Engine:
 
     def _release(self, deployed: Deployed) -> None:
         self._residency.release(deployed.plan)
-        self._blocked = False
+        self._unblock()
         self._drop(self._catalog.let_go(deployed))
 
     def _unblock(self) -> None:
         self._blocked = False
+        self._short.clear()
 
     def _drop(self, digests: Sequence[str]) -> None:
         if not digests:
@@ -762,6 +825,11 @@ class Engine:
             waiting_count=len(self._queue),
         )
 
+    def _turn_away(self, work: Work, error: TrunklineError) -> None:
+        """Refuse a request that was taken from the queue and has no leases."""
+        self._queue.leave(work)
+        self._fail(work, error)
+
     def _fail(self, work: Work, error: TrunklineError) -> None:
         self._counts.failed += 1
         refusals.info("%s refused (call %s): %s: %s", work.model, work.call_id or "-", error.code, error.message)
@@ -770,12 +838,18 @@ class Engine:
     def _forget(self, session: Session) -> None:
         self._session_count -= 1
         self._queue.drop(lambda work: work.session is session)
+        for work in self._aside:
+            if work.session is session:
+                self._queue.leave(work)
         self._aside = [work for work in self._aside if work.session is not session]
         gone = [parked for parked in self._loads.parked if parked.work.session is session]
         self._loads.parked = [parked for parked in self._loads.parked if parked not in gone]
         calls = {ticket.call: None for ticket in self._wavefront.tickets() if ticket.call.work.session is session}
         self._wavefront.drop(lambda ticket: ticket.call in calls)
-        for parts in itertools.chain((parked.parts for parked in gone), (call.parts for call in calls)):
+        for work, parts in itertools.chain(
+            ((each.work, each.parts) for each in gone), ((call.work, call.parts) for call in calls)
+        ):
+            self._queue.leave(work)
             for deployed in parts:
                 self._release(deployed)
         session.released()
@@ -840,6 +914,7 @@ class Engine:
         self._catalog.check_invariants()
         self._residency.check_invariants()
         self._loads.check_invariants()
+        self._queue.check_invariants()
         calls = dict.fromkeys(ticket.call for ticket in self._wavefront.tickets())
         for deployed in self._catalog.all():
             running = sum(1 for call in calls if deployed in call.parts)

@@ -86,5 +86,6 @@ class Work:
     signature: Signature | None = None
     # Whose it is.
     tenant: Tenant = ANYONE
+    input_bytes: int = 0
     # What it is reckoned to take beside weights while it is under way.
     activation_bytes: int = 0

@@ -1,67 +1,296 @@
-"""The order in which requests run: first come, first served, bounded, deadlines kept. Pure: the clock is passed in.
+"""The scheduler: which requests are taken, which is next, and which come too late. Pure: the clock is passed in.
 
-Owned by the engine thread.
+Every tenant has a queue of its own, bounded in requests and in bytes, and *shares* (``sidecar.shares``) tell whose turn it is. A
+request that cannot be answered in time, by what others like it took and by what is before it, is refused at once, with the
+prediction, so that its function can go elsewhere; one that has become late is never run. The decisions are those of Clockwork
+(Gujarati et al., 2020) for one node that does not know what will come. Owned by the engine thread.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-from trunkline.errors import QueueFull
+from trunkline.errors import DeadlineUnreachable, QueueFull, QuotaExceeded
+
+from sidecar.forecast import Forecast
+from sidecar.shares import Contender, Shares
+from sidecar.tenants import Quotas, Tenant
+
+# What a refused request is told to wait at least, where nothing better is known.
+_SHORTEST_WAIT_S: Final = 0.05
 
 
 class Scheduled(Protocol):
-    """What the queue needs to know of a request; ``deadline`` is a time of the engine's clock, in seconds."""
+    """What the scheduler needs to know of a request; ``deadline`` is a time of the engine's clock, in seconds."""
 
     @property
     def deadline(self) -> float: ...
+    @property
+    def tenant(self) -> Tenant: ...
+    @property
+    def input_bytes(self) -> int: ...
 
 
 R = TypeVar("R", bound=Scheduled)
 
 
-class Queue(Generic[R]):
-    """Waiting requests. At most ``limit`` of them; a full queue refuses instead of growing."""
+@dataclass(slots=True, eq=False)
+class _Record(Generic[R]):
+    """A request that waits or runs, what it is reckoned to cost (None: unknown), and what it was charged so far, in seconds."""
 
-    def __init__(self, limit: int) -> None:
+    request: R
+    order: int
+    kind: Hashable
+    cost_s: float | None
+    # When it was submitted, and how long it was said to take.
+    submitted_s: float
+    said_s: float | None
+    charged_s: float = 0.0
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, (self.cost_s or 0.0) - self.charged_s)
+
+
+@dataclass(slots=True)
+class _Tenancy(Generic[R]):
+    """What a tenant has here."""
+
+    waiting: deque[_Record[R]] = field(default_factory=deque)
+    # Requests that wait or run, and the bytes of their inputs.
+    count: int = 0
+    input_bytes: int = 0
+    # Device time that its requests are reckoned to need yet.
+    backlog_s: float = 0.0
+
+
+class Load(NamedTuple):
+    """How much a tenant waits for: requests, and the seconds until one more would be answered."""
+
+    waiting_count: int
+    running_count: int
+    input_bytes: int
+    wait_s: float
+
+
+class Scheduler(Generic[R]):
+    """Waiting requests, and the books on those that run. At most ``limit`` wait for each tenant; a full queue refuses."""
+
+    def __init__(self, limit: int, quotas: Quotas = Quotas(), shares: Shares | None = None) -> None:  # noqa: B008 - it is frozen
+        self.forecast = Forecast()
         self._limit = limit
-        self._waiting: deque[R] = deque()
+        self._shares = Shares() if shares is None else shares
+        self._quotas = quotas
+        self._tenancies: dict[str, _Tenancy[R]] = {}
+        self._records: dict[int, _Record[R]] = {}
+        self._waiting_count = 0
+        self._order = 0
+        self._shares.use(quotas.tenants.values())
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._waiting_count
 
-    def submit(self, request: R) -> None:
-        """Append a request. Raises QueueFull, which the caller may retry."""
-        self.check_room()
-        self._waiting.append(request)
+    def use(self, quotas: Quotas) -> None:
+        """Take up other quotas. What was accepted under the old ones is finished."""
+        self._quotas = quotas
+        self._shares.use(quotas.tenants.values())
 
-    def check_room(self) -> None:
-        """Raise QueueFull when no request would be taken. Any thread: it reads one number."""
-        if len(self._waiting) >= self._limit:
+    def submit(self, request: R, now: float, kind: Hashable = None, load_s: float = 0.0) -> None:
+        """Append a request; ``load_s`` is how long its weights take to be there.
+
+        Raises QueueFull and QuotaExceeded, which the caller may retry after the seconds that they say, and DeadlineUnreachable.
+        """
+        tenant = request.tenant
+        self.check_room(tenant, request.input_bytes)
+        cost_s = self.forecast.cost_s(kind)
+        said_s = None
+        if cost_s is not None:
+            said_s = load_s + self._wait_s(tenant, cost_s)
+            self._check_deadline(request, now, self.forecast.factor * said_s)
+        self._order += 1
+        record = _Record(request, self._order, kind, cost_s, now, said_s)
+        tenancy = self._tenancies.setdefault(tenant.name, _Tenancy())
+        tenancy.waiting.append(record)
+        tenancy.count += 1
+        tenancy.input_bytes += request.input_bytes
+        tenancy.backlog_s += record.left_s
+        self._waiting_count += 1
+        self._records[id(request)] = record
+        self._shares.enter(tenant)
+
+    def check_room(self, tenant: Tenant, input_bytes: int = 0) -> None:
+        """Raise QueueFull or QuotaExceeded when no request of a tenant would be taken. Any thread: it reads numbers."""
+        tenancy = self._tenancies.get(tenant.name)
+        if tenancy is None:
+            return
+        if (waiting := len(tenancy.waiting)) >= self._limit:
             raise QueueFull(
-                f"{len(self._waiting)} requests are waiting, the limit is {self._limit}; try again shortly",
-                waiting_count=len(self._waiting),
+                f"{waiting} requests are waiting, the limit is {self._limit}; try again shortly",
+                waiting_count=waiting,
                 limit_count=self._limit,
+                retry_after_s=self._retry_after_s(tenancy),
+            )
+        if tenancy.count >= tenant.in_flight_limit:
+            raise QuotaExceeded(
+                f"{tenancy.count} requests of {tenant.name} are under way, its quota is {tenant.in_flight_limit}; "
+                "try again shortly",
+                in_flight_count=tenancy.count,
+                limit_count=int(tenant.in_flight_limit),
+                retry_after_s=self._retry_after_s(tenancy),
+            )
+        if tenancy.count and tenancy.input_bytes + input_bytes > tenant.queued_limit_bytes:
+            raise QuotaExceeded(
+                f"the requests of {tenant.name} under way have {tenancy.input_bytes} bytes of inputs, with {input_bytes} more "
+                f"that is over its quota of {tenant.queued_limit_bytes}; try again shortly",
+                queued_bytes=tenancy.input_bytes,
+                limit_bytes=int(tenant.queued_limit_bytes),
+                retry_after_s=self._retry_after_s(tenancy),
             )
 
-    def put_back(self, request: R) -> None:
-        """Return a request that could not start to the head of the queue."""
-        self._waiting.appendleft(request)
+    def _retry_after_s(self, tenancy: _Tenancy[R]) -> float:
+        # Until one of its requests is answered, about.
+        return round(max(_SHORTEST_WAIT_S, tenancy.backlog_s / max(1, tenancy.count)), 3)
 
-    def take(self, now: float) -> tuple[list[R], R | None]:
-        """Return the requests whose deadline has passed, never to run, and the next one to run, if any."""
+    def _check_deadline(self, request: R, now: float, needed_s: float) -> None:
+        left_s = request.deadline - now
+        if needed_s > left_s:
+            raise DeadlineUnreachable(
+                f"the answer would take about {needed_s:.3f} s, the deadline is in {left_s:.3f} s and {self._waiting_count} "
+                "requests wait; try again later, or allow more time",
+                predicted_s=round(needed_s, 6),
+                left_s=round(left_s, 6),
+                waiting_count=self._waiting_count,
+                retry_after_s=round(max(_SHORTEST_WAIT_S, needed_s - left_s), 3),
+            )
+
+    def _wait_s(self, tenant: Tenant, cost_s: float) -> float:
+        """Return how long it is until a request of a tenant that costs so much would be computed, if no others came."""
+        own = self._tenancies.get(tenant.name)
+        own_s = cost_s + (own.backlog_s if own is not None else 0.0)
+        if not self._shares.contended and ((own is not None and own.count) or not self._records):
+            return own_s
+        wait_s = own_s
+        for name, other in self._tenancies.items():
+            if name != tenant.name and other.count:
+                wait_s += min(other.backlog_s, self._shares.ahead_s(name, tenant, own_s))
+        return wait_s
+
+    def put_back(self, request: R) -> None:
+        """Return a request that could not start to the head of its queue."""
+        tenancy = self._tenancies[request.tenant.name]
+        tenancy.waiting.appendleft(self._records[id(request)])
+        self._waiting_count += 1
+
+    def take(self, now: float, admits: Callable[[Tenant], bool] = lambda tenant: True) -> tuple[list[R], R | None]:
+        """Return the requests whose deadline has passed, never to run, and the next one to run, if any.
+
+        Only requests of tenants are taken of which ``admits`` says so. What is returned is *under way* until ``leave``, also
+        what comes too late.
+        """
         expired: list[R] = []
-        while self._waiting:
-            request = self._waiting.popleft()
-            if request.deadline > now:
-                return expired, request
-            expired.append(request)
-        return expired, None
+        contenders = []
+        for tenancy in self._tenancies.values():
+            while tenancy.waiting and tenancy.waiting[0].request.deadline <= now:
+                expired.append(self._pop(tenancy).request)
+            if tenancy.waiting and admits((head := tenancy.waiting[0]).request.tenant):
+                contenders.append(Contender((head.request.tenant.name,), head.order, tenancy))
+        if not contenders:
+            return expired, None
+        chosen = contenders[0] if len(contenders) == 1 else self._shares.first(contenders)
+        return expired, self._pop(chosen.what).request
+
+    def _pop(self, tenancy: _Tenancy[R]) -> _Record[R]:
+        self._waiting_count -= 1
+        return tenancy.waiting.popleft()
+
+    def can_take(self, admits: Callable[[Tenant], bool]) -> bool:
+        """Say whether ``take`` would return anything."""
+        return any(tenancy.waiting and admits(tenancy.waiting[0].request.tenant) for tenancy in self._tenancies.values())
+
+    def order(self, request: R) -> int:
+        """Return how old a request is, the smaller the older; 0 for one that was never submitted."""
+        record = self._records.get(id(request))
+        return 0 if record is None else record.order
+
+    def charge(self, request: R, seconds: float) -> None:
+        """Note that the device has worked for a request."""
+        self._shares.charge(request.tenant.name, seconds)
+        record = self._records.get(id(request))
+        if record is not None:
+            tenancy = self._tenancies[request.tenant.name]
+            before_s = record.left_s
+            record.charged_s += seconds
+            tenancy.backlog_s += record.left_s - before_s
+
+    def leave(self, request: R, answered_s: float | None = None) -> None:
+        """Note that a request is over; ``answered_s``: when it was answered. One that was never submitted is no matter."""
+        record = self._records.pop(id(request), None)
+        if record is None:
+            return
+        name = request.tenant.name
+        tenancy = self._tenancies[name]
+        tenancy.count -= 1
+        tenancy.input_bytes -= request.input_bytes
+        # Sums of floats drift; with nothing there, there is nothing to do.
+        tenancy.backlog_s = tenancy.backlog_s - record.left_s if tenancy.count else 0.0
+        self._shares.leave(name)
+        if answered_s is not None:
+            if record.kind is not None:
+                self.forecast.learn(record.kind, record.charged_s)
+            if record.said_s:
+                self.forecast.compare(record.said_s, answered_s - record.submitted_s)
+        if not tenancy.count and name not in self._quotas.tenants:
+            del self._tenancies[name]
 
     def drop(self, belongs: Callable[[R], bool]) -> int:
-        """Forget the requests of which ``belongs`` says so; return how many."""
-        before = len(self._waiting)
-        self._waiting = deque(request for request in self._waiting if not belongs(request))
-        return before - len(self._waiting)
+        """Forget the waiting requests of which ``belongs`` says so; return how many."""
+        dropped = [
+            record.request for tenancy in self._tenancies.values() for record in tenancy.waiting if belongs(record.request)
+        ]
+        for tenancy in self._tenancies.values():
+            tenancy.waiting = deque(record for record in tenancy.waiting if not belongs(record.request))
+        self._waiting_count -= len(dropped)
+        for request in dropped:
+            self.leave(request)
+        return len(dropped)
+
+    @property
+    def contended(self) -> bool:
+        """Return whether several tenants want device time."""
+        return self._shares.contended
+
+    @property
+    def shares(self) -> Shares:
+        return self._shares
+
+    def loads(self) -> Mapping[str, Load]:
+        """Return how much every tenant waits for."""
+        found = {}
+        for tenant in self._all_tenants():
+            tenancy = self._tenancies.get(tenant.name) or _Tenancy()
+            waiting = len(tenancy.waiting)
+            found[tenant.name] = Load(waiting, tenancy.count - waiting, tenancy.input_bytes, self._wait_s(tenant, 0.0))
+        return found
+
+    def _all_tenants(self) -> Iterable[Tenant]:
+        found = dict(self._quotas.tenants)
+        for record in self._records.values():
+            found.setdefault(record.request.tenant.name, record.request.tenant)
+        return found.values()
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when the books do not balance."""
+        self._shares.check_invariants()
+        waiting = sum(len(tenancy.waiting) for tenancy in self._tenancies.values())
+        assert waiting == self._waiting_count, f"{waiting} requests wait, {self._waiting_count} were counted"
+        for name, tenancy in self._tenancies.items():
+            own = [record for record in self._records.values() if record.request.tenant.name == name]
+            assert tenancy.count == len(own), f"{name} has {len(own)} requests, {tenancy.count} were counted"
+            assert tenancy.input_bytes == sum(record.request.input_bytes for record in own), f"{name} was lost count of"
+            assert math.isclose(tenancy.backlog_s, sum(record.left_s for record in own), abs_tol=1e-6), (
+                f"{name}'s backlog is wrong"
+            )

@@ -57,6 +57,7 @@ from trunkline.signature import Signature
 
 from sidecar.engine import Engine
 from sidecar.ports import OutputSpecs, Work
+from sidecar.tenants import ANYONE
 
 log = logging.getLogger("trunkline.server")
 
@@ -327,6 +328,7 @@ class Session:
         self.number = number
         self.welcomed = False
         self.current_id = 0
+        self.tenant = ANYONE
         self._server = server
         self._is_admin = False
         self._busy = False
@@ -415,7 +417,7 @@ class Session:
 
     def _infer(self, message: Infer) -> None:
         engine = self._server.engine
-        engine.check_room()
+        engine.check_room(self.tenant, 0)
         signature = engine.signature(message.model)
         layout = self._layout
         # What was checked of a layout once holds again; the coder gives equal placements as one object.
@@ -429,7 +431,19 @@ class Session:
         self._copy_inputs(layout)
         self._busy = True
         deadline = time.monotonic() + message.deadline_us / 1_000_000
-        engine.submit(Work(self, message.request_id, message.model, deadline, message.call_id, layout.inputs, signature))
+        engine.submit(
+            Work(
+                self,
+                message.request_id,
+                message.model,
+                deadline,
+                message.call_id,
+                layout.inputs,
+                signature,
+                self.tenant,
+                layout.input_bytes,
+            )
+        )
 
     def _check_layout(self, signature: Signature, placements: tuple[Placement, ...]) -> _Layout:
         assert self._request is not None
@@ -454,6 +468,7 @@ class Session:
             tuple(
                 (spec, by_name[spec.name][0]) for spec in signature.inputs if spec.minimum is not None or spec.maximum is not None
             ),
+            sum(copy.nbytes for _, copy in copies),
         )
 
     def _copy_inputs(self, layout: _Layout) -> None:
@@ -574,6 +589,7 @@ class _Layout(NamedTuple):
     copies: tuple[tuple[int, memoryview], ...]
     inputs: tuple[object, ...]
     bounded: tuple[tuple[protocol.TensorSpec, memoryview], ...]
+    input_bytes: int
 
 
 class _ReplyLayout(NamedTuple):

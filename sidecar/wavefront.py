@@ -260,24 +260,33 @@ class Wavefront(Generic[C]):
     def _same(self, inputs: Mapping[Key, Any], others: Mapping[Key, Any]) -> bool:
         return inputs.keys() == others.keys() and all(self._arrays.same(value, others[key]) for key, value in inputs.items())
 
-    def choose(self, is_ready: Callable[[Step], bool] = lambda step: True) -> Group[C] | None:
-        """Return the group to run next, of those whose stage ``is_ready``; None when there is none."""
+    def choose(
+        self,
+        is_ready: Callable[[Step], bool] = lambda step: True,
+        first: Callable[[Sequence[Group[C]]], Group[C]] | None = None,
+        equal: Callable[[Group[C], Group[C]], bool] = lambda one, other: True,
+    ) -> Group[C] | None:
+        """Return the group to run next, of those whose stage ``is_ready``; None when there is none.
+
+        ``first`` says which of several goes first, the oldest unless it is given; ``equal`` whether the first of two groups may
+        wait for the second one, or be made larger by it.
+        """
         self._groups = [group for group in map(self._alive, self._groups) if group is not None]
         ready = [group for group in self._groups if is_ready(group.step)]
         if not ready:
             return None
-        chosen = min(ready, key=lambda group: group.order)
+        chosen = first(ready) if first is not None and len(ready) > 1 else min(ready, key=_order)
         # Its weights may be gone again, of a model that does not fit.
-        if (behind := self._behind(chosen)) is not None and is_ready(behind.step):
+        if (behind := self._behind(chosen, equal)) is not None and is_ready(behind.step):
             chosen = behind
         if len(self._groups) == 1 or self._most_rows == 1:
             return chosen
         key = chosen.step.key
         mates = [group for group in self._groups if group is not chosen and group.step.key == key]
         place = chosen.place() if mates else ()
-        mates = [group for group in mates if group.place() == place]
+        mates = [group for group in mates if group.place() == place and equal(chosen, group)]
         try:
-            for mate in sorted(mates, key=lambda group: group.order):
+            for mate in sorted(mates, key=_order):
                 if self._pays(chosen, mate):
                     chosen = self._merge(chosen, mate)
         except DeviceFault:
@@ -301,11 +310,11 @@ class Wavefront(Generic[C]):
             and all(one is another for one, another in zip(takes, other.takes(), strict=True))
         ]
 
-    def _behind(self, group: Group[C]) -> Group[C] | None:
+    def _behind(self, group: Group[C], equal: Callable[[Group[C], Group[C]], bool]) -> Group[C] | None:
         """Return a group that catches up with this one, if it should be waited for."""
         if group.awaited is None and not group.waited and 0 < 2 * group.index <= len(group.first.steps):
             for other in self._groups:
-                if other.index < group.index and _together(other, group) and self._pays(group, other):
+                if other.index < group.index and _together(other, group) and equal(group, other) and self._pays(group, other):
                     group.waited, group.awaited = True, other.first
                     break
         if group.awaited is not None:
@@ -436,7 +445,7 @@ class Wavefront(Generic[C]):
 
     def abandon(self) -> list[Ticket[C]]:
         """Forget the oldest group, of which the next stage cannot even be chosen; return its tickets."""
-        oldest = min(self._groups, key=lambda group: group.order)
+        oldest = min(self._groups, key=_order)
         self._groups.remove(oldest)
         return list(oldest.tickets())
 
@@ -449,6 +458,10 @@ class Wavefront(Generic[C]):
                 row.tickets = [ticket for ticket in row.tickets if not belongs(ticket)]
         self._groups = [group for group in self._groups if any(row.tickets for row in group.rows)]
         return dropped
+
+
+def _order(group: Group[Any]) -> int:
+    return group.order
 
 
 def _passes(ticket: Ticket[Any], group: Group[Any]) -> bool:

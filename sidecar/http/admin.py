@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import re
 import secrets
@@ -217,8 +218,8 @@ def _failed(error: Exception) -> tuple[Response, int]:
         error = SidecarUnavailable("the engine does not answer; it may be starting, and its log tells when it cannot")
     if isinstance(error, TrunklineError):
         response = jsonify(error=error.to_dict())
-        if error.http_status == 503:
-            response.headers["Retry-After"] = "1"
+        if error.http_status in (429, 503):
+            response.headers["Retry-After"] = str(math.ceil(float(error.details.get("retry_after_s", 1))))
         return response, error.http_status
     if isinstance(error, HTTPException):
         status = error.code or 500

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -187,8 +188,9 @@ def _response_of(answer: Any) -> flask.Response:
 def _error_response(plain: dict[str, Any], status: int) -> flask.Response:
     response = flask.jsonify(error=plain)
     response.status_code = status
-    if status == 503:
-        response.headers["Retry-After"] = "1"
+    if status in (429, 503):
+        # Whole seconds, which is all that the header knows.
+        response.headers["Retry-After"] = str(math.ceil(plain["details"].get("retry_after_s", 1)))
     return response
 
 

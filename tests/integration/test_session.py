@@ -248,7 +248,8 @@ def test_a_full_queue_refuses_with_its_length(tmp_path: Path, source: FakeSource
             thread.join()
         assert len(refused) == 1
         assert refused[0].retryable
-        assert refused[0].details == {"waiting_count": 1, "limit_count": 1}
+        assert refused[0].details | {"retry_after_s": 0} == {"waiting_count": 1, "limit_count": 1, "retry_after_s": 0}
+        assert float(refused[0].details["retry_after_s"]) > 0
         client._pool.close()
 
 

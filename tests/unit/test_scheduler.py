@@ -1,60 +1,216 @@
-"""The queue: in order, bounded, nothing late is run."""
+"""The scheduler: a queue for each tenant, bounded, fair by what the device did, nothing late is run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import pytest
-from trunkline.errors import QueueFull
+from trunkline.errors import DeadlineUnreachable, QueueFull, QuotaExceeded
 
-from sidecar.scheduler import Queue
+from sidecar.forecast import Forecast
+from sidecar.scheduler import Scheduler
+from sidecar.tenants import ANYONE, Quotas, Tenant
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     name: str
     deadline: float = 10.0
+    tenant: Tenant = ANYONE
+    input_bytes: int = 0
+
+
+def tenants(*names: str, **rest: object) -> list[Tenant]:
+    return [Tenant(name=name, domain=name, **rest) for name in names]  # type: ignore[arg-type]
+
+
+def quotas(*all_of_them: Tenant) -> Quotas:
+    return Quotas({tenant.name: tenant for tenant in all_of_them})
+
+
+def taken(scheduler: Scheduler[Request], now: float = 0.0) -> Request:
+    expired, request = scheduler.take(now)
+    assert not expired
+    assert request is not None
+    return request
 
 
 def test_first_come_first_served() -> None:
-    queue: Queue[Request] = Queue(3)
+    scheduler: Scheduler[Request] = Scheduler(3)
     for name in "abc":
-        queue.submit(Request(name))
-    assert [queue.take(0)[1].name for _ in range(3)] == ["a", "b", "c"]  # type: ignore[union-attr]
-    assert queue.take(0) == ([], None)
+        scheduler.submit(Request(name), 0.0)
+    assert [taken(scheduler).name for _ in range(3)] == ["a", "b", "c"]
+    assert scheduler.take(0) == ([], None)
 
 
 def test_a_full_queue_refuses_with_the_numbers() -> None:
-    queue: Queue[Request] = Queue(1)
-    queue.submit(Request("a"))
-    with pytest.raises(QueueFull, match="1 requests are waiting, the limit is 1"):
-        queue.submit(Request("b"))
-    assert len(queue) == 1
+    scheduler: Scheduler[Request] = Scheduler(1)
+    scheduler.submit(Request("a"), 0.0)
+    with pytest.raises(QueueFull, match="1 requests are waiting, the limit is 1") as refused:
+        scheduler.submit(Request("b"), 0.0)
+    assert refused.value.details["retry_after_s"] > 0  # type: ignore[operator]
+    assert len(scheduler) == 1
+    scheduler.check_invariants()
+
+
+def test_a_tenant_fills_its_own_queue_only() -> None:
+    one, other = tenants("one", "other")
+    scheduler: Scheduler[Request] = Scheduler(1, quotas(one, other))
+    scheduler.submit(Request("a", tenant=one), 0.0)
+    with pytest.raises(QueueFull):
+        scheduler.check_room(one)
+    scheduler.submit(Request("b", tenant=other), 0.0)
+    assert len(scheduler) == 2
+
+
+def test_requests_under_way_are_bounded_by_the_quota() -> None:
+    (tenant,) = tenants("one", in_flight_limit=2)
+    scheduler: Scheduler[Request] = Scheduler(9, quotas(tenant))
+    for name in "ab":
+        scheduler.submit(Request(name, tenant=tenant), 0.0)
+    first = taken(scheduler)
+    with pytest.raises(QuotaExceeded, match="2 requests of one are under way, its quota is 2"):
+        scheduler.submit(Request("c", tenant=tenant), 0.0)
+    scheduler.leave(first, 1.0)
+    scheduler.submit(Request("c", tenant=tenant), 0.0)
+    scheduler.check_invariants()
+
+
+def test_bytes_under_way_are_bounded_by_the_quota_but_one_request_is_always_taken() -> None:
+    (tenant,) = tenants("one", queued_limit_bytes=100)
+    scheduler: Scheduler[Request] = Scheduler(9, quotas(tenant))
+    scheduler.submit(Request("a", tenant=tenant, input_bytes=150), 0.0)
+    with pytest.raises(QuotaExceeded, match=r"150 bytes of inputs, with 1 more that is over its quota of 100"):
+        scheduler.submit(Request("b", tenant=tenant, input_bytes=1), 0.0)
+    scheduler.leave(taken(scheduler))
+    scheduler.submit(Request("b", tenant=tenant, input_bytes=60), 0.0)
+    scheduler.submit(Request("c", tenant=tenant, input_bytes=40), 0.0)
 
 
 def test_what_is_late_is_told_and_not_run() -> None:
-    queue: Queue[Request] = Queue(5)
+    scheduler: Scheduler[Request] = Scheduler(5)
     for name, deadline in (("late", 1.0), ("later", 2.0), ("good", 9.0)):
-        queue.submit(Request(name, deadline))
-    expired, request = queue.take(2.0)
+        scheduler.submit(Request(name, deadline), 0.0)
+    expired, request = scheduler.take(2.0)
     assert [late.name for late in expired] == ["late", "later"]
     assert request is not None
     assert request.name == "good"
 
 
 def test_what_could_not_start_comes_first_again() -> None:
-    queue: Queue[Request] = Queue(2)
-    queue.submit(Request("a"))
-    queue.submit(Request("b"))
-    _, first = queue.take(0)
-    assert first is not None
-    queue.put_back(first)
-    assert queue.take(0)[1] is first
+    scheduler: Scheduler[Request] = Scheduler(2)
+    scheduler.submit(Request("a"), 0.0)
+    scheduler.submit(Request("b"), 0.0)
+    first = taken(scheduler)
+    scheduler.put_back(first)
+    assert taken(scheduler) is first
+
+
+def test_a_tenant_that_is_not_admitted_is_passed_over() -> None:
+    one, other = tenants("one", "other")
+    scheduler: Scheduler[Request] = Scheduler(2, quotas(one, other))
+    scheduler.submit(Request("a", tenant=one), 0.0)
+    assert not scheduler.can_take(lambda tenant: tenant is other)
+    scheduler.submit(Request("b", tenant=other), 0.0)
+    assert scheduler.can_take(lambda tenant: tenant is other)
+    expired, request = scheduler.take(0.0, lambda tenant: tenant is other)
+    assert (expired, request and request.name) == ([], "b")
 
 
 def test_dropping_takes_only_what_was_meant() -> None:
-    queue: Queue[Request] = Queue(3)
+    scheduler: Scheduler[Request] = Scheduler(3)
     for name in "aba":
-        queue.submit(Request(name))
-    assert queue.drop(lambda request: request.name == "a") == 2
-    assert len(queue) == 1
+        scheduler.submit(Request(name), 0.0)
+    assert scheduler.drop(lambda request: request.name == "a") == 2
+    assert len(scheduler) == 1
+    scheduler.check_invariants()
+
+
+def test_what_was_never_submitted_is_no_matter() -> None:
+    scheduler: Scheduler[Request] = Scheduler(3)
+    request = Request("a")
+    scheduler.charge(request, 1.0)
+    scheduler.leave(request)
+    assert scheduler.order(request) == 0
+    scheduler.check_invariants()
+
+
+def test_what_cannot_be_in_time_is_refused_at_once_with_the_prediction() -> None:
+    scheduler: Scheduler[Request] = Scheduler(9)
+    first = Request("a")
+    scheduler.submit(first, 0.0, "kind")
+    scheduler.charge(taken(scheduler), 0.5)
+    scheduler.leave(first, 0.5)
+    # One that waits, and itself.
+    scheduler.submit(Request("b"), 1.0, "kind")
+    with pytest.raises(DeadlineUnreachable, match=r"about 1\.000 s, the deadline is in 0\.900 s and 1 requests wait") as refused:
+        scheduler.submit(Request("c", deadline=1.9), 1.0, "kind")
+    assert refused.value.details == {"predicted_s": 1.0, "left_s": 0.9, "waiting_count": 1, "retry_after_s": 0.1}
+    scheduler.submit(Request("d", deadline=2.1), 1.0, "kind")
+    # Weights that are to be read count, and what others cost that nobody has seen does not.
+    with pytest.raises(DeadlineUnreachable):
+        scheduler.submit(Request("e", deadline=3.0), 1.0, "kind", load_s=1.0)
+    scheduler.submit(Request("f", deadline=1.1), 1.0, "another kind")
+    scheduler.check_invariants()
+
+
+def test_what_others_have_to_get_first_counts_as_far_as_they_get_it() -> None:
+    light, heavy, high = (*tenants("light", "heavy"), Tenant(name="high", domain="high", priority=9))
+    scheduler: Scheduler[Request] = Scheduler(99, quotas(light, heavy, high))
+    for tenant in (light, heavy, high):
+        scheduler.submit(request := Request("first", tenant=tenant), 0.0, tenant.name)
+        scheduler.charge(taken(scheduler), 1.0)
+        scheduler.leave(request, 1.0)
+    for _ in range(20):
+        scheduler.submit(Request("flood", 1e9, heavy), 1.0, "heavy")
+    # The light one has saved up two quanta, and one is what they may differ by: so the heavy one gets a second less one of them.
+    assert scheduler.loads()["light"].wait_s == 0.0
+    with pytest.raises(DeadlineUnreachable) as refused:
+        scheduler.submit(Request("a", 1.5, light), 1.0, "light")
+    assert refused.value.details["predicted_s"] == pytest.approx(1.95)
+    # All that a higher priority wants.
+    for _ in range(3):
+        scheduler.submit(Request("urgent", 1e9, high), 1.0, "high")
+    with pytest.raises(DeadlineUnreachable) as refused:
+        scheduler.submit(Request("a", 1.5, light), 1.0, "light")
+    assert refused.value.details["predicted_s"] == pytest.approx(4.95)
+
+
+def test_other_quotas_hold_for_what_comes_and_what_is_under_way_ends() -> None:
+    one, other = tenants("one", "other")
+    scheduler: Scheduler[Request] = Scheduler(9, quotas(one, other))
+    running = Request("a", tenant=one)
+    scheduler.submit(running, 0.0)
+    taken(scheduler)
+    scheduler.submit(Request("b", tenant=one), 0.0)
+    scheduler.use(quotas(other))
+    scheduler.submit(Request("c", tenant=other), 0.0)
+    scheduler.check_invariants()
+    assert set(scheduler.loads()) == {"one", "other"}
+    scheduler.leave(running, 1.0)
+    for _ in range(2):
+        scheduler.leave(taken(scheduler), 1.0)
+    scheduler.check_invariants()
+    assert set(scheduler.loads()) == {"other"}
+
+
+def test_what_is_said_follows_what_happens() -> None:
+    forecast = Forecast()
+    assert forecast.cost_s("kind") is None
+    for seconds in (1.0, 2.0):
+        forecast.learn("kind", seconds)
+    assert forecast.cost_s("kind") == pytest.approx(1.2)
+    for _ in range(200):
+        forecast.compare(1.0, 1.5)
+    assert forecast.factor == pytest.approx(1.5, rel=0.02)
+    for _ in range(100_000):
+        forecast.compare(1.0, 1.0)
+    assert forecast.factor == 1.0
+
+
+def test_kinds_that_are_remembered_are_bounded() -> None:
+    forecast = Forecast()
+    for number in range(5000):
+        forecast.learn(number, 1.0)
+    assert forecast.cost_s(4999) == 1.0
+    assert sum(forecast.cost_s(number) is not None for number in range(5000)) < 4097

@@ -172,6 +172,24 @@ class QueueFull(CapacityError):
     retryable = True
 
 
+class QuotaExceeded(CapacityError):
+    """The function has as much as its operator allows it at a time. ``details`` say after how many seconds to try again."""
+
+    code = "quota_exceeded"
+    retryable = True
+    http_status = 429
+
+
+class DeadlineUnreachable(CapacityError):
+    """The answer would come after the deadline, by what others like it took; nothing was computed.
+
+    Another node may be faster, or this one later: ``details`` have the prediction, and the seconds after which to try again.
+    """
+
+    code = "deadline_unreachable"
+    retryable = True
+
+
 class BudgetExceeded(CapacityError):
     """The model does not fit into the memory budget, now or ever; the numbers tell which."""
 
