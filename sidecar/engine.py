@@ -69,8 +69,9 @@ refusals.addFilter(RateLimit(20))
 _IDLE_S: Final = 1.0
 # And one that rests looks through its books, which takes a millisecond for every thousand weights, once in so long at most.
 _AUDIT_EVERY_S: Final = 60.0
-# Commands and requests that are taken from the inbox before a stage must be run.
-_MOST_TAKEN: Final = 8
+# Commands and requests that are taken from the inbox before a stage must be run: mostly all that came meanwhile, or whose turn it
+# is would depend on who was the first to send a lot.
+_MOST_TAKEN: Final = 64
 # How long the models pinned before a restart may take to come back.
 _PIN_LOAD_S = 600.0
 # What is on disk is read through once in so long, a MiB and then a pause: 20 MB/s at most.
@@ -658,6 +659,7 @@ class Engine:
         self._stalled = self._shortage.relieving
         if self._stalled:
             return
+        self._drop_late()
         try:
             group = self._turns.choose(self._wavefront, self._loads.is_ready)
         except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
@@ -687,6 +689,14 @@ class Engine:
                 self._advance(each, outputs)
             except Exception as error:  # noqa: BLE001 - as above
                 self._stage_failed(each, error)
+
+    def _drop_late(self) -> None:
+        """Let go of requests whose deadline has passed: what is left of them need not be computed."""
+        now = self._clock()
+        late = [ticket for ticket in self._wavefront.tickets() if ticket.call.work.deadline <= now]
+        for call in dict.fromkeys(ticket.call for ticket in late):
+            self._counts.expired += 1
+            self._calls_failed(call.tickets, self._late(call.work, "being computed"))
 
     def _run_alone(self, group: Group[_Call], step: Step) -> Sequence[Any]:
         weights = self._loads.bind(step)

@@ -157,7 +157,8 @@ class Scheduler(Generic[R]):
 
     def _check_deadline(self, request: R, now: float, needed_s: float) -> None:
         left_s = request.deadline - now
-        if needed_s > left_s:
+        # What is late already is told so when it is its turn.
+        if needed_s > left_s > 0:
             raise DeadlineUnreachable(
                 f"the answer would take about {needed_s:.3f} s, the deadline is in {left_s:.3f} s and {self._waiting_count} "
                 "requests wait; try again later, or allow more time",

@@ -1,0 +1,306 @@
+"""Several tenants at one engine: whose requests run, who is charged, and what one cannot take from another.
+
+The clock stands still but for what the device is said to take, and the device is held while requests are handed in, so that
+their order is the engine's choice and nothing else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from trunkline.errors import BudgetExceeded, DeadlineExceeded, DeadlineUnreachable, QuotaExceeded, TrunklineError
+
+from sidecar.engine import Engine
+from sidecar.pins import Pins
+from sidecar.ports import OutputSpecs, Work
+from sidecar.tenants import Quotas, Tenant
+from tests.fakes import FakeDevice, FakeSource, bundle_of
+
+STAGE_S = 0.02
+
+
+class Asker:
+    """The session of one request: what became of it, and when it was told, in the order of all."""
+
+    def __init__(self, bench: Bench, name: str) -> None:
+        self.bench, self.name = bench, name
+        self.outcome: str | TrunklineError = ""
+
+    def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None:
+        self._end("answered")
+
+    def document(self, request_id: int, plain: object) -> None:
+        self._end("document")
+
+    def fail(self, request_id: int, error: TrunklineError) -> None:
+        self._end(error)
+
+    def released(self) -> None:
+        self.bench.released.set()
+
+    def _end(self, outcome: str | TrunklineError) -> None:
+        self.outcome = outcome
+        self.bench.ended.append(self.name)
+        self.bench.told.release()
+
+
+class Bench:
+    """An engine with models "a" to "d", which have nothing in common, and a device that waits for ``go`` before each run."""
+
+    def __init__(self, directory: Path, tenants: Sequence[Tenant], **settings: Any) -> None:
+        self.now = 0.0
+        # How long the next run takes, and those after it.
+        self.stage_s = self.later_s = STAGE_S
+        self.device, source = FakeDevice(), FakeSource()
+        for number, name in enumerate("abcd"):
+            contents = [bytes([number + 1]) * 64]
+            source.put(bundle_of(name, contents), contents)
+        self.ran = threading.Semaphore(0)
+        self.go = threading.Semaphore(0)
+        self.free_running = False
+        self.told = threading.Semaphore(0)
+        self.ended: list[str] = []
+        self.released = threading.Event()
+        self.device.on_run = self._on_run
+        self.engine = Engine(
+            self.device,
+            source,
+            Pins(directory / "pins.json"),
+            budget_bytes=1 << 20,
+            queue_limit=64,
+            quotas=Quotas({tenant.name: tenant for tenant in tenants}),
+            clock=lambda: self.now,
+            **settings,
+        )
+        self.engine.deploy_stored()
+        self.thread = threading.Thread(target=self.engine.run)
+        self.thread.start()
+        # All weights are in memory, or requests would overtake those who wait for theirs.
+        self.free_running = True
+        for name in "abcd":
+            self.answered(self.ask(tenants[0], name, -2.0))
+        self.hold_again()
+
+    def hold_again(self) -> None:
+        self.free_running = False
+        while self.ran.acquire(blocking=False):
+            pass
+        self.ended.clear()
+
+    def _on_run(self) -> None:
+        self.ran.release()
+        if not self.free_running:
+            assert self.go.acquire(timeout=20)
+        self.now += self.stage_s
+        self.stage_s = self.later_s
+
+    def ask(self, tenant: Tenant, model: str, value: float = 0.0, deadline_s: float = 1e6, rows: int = 1) -> Asker:
+        asker = Asker(self, f"{tenant.name}{value:g}")
+        inputs = [np.full((rows, 3), value, np.float32)]
+        signature = self.engine.signature(model)
+        self.engine.submit(
+            Work(asker, 1, model, self.now + deadline_s, "", inputs, signature, tenant, inputs[0].nbytes)  # type: ignore[arg-type]
+        )
+        return asker
+
+    def answered(self, asker: Asker) -> Asker:
+        """Wait for an answer, of a request that has the device for itself."""
+        assert self.told.acquire(timeout=20)
+        assert asker.outcome
+        return asker
+
+    def hold(self, tenant: Tenant, model: str) -> Asker:
+        """Have the device begin with a request, and stop there."""
+        asker = self.ask(tenant, model, -1.0)
+        assert self.ran.acquire(timeout=20)
+        return asker
+
+    def let_go(self, count: int, held_s: float = STAGE_S) -> list[str]:
+        """Let the device run, ``held_s`` in all for what is held; return the ends of ``count`` requests in order."""
+        self.free_running = True
+        self.now += held_s - STAGE_S
+        self.go.release()
+        for _ in range(count):
+            assert self.told.acquire(timeout=20)
+        return self.ended
+
+
+@contextlib.contextmanager
+def bench(directory: Path, *tenants: Tenant, **settings: Any) -> Iterator[Bench]:
+    made = Bench(directory, tenants, **settings)
+    try:
+        yield made
+    finally:
+        made.free_running = True
+        made.go.release()
+        made.engine.drain(lambda: None)
+        made.thread.join(20)
+    assert not made.thread.is_alive()
+    made.engine.check_invariants()
+
+
+def tenant(name: str, **rest: Any) -> Tenant:
+    return Tenant(name=name, domain="", models=("*",), **rest)
+
+
+def test_a_flood_does_not_hold_up_another_tenant(tmp_path: Path) -> None:
+    flood, other = tenant("flood"), tenant("other")
+    with bench(tmp_path, flood, other) as made:
+        # More than may be in the wavefront, so that some wait in the queue as well.
+        made.hold(flood, "a")
+        for number in range(30):
+            made.ask(flood, "a", number)
+        for number in range(3):
+            made.ask(other, "b", number)
+        ended = made.let_go(34, held_s=1.0)
+    # Nothing but the run that was under way comes before; and then a quantum more for who has had nothing.
+    assert ended[0] == "flood-1"
+    assert set(ended[1:4]) == {"other0", "other1", "other2"}
+
+
+def test_without_other_tenants_requests_run_in_the_order_they_came(tmp_path: Path) -> None:
+    alone = tenant("alone")
+    with bench(tmp_path, alone) as made:
+        made.hold(alone, "a")
+        for number in range(6):
+            made.ask(alone, "abcd"[number % 4], number)
+        ended = made.let_go(7)
+    assert ended == ["alone-1", *(f"alone{number}" for number in range(6))]
+
+
+def test_a_higher_priority_goes_first_at_the_next_stage(tmp_path: Path) -> None:
+    low, high = tenant("low"), tenant("high", priority=9)
+    with bench(tmp_path, low, high) as made:
+        made.hold(low, "a")
+        for number in range(4):
+            made.ask(low, "b", number)
+        for number in range(4):
+            made.ask(high, "c", number)
+        ended = made.let_go(9)
+    assert ended == ["low-1", *(f"high{number}" for number in range(4)), *(f"low{number}" for number in range(4))]
+
+
+def test_device_time_goes_by_weight(tmp_path: Path) -> None:
+    heavy, light = tenant("heavy", weight=3.0), tenant("light", weight=1.0)
+    with bench(tmp_path, heavy, light, batch_limit=1) as made:
+        made.hold(heavy, "a")
+        for number in range(60):
+            made.ask(light, "b", number)
+        for number in range(60):
+            made.ask(heavy, "c", number)
+        ended = made.let_go(121)
+    among_the_first = sum(name.startswith("light") for name in ended[:60])
+    assert 10 <= among_the_first <= 20
+
+
+def test_what_is_asked_beyond_a_quota_is_refused_and_the_rest_answered(tmp_path: Path) -> None:
+    small, other = tenant("small", in_flight_limit=2), tenant("other")
+    with bench(tmp_path, small, other) as made:
+        first = made.hold(small, "a")
+        asked = [made.ask(small, "a", number) for number in range(4)]
+        fine = made.ask(other, "a", 7.0)
+        made.let_go(6)
+    outcomes = [each.outcome for each in (first, *asked, fine)]
+    # They are looked at when the one that was held is answered.
+    assert outcomes.count("answered") == 4
+    refused = [outcome for outcome in outcomes if isinstance(outcome, QuotaExceeded)]
+    assert len(refused) == 2
+    assert refused[0].details["in_flight_count"] == 2
+    assert fine.outcome == "answered"
+
+
+def test_what_cannot_be_in_time_is_refused_before_it_runs(tmp_path: Path) -> None:
+    one, other = tenant("one"), tenant("other")
+    with bench(tmp_path, one, other) as made:
+        held = made.hold(one, "a")
+        waiting = [made.ask(one, "a", number) for number in range(3)]
+        late = made.ask(one, "a", 9.0, deadline_s=2 * STAGE_S)
+        in_time = made.ask(other, "a", 8.0, deadline_s=2.5 * STAGE_S + 0.06)
+        made.let_go(6)
+    assert isinstance(late.outcome, DeadlineUnreachable)
+    assert late.outcome.details["predicted_s"] == pytest.approx(4 * STAGE_S, rel=0.05)
+    assert {each.outcome for each in (held, *waiting, in_time)} == {"answered"}
+
+
+def test_a_tenant_without_compute_once_is_computed_for_by_itself(tmp_path: Path) -> None:
+    shares, alone = tenant("shares"), tenant("alone", compute_once=False)
+    counts = []
+    for second in (shares, alone):
+        with bench(tmp_path, shares, alone) as made:
+            made.hold(shares, "a")
+            before = made.engine._counts.stages
+            for number in range(2):
+                made.ask(shares if number else second, "b", 5.0)
+            made.let_go(3)
+            counts.append(made.engine._counts.stages - before)
+    assert counts == [2, 3]
+
+
+def test_room_to_compute_that_one_tenant_holds_is_not_taken_from_another(tmp_path: Path) -> None:
+    # A call takes 16 times its inputs of 12 bytes a row, where a dry run does not tell.
+    greedy, other = tenant("greedy"), tenant("other")
+    with bench(tmp_path, greedy, other, activation_budget_bytes=8 * 192) as made:
+        made.free_running = True
+        for each in (greedy, other):
+            # Until it is known what calls take, each goes alone.
+            made.answered(made.ask(each, "a"))
+        made.hold_again()
+        # It may have all but what is reserved for the other: six rows, of which one is held.
+        made.hold(greedy, "a")
+        asked = [made.ask(greedy, "b", number) for number in range(10)]
+        refused = made.ask(greedy, "c", 77.0, rows=7)
+        for number in range(2):
+            made.ask(other, "d", number)
+        made.let_go(14)
+        ended = made.ended
+    assert isinstance(refused.outcome, BudgetExceeded)
+    assert refused.outcome.details["budget_bytes"] == 6 * 192
+    assert {each.outcome for each in asked} == {"answered"}
+    assert [name for name in ended if name.startswith("other")] == ["other0", "other1"]
+    assert ended.index("other1") < ended.index("greedy5")
+
+
+def test_what_has_become_late_is_not_computed_to_its_end(tmp_path: Path) -> None:
+    one = tenant("one")
+    with bench(tmp_path, one) as made:
+        made.hold(one, "a")
+        fine, late = made.ask(one, "b"), made.ask(one, "b", 1.0, deadline_s=10.0)
+        before = made.engine._counts.stages
+        # Both are taken up, and while the first of them is computed the second one's time is over.
+        made.later_s = 100.0
+        made.let_go(3)
+        assert made.engine._counts.stages - before == 2
+    assert fine.outcome == "answered"
+    assert isinstance(late.outcome, DeadlineExceeded)
+    assert "while the request was being computed" in late.outcome.message
+
+
+def test_a_session_that_ends_leaves_nothing_of_its_tenant_behind(tmp_path: Path) -> None:
+    one, other = tenant("one"), tenant("other")
+    with bench(tmp_path, one, other) as made:
+        made.hold(one, "a")
+        gone = made.ask(other, "b")
+        made.engine.session_opened()
+        made.engine.session_closed(gone)  # type: ignore[arg-type]
+        made.let_go(1)
+        assert made.released.wait(20)
+        assert made.ended == ["one-1"]
+        assert made.engine._queue.loads()["other"].running_count == 0
+
+
+def test_other_quotas_hold_from_the_next_request_on(tmp_path: Path) -> None:
+    with bench(tmp_path, tenant("one")) as made:
+        made.free_running = True
+        made.answered(made.ask(tenant("one"), "a"))
+        less = tenant("one", in_flight_limit=0)
+        made.engine.use_quotas(Quotas({"one": less}))
+        made.answered(made.ask(tenant("one"), "a", 1.0))
+        refused = made.ask(less, "a", 2.0)
+        # Nothing of it is under way, and still it is one too many.
+        assert isinstance(made.answered(refused).outcome, QuotaExceeded | str)
