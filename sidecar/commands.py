@@ -16,6 +16,7 @@ from sidecar.catalog import Catalog, Deployed
 from sidecar.graph import FusedBlock
 from sidecar.loads import Loads
 from sidecar.ports import Work
+from sidecar.scheduler import Load
 from sidecar.traces import LIMIT
 
 
@@ -23,7 +24,7 @@ class Commands:
     """Commands by name.
 
     ``accept``, ``drop``, ``unblock`` and ``deployed`` are the engine's; ``requests`` gives its counts,
-    ``trace`` its latest leases.
+    ``trace`` its latest leases, ``queues`` what each tenant waits for.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Commands:
         deployed: Callable[[Deployed], None],
         requests: Callable[[], Mapping[str, object]],
         trace: Callable[[int], Mapping[str, object]],
+        queues: Callable[[], Mapping[str, Load]],
         facts: Mapping[str, object],
         started_s: float,
         clock: Callable[[], float],
@@ -50,6 +52,7 @@ class Commands:
         self._on_deployed = deployed
         self._requests = requests
         self._leases_recorded = trace
+        self._queues_found = queues
         self._facts = facts
         self._started_s = started_s
         self._clock = clock
@@ -61,6 +64,7 @@ class Commands:
             "graph": lambda work, arguments: self._catalog.graph.tree(),
             "memory": lambda work, arguments: self._memory(),
             "trace": self._trace,
+            "queues": lambda work, arguments: self._queues(),
             "load": self._load,
             "unload": self._evict,
             "evict": self._evict,
@@ -120,6 +124,20 @@ class Commands:
         residency = self._residency
         traced = self._leases_recorded(int(arguments.get("limit", LIMIT)))
         return {"budget_bytes": residency.budget_bytes, "policy": residency.policy.name, **traced}
+
+    def _queues(self) -> dict[str, object]:
+        return {
+            "tenants": {
+                name: {
+                    "waiting": load.waiting_count,
+                    "running": load.running_count,
+                    "input_bytes": load.input_bytes,
+                    "wait_s": round(load.wait_s, 6),
+                    "device_s": round(load.device_s, 6),
+                }
+                for name, load in self._queues_found().items()
+            }
+        }
 
     def _is_resident(self, deployed: Deployed) -> bool:
         # Whole in memory, be it by its own doing or by that of others. One without weights once it was used.

@@ -196,6 +196,7 @@ class Engine:
             deployed=self._is_new,
             requests=self._request_counts,
             trace=self._recorder.to_plain,
+            queues=self._queue.loads,
             facts={"generation": generation, "device": device.name, **(facts or {})},
             started_s=self._started_s,
             clock=clock,

@@ -64,17 +64,22 @@ class _Tenancy(Generic[R]):
     # Requests that wait or run, and the bytes of their inputs.
     count: int = 0
     input_bytes: int = 0
-    # Device time that its requests are reckoned to need yet.
+    # Device time that its requests are reckoned to need yet, and what all of them have had.
     backlog_s: float = 0.0
+    device_s: float = 0.0
 
 
 class Load(NamedTuple):
-    """How much a tenant waits for: requests, and the seconds until one more would be answered."""
+    """How much a tenant waits for: requests, and the seconds until the device would begin with one more.
+
+    ``device_s`` are the seconds that the device has worked for it, as long as it is a tenant.
+    """
 
     waiting_count: int
     running_count: int
     input_bytes: int
     wait_s: float
+    device_s: float
 
 
 class Scheduler(Generic[R]):
@@ -219,10 +224,13 @@ class Scheduler(Generic[R]):
 
     def charge(self, request: R, seconds: float) -> None:
         """Note that the device has worked for a request."""
-        self._shares.charge(request.tenant.name, seconds)
+        name = request.tenant.name
+        self._shares.charge(name, seconds)
+        if name in self._tenancies:
+            self._tenancies[name].device_s += seconds
         record = self._records.get(id(request))
         if record is not None:
-            tenancy = self._tenancies[request.tenant.name]
+            tenancy = self._tenancies[name]
             before_s = record.left_s
             record.charged_s += seconds
             tenancy.backlog_s += record.left_s - before_s
@@ -274,7 +282,8 @@ class Scheduler(Generic[R]):
         for tenant in self._all_tenants():
             tenancy = self._tenancies.get(tenant.name) or _Tenancy()
             waiting = len(tenancy.waiting)
-            found[tenant.name] = Load(waiting, tenancy.count - waiting, tenancy.input_bytes, self._wait_s(tenant, 0.0))
+            wait_s = self._wait_s(tenant, 0.0)
+            found[tenant.name] = Load(waiting, tenancy.count - waiting, tenancy.input_bytes, wait_s, tenancy.device_s)
         return found
 
     def _all_tenants(self) -> Iterable[Tenant]:

@@ -96,6 +96,11 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
         }
         return jsonify(engine.command("blocks", arguments))
 
+    @app.get("/admin/v1/queues")
+    def queues() -> Response:
+        """Return for each tenant how many requests wait and run, and how long one more would wait: what to scale on."""
+        return jsonify(engine.command("queues"))
+
     @app.get("/admin/v1/trace")
     def trace() -> Response:
         """Return the latest leases, at most ``limit`` (10,000), and the models in them: who was asked for when, and its cost."""

@@ -104,7 +104,7 @@ def test_an_engine_that_is_away_is_told_without_its_address(
     assert "/tmp" not in answer.text
 
 
-@pytest.mark.parametrize("route", ["status", "memory", "models"])
+@pytest.mark.parametrize("route", ["status", "memory", "models", "queues"])
 def test_reading_asks_the_engine(http: flask.testing.FlaskClient, engine: FakeEngine, route: str) -> None:
     assert http.get(f"/admin/v1/{route}").status_code == 200
     assert engine.asked[-1][0] == route

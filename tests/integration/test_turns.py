@@ -36,6 +36,7 @@ class Asker:
         self._end("answered")
 
     def document(self, request_id: int, plain: object) -> None:
+        self.document_: Any = plain
         self._end("document")
 
     def fail(self, request_id: int, error: TrunklineError) -> None:
@@ -264,6 +265,33 @@ def test_room_to_compute_that_one_tenant_holds_is_not_taken_from_another(tmp_pat
     assert {each.outcome for each in asked} == {"answered"}
     assert [name for name in ended if name.startswith("other")] == ["other0", "other1"]
     assert ended.index("other1") < ended.index("greedy5")
+
+
+def test_the_queues_tell_what_each_tenant_waits_for(tmp_path: Path) -> None:
+    one, other = tenant("one"), tenant("other")
+    with bench(tmp_path, one, other) as made:
+        made.hold(one, "a")
+        for number in range(3):
+            made.ask(one, "a", number)
+        administrator = Asker(made, "administrator")
+        made.engine.command(administrator, 1, "queues", {}, made.now + 10)  # type: ignore[arg-type]
+        made.let_go(5)
+    found = administrator.document_["tenants"]
+    # The one that was held is answered by then, as four were that warmed up.
+    assert found["one"] == {
+        "waiting": 3,
+        "running": 0,
+        "input_bytes": 36,
+        "wait_s": pytest.approx(3 * STAGE_S),
+        "device_s": pytest.approx(5 * STAGE_S),
+    }
+    assert found["other"] == {
+        "waiting": 0,
+        "running": 0,
+        "input_bytes": 0,
+        "wait_s": pytest.approx(0.05, abs=0.06),
+        "device_s": 0.0,
+    }
 
 
 def test_what_has_become_late_is_not_computed_to_its_end(tmp_path: Path) -> None:
