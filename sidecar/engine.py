@@ -39,6 +39,7 @@ from trunkline.signature import Signature
 
 from sidecar.activations import Activations
 from sidecar.catalog import Catalog, Deployed, Joint, Step
+from sidecar.claims import Claims
 from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
 from sidecar.loads import Loads, Parked
@@ -146,6 +147,8 @@ class Engine:
         self._residency = open_residency(budget_bytes, eviction_policy, clock)
         self._catalog = Catalog(source, device, self._memory, self._residency, pins, self._forget_weights)
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
+        self._claims = Claims(self._residency)
+        self._claims.use(quotas.tenants.values())
         self._recorder = Recorder()
         self._started_s = clock()
         # Without a budget nothing is reckoned.
@@ -171,7 +174,7 @@ class Engine:
             self._trials.then(lambda: self._mover.expect(self._memory.calibrate(verdicts)))
         # Set while the next request waits for a lease of somebody else to end, or to be the only one.
         self._blocked = False
-        # Tenants whose next request waits for room to compute.
+        # Tenants whose next request waits for room to compute, or in their quota.
         self._short: set[str] = set()
         self._untrimmed = False
         self._audited_s = -math.inf
@@ -349,6 +352,7 @@ class Engine:
 
     def _use_quotas(self, quotas: Quotas) -> None:
         self._queue.use(quotas)
+        self._claims.use(quotas.tenants.values())
         if self._activations is not None:
             self._activations.reserves.use(quotas.tenants.values())
         self._unblock()
@@ -545,7 +549,10 @@ class Engine:
             if self._streams.deployed in parts:
                 self._stream(work, parts)
                 return
-            grant = self._residency.lease(*(deployed.plan for deployed in parts))
+            plans = [deployed.plan for deployed in parts]
+            if not self._has_room_in_quota(work, plans):
+                return
+            grant = self._residency.lease(*plans)
         except BudgetExceeded as error:
             if len(parts) > 1 or work.inputs is None:
                 self._turn_away(work, error)
@@ -559,6 +566,7 @@ class Engine:
             self._queue.put_back(work)
             self._blocked = True
             return
+        self._claims.claim(work.tenant, plans)
         self._record(grant, parts)
         self._drop(grant.evict)
         self._loads.want(work, parts, joint)
@@ -594,13 +602,30 @@ class Engine:
             # It goes alone, and so that it ever does, all others wait for it.
             self._blocked = any(taken.values())
         elif not reserves.fits(work.tenant.name, work.activation_bytes, taken, waiting=bool(self._short)):
-            self._short.add(work.tenant.name)
-        else:
-            return True
-        if self._blocked or work.tenant.name in self._short:
-            self._queue.put_back(work)
+            self._put_back(work)
             return False
+        if self._blocked:
+            self._queue.put_back(work)
+        return not self._blocked
+
+    def _has_room_in_quota(self, work: Work, plans: Sequence[str]) -> bool:
+        """Say whether a tenant may have models in memory now; if not, the request was refused, or put back to wait."""
+        try:
+            freed = self._claims.make_room(work.tenant, plans)
+        except BudgetExceeded as error:
+            self._turn_away(work, error)
+            return False
+        if freed is None:
+            # Until one of its own requests is answered.
+            self._put_back(work)
+            return False
+        self._drop(freed)
         return True
+
+    def _put_back(self, work: Work) -> None:
+        """Have a tenant wait until something is given back."""
+        self._queue.put_back(work)
+        self._short.add(work.tenant.name)
 
     def _stream(self, work: Work, parts: tuple[Deployed, ...]) -> None:
         """Take up a request for a model that does not fit, or put it aside until the run of one has ended."""
@@ -825,6 +850,7 @@ class Engine:
         if not digests:
             return
         self._loads.drop(digests)
+        self._claims.prune()
         self._catalog.unbind()
         self._loads.free(digests)
 

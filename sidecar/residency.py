@@ -35,8 +35,8 @@ from sidecar.policies import LeastRecentlyUsed, Policy, Use, Value
 # Below the lowest: that of what only plans use that were idle for too long.
 _EXPIRED: Final = -1
 # Why weights leave: for others, idle for too long, on command, their model is gone, their load failed, so that there is memory to
-# compute with.
-REASONS: Final = ("room", "ttl", "operator", "removed", "failed", "memory")
+# compute with, so that their tenant stays within its quota.
+REASONS: Final = ("room", "ttl", "operator", "removed", "failed", "memory", "quota")
 
 
 @dataclass(frozen=True)
@@ -534,6 +534,13 @@ class Residency:
 
     def lease_count(self, plan: str) -> int:
         return self._leases.get(plan, 0)
+
+    def __contains__(self, plan: str) -> bool:
+        return plan in self._plans
+
+    def is_committed(self, digest: str) -> bool:
+        """Say whether a weight is in memory, or on its way."""
+        return digest in self._committed
 
     def is_resident(self, digest: str) -> bool:
         return digest in self._arrived

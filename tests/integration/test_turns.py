@@ -322,6 +322,29 @@ def test_a_session_that_ends_leaves_nothing_of_its_tenant_behind(tmp_path: Path)
         assert made.engine._queue.loads()["other"].running_count == 0
 
 
+def test_who_asks_for_more_models_than_it_may_have_in_memory_pushes_out_its_own(tmp_path: Path) -> None:
+    # Each model has a weight of 64 bytes.
+    small, other = tenant("small", resident_limit_bytes=128), tenant("other")
+    with bench(tmp_path, other, small) as made:
+        made.free_running = True
+        for name in "aba":
+            made.answered(made.ask(small, name))
+        for name in "cd":
+            made.answered(made.ask(other, name))
+        made.answered(made.ask(small, "c"))
+        states = {name: made.engine._residency.is_ready(made.engine._catalog.deployed[name].plan) for name in "abcd"}
+        # The other one has used all of them, so that none leaves; they are only no longer the small one's.
+        assert states == dict.fromkeys("abcd", True)
+        made.engine.use_quotas(Quotas({"small": small}))
+        for name in "abd":
+            made.answered(made.ask(small, name))
+        states = {name: made.engine._residency.is_ready(made.engine._catalog.deployed[name].plan) for name in "abcd"}
+        assert states == {"a": False, "b": True, "c": False, "d": True}
+        refused = made.answered(made.ask(tenant("small", resident_limit_bytes=63), "a"))
+    assert isinstance(refused.outcome, BudgetExceeded)
+    assert "small may have 63 in memory" in refused.outcome.message
+
+
 def test_other_quotas_hold_from_the_next_request_on(tmp_path: Path) -> None:
     with bench(tmp_path, tenant("one")) as made:
         made.free_running = True

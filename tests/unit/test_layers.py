@@ -72,6 +72,7 @@ LAYERS = {
         "activations",
         "engine",
         "catalog",
+        "claims",
         "commands",
         "loads",
         "memory",
