@@ -11,7 +11,6 @@ read; in the wavefront, which is run stage by stage as weights arrive; answered;
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import math
 import queue
@@ -42,6 +41,7 @@ from sidecar.catalog import Catalog, Deployed, Joint, Step
 from sidecar.claims import Claims
 from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
+from sidecar.inturn import InTurn
 from sidecar.loads import Loads, Parked
 from sidecar.logs import RateLimit
 from sidecar.memory import DeviceMemory, Memory
@@ -160,6 +160,8 @@ class Engine:
         self._shortage = Shortage(device, self._residency, self._loads, self._mover, self._drop)
         # Requests that wait for the run of a model that streams to end.
         self._aside: list[Work] = []
+        # Calls about several models that do not fit together.
+        self._in_turn: list[InTurn] = []
         # Models that functions have named and not asked for yet.
         self._ahead: dict[str, None] = {}
         self._queue: Scheduler[Work] = Scheduler(queue_limit, quotas)
@@ -554,8 +556,10 @@ class Engine:
                 return
             grant = self._residency.lease(*plans)
         except BudgetExceeded as error:
-            if len(parts) > 1 or work.inputs is None:
+            if work.inputs is None:
                 self._turn_away(work, error)
+            elif joint is not None:
+                self._begin_in_turn(work, parts, joint)
             else:
                 self._stream(work, parts)
             return
@@ -607,6 +611,16 @@ class Engine:
         if self._blocked:
             self._queue.put_back(work)
         return not self._blocked
+
+    def _begin_in_turn(self, work: Work, parts: tuple[Deployed, ...], joint: Joint) -> None:
+        """Have the models of a call run one after the other, because they do not fit into memory together."""
+        in_turn = InTurn(work, parts, joint, self._queue.follow, self._end_in_turn)
+        self._in_turn.append(in_turn)
+        in_turn.go_on()
+
+    def _end_in_turn(self, in_turn: InTurn) -> None:
+        self._in_turn.remove(in_turn)
+        self._queue.leave(in_turn.work)
 
     def _has_room_in_quota(self, work: Work, plans: Sequence[str]) -> bool:
         """Say whether a tenant may have models in memory now; if not, the request was refused, or put back to wait."""
@@ -874,18 +888,21 @@ class Engine:
 
     def _forget(self, session: Session) -> None:
         self._session_count -= 1
-        self._queue.drop(lambda work: work.session is session)
+        over = [each for each in self._in_turn if each.work.session is session]
+        for in_turn in over:
+            self._end_in_turn(in_turn)
+        sessions: tuple[Session, ...] = (session, *over)
+        self._queue.drop(lambda work: work.session in sessions)
         for work in self._aside:
-            if work.session is session:
+            if work.session in sessions:
                 self._queue.leave(work)
-        self._aside = [work for work in self._aside if work.session is not session]
-        gone = [parked for parked in self._loads.parked if parked.work.session is session]
+        self._aside = [work for work in self._aside if work.session not in sessions]
+        gone = [parked for parked in self._loads.parked if parked.work.session in sessions]
         self._loads.parked = [parked for parked in self._loads.parked if parked not in gone]
-        calls = {ticket.call: None for ticket in self._wavefront.tickets() if ticket.call.work.session is session}
+        calls = {ticket.call: None for ticket in self._wavefront.tickets() if ticket.call.work.session in sessions}
         self._wavefront.drop(lambda ticket: ticket.call in calls)
-        for work, parts in itertools.chain(
-            ((each.work, each.parts) for each in gone), ((call.work, call.parts) for call in calls)
-        ):
+        ended = [*((each.work, each.parts) for each in gone), *((call.work, call.parts) for call in calls)]
+        for work, parts in ended:
             self._queue.leave(work)
             for deployed in parts:
                 self._release(deployed)

@@ -118,14 +118,23 @@ class Scheduler(Generic[R]):
             self._check_deadline(request, now, self.forecast.factor * said_s)
         self._order += 1
         record = _Record(request, self._order, kind, cost_s, now, said_s)
-        tenancy = self._tenancies.setdefault(tenant.name, _Tenancy())
-        tenancy.waiting.append(record)
+        self._note(record).waiting.append(record)
+
+    def follow(self, request: R) -> None:
+        """Put a request first in its tenant's queue, as a part of one that is under way; nothing is asked of it any more."""
+        record = _Record(request, 0, None, None, 0.0, None)
+        self._note(record).waiting.appendleft(record)
+
+    def _note(self, record: _Record[R]) -> _Tenancy[R]:
+        request = record.request
+        tenancy = self._tenancies.setdefault(request.tenant.name, _Tenancy())
         tenancy.count += 1
         tenancy.input_bytes += request.input_bytes
         tenancy.backlog_s += record.left_s
         self._waiting_count += 1
         self._records[id(request)] = record
-        self._shares.enter(tenant)
+        self._shares.enter(request.tenant)
+        return tenancy
 
     def check_room(self, tenant: Tenant, input_bytes: int = 0) -> None:
         """Raise QueueFull or QuotaExceeded when no request of a tenant would be taken. Any thread: it reads numbers."""

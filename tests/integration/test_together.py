@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from trunkline import client, errors, model, models
+from trunkline import client, errors, model, models, protocol
 from trunkline.admin import AdminConnection
+from trunkline.connection import Connection, view
 from trunkline.protocol import TensorSpec
 from trunkline.testing import fake_models, signature
 
+from sidecar.server import Session
 from tests.fakes import ADMIN_TOKEN, Running, bundle_of, running_server
 from tests.integration.conftest import TRUNK
 
@@ -135,15 +139,93 @@ def test_combinations_beyond_what_is_kept_push_out_the_oldest(running: Running, 
     assert list(running.engine._catalog._joint) == ["age+m2", "age+m3"]
 
 
-def test_a_combination_over_the_budget_is_refused_with_the_numbers(
+def test_models_that_do_not_fit_together_are_asked_one_after_the_other(
     tmp_path: Path, source: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # 109 bytes together.
     with running_server(tmp_path, source, budget_bytes=108) as running:  # type: ignore[arg-type]
         monkeypatch.setenv("TRUNKLINE_SOCKET", running.path)
-        with pytest.raises(errors.BudgetExceeded, match="109 bytes, the memory budget is 108"):
-            models("age", "gender")(X)
-        assert model("age")(X) is not None
+        alone = {name: model(name)(X) for name in ("age", "gender")}
+        for _ in range(3):
+            answer = models("gender", "age")(X)
+            assert set(answer) == {"age", "gender"}
+            for name, expected in alone.items():
+                np.testing.assert_array_equal(answer[name], expected)
         client._pool.close()
+    assert not running.engine._in_turn
+
+
+def test_what_fails_of_models_asked_one_after_the_other_fails_the_call(
+    tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_server(tmp_path, source, budget_bytes=108) as running:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", running.path)
+        runs = []
+
+        def fail_the_second() -> None:
+            runs.append(1)
+            if len(runs) == 2:
+                raise errors.DeviceFault("broken")
+
+        running.device.on_run = fail_the_second
+        with pytest.raises(errors.DeviceFault, match="broken"):
+            models("age", "gender")(X)
+        assert set(models("age", "gender")(X)) == {"age", "gender"}
+        client._pool.close()
+    assert not running.engine._in_turn
+
+
+def test_an_answer_that_has_no_room_fails_a_call_in_turn_once(
+    tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_server(tmp_path, source, budget_bytes=108) as running:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", running.path)
+        models("age", "gender")(X)
+        told = []
+
+        def no_room(self: Session, *args: object) -> None:
+            told.append(1)
+            raise errors.ArenaFull("no room")
+
+        monkeypatch.setattr(Session, "answer", no_room)
+        with pytest.raises(errors.ArenaFull, match="no room"):
+            models("age", "gender")(X)
+        assert told == [1]
+        client._pool.close()
+    assert not running.engine._in_turn
+
+
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_a_function_that_dies_in_the_middle_of_a_call_in_turn_leaves_nothing(
+    tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    with running_server(tmp_path, source, budget_bytes=108) as running:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", running.path)
+        models("age", "gender")(X)
+        running_now, go_on = threading.Event(), threading.Event()
+        runs = []
+
+        def hold() -> None:
+            runs.append(1)
+            if len(runs) == stop_at:
+                running_now.set()
+                assert go_on.wait(20)
+
+        running.device.on_run = hold
+        deadline = time.monotonic() + 20
+        connection = Connection(running.path, request_bytes=1 << 16, reply_bytes=1 << 16, deadline=deadline)
+        signature = models("age", "gender").signature
+        placements, _ = protocol.place([(spec.name, "float32", X.shape) for spec in signature.inputs])
+        view(connection.request, placements[0])[...] = X
+        asking = protocol.Infer(7, 20_000_000, "", "age+gender", signature.id, tuple(placements))
+        connection._channel.send(protocol.encode(asking), deadline)
+        assert running_now.wait(20)
+        connection.close()
+        go_on.set()
+        # Whoever asks now is answered, and of the other nothing is left when the server ends.
+        assert set(models("age", "gender")(X)) == {"age", "gender"}
+        client._pool.close()
+    assert not running.engine._in_turn
 
 
 def test_commands_are_for_one_model(running: Running) -> None:

@@ -74,6 +74,7 @@ LAYERS = {
         "catalog",
         "claims",
         "commands",
+        "inturn",
         "loads",
         "memory",
         "mover",

@@ -1,0 +1,78 @@
+"""A call about several models that do not fit into memory together: they are asked one after the other.
+
+Each model's part is a request of its own, which goes the way of all requests; only when the last has been answered, or one has
+failed, is the session told. What they have in common is computed for each of them, which is the price of too little memory. Part
+of the engine thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trunkline.errors import TrunklineError
+
+from sidecar.catalog import Deployed, Joint
+from sidecar.ports import OutputSpecs, Work
+
+
+class InTurn:
+    """The session of the parts of one call. ``submit`` takes the next part, ``over`` is told when there is none any more."""
+
+    def __init__(
+        self,
+        work: Work,
+        parts: Sequence[Deployed],
+        joint: Joint,
+        submit: Callable[[Work], None],
+        over: Callable[[InTurn], None],
+    ) -> None:
+        self.work = work
+        self._joint = joint
+        self._submit = submit
+        self._over = over
+        self._left = list(parts)
+        self._specs: list[tuple[str, tuple[int, ...]]] = []
+        self._outputs: list[Any] = []
+
+    def go_on(self) -> None:
+        """Submit the next part."""
+        work, deployed = self.work, self._left.pop(0)
+        assert work.inputs is not None
+        named = dict(zip(self._joint.interface.values, work.inputs, strict=True))
+        inputs = [named[key] for key in deployed.staged.inputs]
+        self._submit(
+            Work(
+                self,
+                work.request_id,
+                deployed.name,
+                work.deadline,
+                work.call_id,
+                inputs,
+                deployed.signature,
+                work.tenant,
+                work.input_bytes,
+            )
+        )
+
+    def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None:
+        self._specs += [(dtype, shape) for _, dtype, shape in specs]
+        self._outputs += outputs
+        if self._left:
+            self.go_on()
+            return
+        named = zip(self._joint.signature.outputs, self._specs, strict=True)
+        joint_specs = tuple((spec.name, dtype, shape) for spec, (dtype, shape) in named)
+        # Should this fail, ``fail`` is told.
+        self.work.session.answer(request_id, joint_specs, self._outputs, read)
+        self._over(self)
+
+    def fail(self, request_id: int, error: TrunklineError) -> None:
+        self._over(self)
+        self.work.session.fail(request_id, error)
+
+    def document(self, request_id: int, plain: object) -> None:
+        raise AssertionError("a part of a call is never a load")
+
+    def released(self) -> None:
+        raise AssertionError("the parts of a call have no connection")
