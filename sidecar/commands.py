@@ -16,7 +16,7 @@ from sidecar.catalog import Catalog, Deployed
 from sidecar.graph import FusedBlock
 from sidecar.loads import Loads
 from sidecar.ports import Work
-from sidecar.scheduler import Load
+from sidecar.scheduler import Scheduler
 from sidecar.traces import LIMIT
 
 
@@ -24,7 +24,7 @@ class Commands:
     """Commands by name.
 
     ``accept``, ``drop``, ``unblock`` and ``deployed`` are the engine's; ``requests`` gives its counts,
-    ``trace`` its latest leases, ``queues`` what each tenant waits for.
+    ``trace`` its latest leases.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Commands:
         deployed: Callable[[Deployed], None],
         requests: Callable[[], Mapping[str, object]],
         trace: Callable[[int], Mapping[str, object]],
-        queues: Callable[[], Mapping[str, Load]],
+        scheduler: Scheduler[Work],
         facts: Mapping[str, object],
         started_s: float,
         clock: Callable[[], float],
@@ -52,7 +52,7 @@ class Commands:
         self._on_deployed = deployed
         self._requests = requests
         self._leases_recorded = trace
-        self._queues_found = queues
+        self._scheduler = scheduler
         self._facts = facts
         self._started_s = started_s
         self._clock = clock
@@ -126,7 +126,14 @@ class Commands:
         return {"budget_bytes": residency.budget_bytes, "policy": residency.policy.name, **traced}
 
     def _queues(self) -> dict[str, object]:
+        forecast = self._scheduler.forecast
+        said_s, actual_s = forecast.percentiles(0.99)
         return {
+            "forecast": {
+                "predicted_p99_s": round(said_s, 6),
+                "actual_p99_s": round(actual_s, 6),
+                "factor": round(forecast.factor, 3),
+            },
             "tenants": {
                 name: {
                     "waiting": load.waiting_count,
@@ -135,8 +142,8 @@ class Commands:
                     "wait_s": round(load.wait_s, 6),
                     "device_s": round(load.device_s, 6),
                 }
-                for name, load in self._queues_found().items()
-            }
+                for name, load in self._scheduler.loads().items()
+            },
         }
 
     def _is_resident(self, deployed: Deployed) -> bool:

@@ -201,7 +201,7 @@ class Engine:
             deployed=self._is_new,
             requests=self._request_counts,
             trace=self._recorder.to_plain,
-            queues=self._queue.loads,
+            scheduler=self._queue,
             facts={"generation": generation, "device": device.name, **(facts or {})},
             started_s=self._started_s,
             clock=clock,

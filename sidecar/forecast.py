@@ -6,6 +6,7 @@ running mean of what they were charged, which in a batch is their part of it: th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 from typing import Final
 
@@ -18,6 +19,8 @@ _LATE: Final = 1 / 2000
 # How fast what is said follows what happens.
 _STEP: Final = 0.02
 _MOST_FACTOR: Final = 8.0
+# Of so many of the latest requests is kept what was said and what came.
+_LATEST: Final = 1000
 
 
 class Forecast:
@@ -27,6 +30,7 @@ class Forecast:
         self._seconds: dict[Hashable, float] = {}
         # Of the times that requests took, relative to what was said of them, all but very few were below this.
         self.factor = 1.0
+        self._latest: deque[tuple[float, float]] = deque(maxlen=_LATEST)
 
     def learn(self, kind: Hashable, seconds: float) -> None:
         """Note what a request was charged."""
@@ -44,8 +48,17 @@ class Forecast:
 
     def compare(self, said_s: float, actual_s: float) -> None:
         """Note how long a request took of which was said how long it would."""
+        self._latest.append((said_s, actual_s))
         if actual_s > self.factor * said_s:
             self.factor = min(_MOST_FACTOR, self.factor * (1 + _STEP))
         else:
             # A quantile is where those above weigh as much as those below.
             self.factor = max(1.0, self.factor * (1 - _STEP * _LATE))
+
+    def percentiles(self, share: float) -> tuple[float, float]:
+        """Return the seconds below which this share lies of what was said of the latest requests, and of what they took."""
+        if not self._latest:
+            return 0.0, 0.0
+        place = min(len(self._latest) - 1, int(share * len(self._latest)))
+        said, actual = (sorted(each) for each in zip(*self._latest, strict=True))
+        return said[place], actual[place]

@@ -208,6 +208,17 @@ def test_what_is_said_follows_what_happens() -> None:
     assert forecast.factor == 1.0
 
 
+def test_percentiles_of_what_was_said_and_what_came() -> None:
+    forecast = Forecast()
+    assert forecast.percentiles(0.99) == (0.0, 0.0)
+    for number in range(1500):
+        forecast.compare(float(number), 2.0 * number)
+    # Of the latest 1000.
+    assert forecast.percentiles(0.5) == (1000.0, 2000.0)
+    assert forecast.percentiles(0.99) == (1490.0, 2980.0)
+    assert forecast.percentiles(1.0) == (1499.0, 2998.0)
+
+
 def test_kinds_that_are_remembered_are_bounded() -> None:
     forecast = Forecast()
     for number in range(5000):
