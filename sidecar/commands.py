@@ -132,7 +132,6 @@ class Commands:
             "forecast": {
                 "predicted_p99_s": round(said_s, 6),
                 "actual_p99_s": round(actual_s, 6),
-                "factor": round(forecast.factor, 3),
             },
             "tenants": {
                 name: {

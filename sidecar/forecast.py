@@ -6,21 +6,40 @@ running mean of what they were charged, which in a batch is their part of it: th
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import deque
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Final
 
 # How much the latest request counts in a running mean.
 _WEIGHT: Final = 0.2
 # Kinds that are remembered.
 _MOST: Final = 4096
-# Of all requests, the part that may be answered later than is said.
-_LATE: Final = 1 / 2000
-# How fast what is said follows what happens.
-_STEP: Final = 0.02
+# How far off predictions are is told by the worst but one of so many requests that were said to take about as long; it is looked
+# up anew after so many.
+_COMPARED: Final = 256
+_LOOKED_UP: Final = 16
+# The furthest that a prediction is raised: what took longer still was held up by something that says nothing of the next.
 _MOST_FACTOR: Final = 8.0
 # Of so many of the latest requests is kept what was said and what came.
 _LATEST: Final = 1000
+
+
+@dataclass(slots=True)
+class _Errors:
+    """How long requests took, relative to what was said of them."""
+
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_COMPARED))
+    count: int = 0
+    factor: float = 1.0
+
+    def note(self, ratio: float) -> None:
+        self.ratios.append(ratio)
+        self.count += 1
+        if self.count % _LOOKED_UP == 0:
+            self.factor = min(_MOST_FACTOR, max(1.0, heapq.nlargest(2, self.ratios)[1]))
 
 
 class Forecast:
@@ -28,8 +47,7 @@ class Forecast:
 
     def __init__(self) -> None:
         self._seconds: dict[Hashable, float] = {}
-        # Of the times that requests took, relative to what was said of them, all but very few were below this.
-        self.factor = 1.0
+        self._errors: dict[int, _Errors] = {}
         self._latest: deque[tuple[float, float]] = deque(maxlen=_LATEST)
 
     def learn(self, kind: Hashable, seconds: float) -> None:
@@ -46,14 +64,16 @@ class Forecast:
         """Return what a request of this kind costs; None where none was seen."""
         return self._seconds.get(kind)
 
+    def raised_s(self, said_s: float) -> float:
+        """Return by when almost every request is answered that is said to take so long."""
+        errors = self._errors.get(math.frexp(said_s)[1])
+        return said_s if errors is None else said_s * errors.factor
+
     def compare(self, said_s: float, actual_s: float) -> None:
         """Note how long a request took of which was said how long it would."""
         self._latest.append((said_s, actual_s))
-        if actual_s > self.factor * said_s:
-            self.factor = min(_MOST_FACTOR, self.factor * (1 + _STEP))
-        else:
-            # A quantile is where those above weigh as much as those below.
-            self.factor = max(1.0, self.factor * (1 - _STEP * _LATE))
+        # By powers of two: what is said to take a millisecond may well take three, and a queue of seconds hardly twice as long.
+        self._errors.setdefault(math.frexp(said_s)[1], _Errors()).note(actual_s / said_s)
 
     def percentiles(self, share: float) -> tuple[float, float]:
         """Return the seconds below which this share lies of what was said of the latest requests, and of what they took."""

@@ -115,7 +115,7 @@ class Scheduler(Generic[R]):
         said_s = None
         if cost_s is not None:
             said_s = load_s + self._wait_s(tenant, cost_s)
-            self._check_deadline(request, now, self.forecast.factor * said_s)
+            self._check_deadline(request, now, self.forecast.raised_s(said_s))
         self._order += 1
         record = _Record(request, self._order, kind, cost_s, now, said_s)
         self._note(record).waiting.append(record)

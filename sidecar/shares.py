@@ -114,8 +114,10 @@ class Shares:
             level = self._levels[account.priority]
             level.active_count -= 1
             self._active_count -= 1
-            self._move_on(account.priority, account.served_s)
-            if not level.active_count:
+            if level.active_count:
+                self._move_on(account.priority)
+            else:
+                level.served_s = max(level.served_s, account.served_s)
                 level.credit_s, level.spending = 0.0, False
 
     def charge(self, name: str, seconds: float) -> None:
@@ -125,7 +127,7 @@ class Shares:
             return
         account.served_s += seconds * account.factor
         if account.active_count:
-            self._move_on(account.priority, account.served_s)
+            self._move_on(account.priority)
         for priority, level in self._levels.items():
             if priority == account.priority:
                 level.credit_s = max(0.0, level.credit_s - seconds)
@@ -134,11 +136,11 @@ class Shares:
                 level.credit_s += LEAST_SHARE * seconds
                 level.spending |= level.credit_s >= self._quantum_s
 
-    def _move_on(self, priority: int, latest_s: float) -> None:
-        """Bring up to date what the tenant of a priority has had that has had least; ``latest_s`` if nobody wants any."""
+    def _move_on(self, priority: int) -> None:
+        """Bring up to date what the tenant of a priority has had that has had least, of those who want some."""
         level = self._levels[priority]
-        active = (each.served_s for each in self._accounts.values() if each.priority == priority and each.active_count)
-        level.served_s = max(level.served_s, min(active, default=latest_s))
+        active = [each.served_s for each in self._accounts.values() if each.active_count and each.priority == priority]
+        level.served_s = max(level.served_s, min(active))
 
     def served_s(self, name: str) -> float:
         """Return what a tenant is reckoned to have had, in seconds of the weightiest; 0 for one that never wanted any."""

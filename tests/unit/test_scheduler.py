@@ -200,23 +200,36 @@ def test_what_is_said_follows_what_happens() -> None:
     for seconds in (1.0, 2.0):
         forecast.learn("kind", seconds)
     assert forecast.cost_s("kind") == pytest.approx(1.2)
-    for _ in range(200):
-        forecast.compare(1.0, 1.5)
-    assert forecast.factor == pytest.approx(1.5, rel=0.02)
-    for _ in range(100_000):
-        forecast.compare(1.0, 1.0)
-    assert forecast.factor == 1.0
+
+
+def test_what_is_said_is_raised_by_how_wrong_such_predictions_were() -> None:
+    forecast = Forecast()
+    assert forecast.raised_s(1.0) == 1.0
+    for number in range(256):
+        forecast.compare(1.0, 1.5 if number % 100 == 7 else 0.9)
+    # The worst but one; and nothing of what takes much less, or much longer.
+    forecast.compare(1.0, 100.0)
+    assert forecast.raised_s(1.2) == pytest.approx(1.8)
+    assert forecast.raised_s(0.2) == 0.2
+    assert forecast.raised_s(4.0) == 4.0
+    for _ in range(256):
+        forecast.compare(1.0, 0.9)
+    assert forecast.raised_s(1.0) == 1.0
+    for _ in range(256):
+        forecast.compare(1.0, 100.0)
+    assert forecast.raised_s(1.0) == 8.0
+    assert forecast.raised_s(0.0) == 0.0
 
 
 def test_percentiles_of_what_was_said_and_what_came() -> None:
     forecast = Forecast()
     assert forecast.percentiles(0.99) == (0.0, 0.0)
     for number in range(1500):
-        forecast.compare(float(number), 2.0 * number)
+        forecast.compare(number + 1.0, 2.0 * (number + 1))
     # Of the latest 1000.
-    assert forecast.percentiles(0.5) == (1000.0, 2000.0)
-    assert forecast.percentiles(0.99) == (1490.0, 2980.0)
-    assert forecast.percentiles(1.0) == (1499.0, 2998.0)
+    assert forecast.percentiles(0.5) == (1001.0, 2002.0)
+    assert forecast.percentiles(0.99) == (1491.0, 2982.0)
+    assert forecast.percentiles(1.0) == (1500.0, 3000.0)
 
 
 def test_kinds_that_are_remembered_are_bounded() -> None:
