@@ -26,6 +26,7 @@ from sidecar.bundle import MODEL_NAME
 from sidecar.config import load_settings
 from sidecar.keeping import HIGHEST_PRIORITY, LONGEST_KEEP_ALIVE_S
 from sidecar.logs import log_to_stderr
+from sidecar.tenants import DEPLOYED_NAME
 
 # Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no sidecar reached.
 FAILED, UNREACHABLE = 1, 3
@@ -82,6 +83,12 @@ def _model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     # Checked here, too: the name becomes part of a path that is asked for.
     if not MODEL_NAME.fullmatch(value):
         raise click.BadParameter(f"{value[:80]!r} is no name of a model: at most 128 of a-z, 0-9, '.', '_' and '-'")
+    return value
+
+
+def _deployed_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not DEPLOYED_NAME.fullmatch(value):
+        raise click.BadParameter(f"{value[:80]!r} is no name of a deployed model: NAME, or NAME@DOMAIN where there are domains")
     return value
 
 
@@ -266,7 +273,7 @@ def model_ls(ctx: click.Context, as_json: bool) -> None:
 
 
 @model.command("show")
-@click.argument("name", callback=_model_name)
+@click.argument("name", callback=_deployed_name)
 @as_json
 @click.pass_context
 def model_show(ctx: click.Context, name: str, as_json: bool) -> None:
@@ -306,7 +313,7 @@ def _keeping(found: dict[str, Any]) -> str:
 
 def _add_action(name: str, help_text: str) -> None:
     @model.command(name, help=help_text)
-    @click.argument("model_name", metavar="NAME", callback=_model_name)
+    @click.argument("model_name", metavar="NAME", callback=_deployed_name)
     @click.pass_context
     def act(ctx: click.Context, model_name: str) -> None:
         found = _client(ctx).post(f"models/{model_name}/{name}")
@@ -334,7 +341,7 @@ def _keep_alive(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 @model.command("keep")
-@click.argument("name", callback=_model_name)
+@click.argument("name", callback=_deployed_name)
 @click.option("--priority", type=click.IntRange(0, HIGHEST_PRIORITY), help="What is lower leaves memory first; 5 unless said.")
 @click.option("--keep-alive", callback=_keep_alive, metavar="SECONDS|forever", help="Drop it when idle for so long.")
 @click.pass_context

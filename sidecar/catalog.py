@@ -1,4 +1,7 @@
-"""The catalog: which models are deployed, in which version, and what the engine prepared for each.
+"""The catalog: which models are deployed, in which domains and which version, and what the engine prepared for each.
+
+A model of the store is deployed once in each domain that may use it, under a name and with identities of its own
+(``sidecar.merkle.in_domain``): to all else here, these are different models. Only programs, which hold no weights, serve all.
 
 Owned by the engine thread, which changes it; other threads read what is *published*: signatures, of single models and of several
 asked together.
@@ -10,7 +13,8 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from trunkline.errors import BudgetExceeded, InvalidInput, ModelCorrupt, TrunklineError, UnknownModel
@@ -23,11 +27,12 @@ from sidecar.graph import FusedGraph
 from sidecar.ir import Graph
 from sidecar.lowering import Lowered, Recipe
 from sidecar.memory import Memory
-from sidecar.merkle import skeleton_id
+from sidecar.merkle import in_domain, skeleton_id
 from sidecar.pins import Pins
 from sidecar.ports import Device, Source
 from sidecar.residency import Residency
 from sidecar.stages import Key, Stage, Staged
+from sidecar.tenants import OPEN, as_asked, qualified, unqualified
 from sidecar.together import Interface, join
 from sidecar.trials import Verdict
 from sidecar.wavefront import Layouts, Padding
@@ -137,6 +142,8 @@ class Catalog:
     pins: Pins
     # Told of the digests of weights that no model has any more.
     forget: Callable[[Collection[str]], None] = lambda digests: None
+    # By domain, patterns of the models that may be used in it.
+    domains: Mapping[str, Sequence[str]] = field(default_factory=OPEN.domains)
     graph: FusedGraph = field(default_factory=FusedGraph)
     deployed: dict[str, Deployed] = field(default_factory=dict)
     broken: dict[str, TrunklineError] = field(default_factory=dict)
@@ -155,40 +162,52 @@ class Catalog:
     # --- any thread --------------------------------------------------------------------------------------------------
 
     def signature(self, name: str) -> Signature:
-        """Return the signature of a model, or of several with JOINT between their names.
+        """Return the signature of a deployed model, or of several of one domain with JOINT between their names.
 
-        Raises UnknownModel, ModelCorrupt, InvalidInput.
+        Who asks learns of that domain and no other. Raises UnknownModel, ModelCorrupt, InvalidInput.
         """
         found = self._published.get(name)
         if isinstance(found, Signature):
             return found
+        model, domain = unqualified(name)
         if found is not None:
-            raise ModelCorrupt(f"{name} cannot be served: {found.message}", model=name)
+            raise ModelCorrupt(f"{model} cannot be served: {found.message}", model=model)
         if JOINT in name:
             return self.joint(name).signature
-        known = ", ".join(sorted(self._published)[:8]) or "none"
-        raise UnknownModel(
-            f"the sidecar holds no model {name[:64]!r}; it holds {known}; `trunkline push` adds one", model=name[:64]
-        )
+        around = (unqualified(each) for each in self._published)
+        raise _unknown(model, sorted(known for known, where in around if where == domain))
+
+    def check_deployed(self, name: str) -> None:
+        """Raise UnknownModel, naming what there is in all domains, or ModelCorrupt. For operators."""
+        published = self._published
+        if name not in published:
+            raise _unknown(name, sorted(published))
+        self.signature(name)
 
     def joint(self, name: str) -> Joint:
         """Return what several models take and give in one call. Raises UnknownModel, ModelCorrupt, InvalidInput."""
         names = name.split(JOINT)
-        if len(names) > MAX_JOINT or names != sorted(set(names)):
-            raise InvalidInput(f"{name[:64]!r} does not name up to {MAX_JOINT} models in the order of their names, each once")
+        models, domains = zip(*map(unqualified, names), strict=True)
+        if len(set(domains)) > 1:
+            raise InvalidInput(f"{name[:64]!r} names models of several domains; those of one call are of one")
+        if len(names) > MAX_JOINT or list(models) != sorted(set(models)):
+            raise InvalidInput(
+                f"{as_asked(name)[:64]!r} does not name up to {MAX_JOINT} models in the order of their names, each once"
+            )
         for each in names:
             self.signature(each)
         published = self._bundles
         try:
             bundles = tuple(published[each] for each in names)
         except KeyError as error:
-            raise UnknownModel(f"{error.args[0]} is being replaced; try again", model=str(error.args[0])) from error
+            model, _ = unqualified(str(error.args[0]))
+            raise UnknownModel(f"{model} is being replaced; try again", model=model) from error
         known = self._joint.get(name)
         if known is not None and all(one is other for one, other in zip(known.bundles, bundles, strict=True)):
             return known
-        interface = join({bundle.name: bundle.graph for bundle in bundles})
+        interface = join({model: bundle.graph for model, bundle in zip(models, bundles, strict=True)})
         signature = Signature(
-            name,
+            as_asked(name),
             JOINT.join(bundle.version for bundle in bundles),
             interface.inputs,
             interface.outputs,
@@ -232,16 +251,76 @@ class Catalog:
         """Return the models that ``name`` stands for, one or several. Raises KeyError for one that is not deployed."""
         return tuple(self.deployed[each] for each in name.split(JOINT))
 
-    def deploy(self, name: str) -> Sequence[str]:
-        """Deploy the version of a model that the store has now. What is wrong with it is kept in ``broken``."""
-        self.broken.pop(name, None)
+    def names(self, model: str) -> list[str]:
+        """Return what a model is called in each domain that may use it."""
+        return [qualified(model, domain) for domain in self.domains if self._may_use(domain, model)]
+
+    def _may_use(self, domain: str, model: str) -> bool:
+        return any(fnmatchcase(model, pattern) for pattern in self.domains.get(domain, ()))
+
+    def deploy(self, model: str) -> Sequence[str]:
+        """Deploy the version of a model that the store has now, in every domain that may use it.
+
+        What is wrong with it is kept in ``broken``. Raises UnknownModel.
+        """
+        found = self._stored(model)
+        return [digest for name in self.names(model) for digest in self._deploy(name, found)]
+
+    def _stored(self, model: str) -> Bundle | TrunklineError:
+        """Return a model of the store, or what is wrong with it. Raises UnknownModel."""
         try:
-            bundle = self.source.model(name)
+            return self.source.model(model)
         except (BundleError, StoreError, ModelCorrupt) as error:
-            log.error("%s cannot be served: %s", name, error.message)
+            log.error("%s cannot be served: %s", model, error.message)
+            return error
+
+    def remove(self, model: str) -> Sequence[str]:
+        """Forget a model that is in the store no more, in all domains."""
+        freed = [digest for name in self.names(model) for digest in self.withdraw(name)]
+        self.pins.forget(model)
+        return freed
+
+    def use_domains(self, domains: Mapping[str, Sequence[str]]) -> Sequence[str]:
+        """Have these domains from now on. What they may use no more is withdrawn; what they may use besides is ``lacking``."""
+        self.domains = dict(domains)
+        freed: list[str] = []
+        for name in (*self.deployed, *self.broken):
+            model, domain = unqualified(name)
+            if not self._may_use(domain, model):
+                freed += self.withdraw(name)
+        self.publish()
+        return freed
+
+    def lacking(self) -> list[str]:
+        """Return the names under which models of the store may be used and are not deployed."""
+        names = [name for model in self.source.models() for name in self.names(model)]
+        return [name for name in names if name not in self.deployed and name not in self.broken]
+
+    def complete(self, name: str) -> Deployed | None:
+        """Deploy one of those that were lacking, in the version that other domains have; None when it is not to be, or cannot.
+
+        Raises UnknownModel when nobody has it, the store included.
+        """
+        model, domain = unqualified(name)
+        if name in self.deployed or name in self.broken or not self._may_use(domain, model):
+            return None
+        others = (self.deployed[each].bundle for each in self.names(model) if each in self.deployed)
+        self._deploy(name, next(others, None) or self._stored(model))
+        made = self.deployed.get(name)
+        if made is not None and name in self.pins.names():
+            self.pin_if_possible(made)
+        self.publish()
+        return made
+
+    def _deploy(self, name: str, found: Bundle | TrunklineError) -> Sequence[str]:
+        self.broken.pop(name, None)
+        if isinstance(found, TrunklineError):
             freed = self.withdraw(name)
-            self.broken[name] = error
+            self.broken[name] = found
             return freed
+        bundle = found
+        if name != found.name:
+            bundle = replace(found, name=name, graph=in_domain(found.graph, unqualified(name)[1]))
         plan = f"{name}@{bundle.graph_digest}"
         if name in self.deployed and self.deployed[name].plan.partition("#")[0] == plan:
             # The same graph under another version, perhaps.
@@ -310,6 +389,7 @@ class Catalog:
 
     def withdraw(self, name: str) -> Sequence[str]:
         """Deploy a model no more. A version in use is kept until ``let_go``."""
+        self.broken.pop(name, None)
         deployed = self.deployed.pop(name, None)
         if deployed is None:
             return ()
@@ -389,10 +469,16 @@ def _step(stage: Stage, lowered: Lowered | None) -> Step:
     return Step(key, stage.takes, stage.gives, stage.alive, stage.block, graph, recipes)
 
 
+def _unknown(name: str, known: Sequence[str]) -> UnknownModel:
+    held = ", ".join(known[:8]) or "none"
+    return UnknownModel(f"the sidecar holds no model {name[:64]!r}; it holds {held}; `trunkline push` adds one", model=name[:64])
+
+
 def _signature(bundle: Bundle) -> Signature:
+    """Return the signature of a model as functions see it, who know nothing of domains."""
     graph = bundle.graph
     return Signature(
-        bundle.name,
+        as_asked(bundle.name),
         bundle.version,
         graph.inputs,
         graph.outputs,

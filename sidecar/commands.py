@@ -17,6 +17,7 @@ from sidecar.graph import FusedBlock
 from sidecar.loads import Loads
 from sidecar.ports import Work
 from sidecar.scheduler import Scheduler
+from sidecar.tenants import unqualified
 from sidecar.traces import LIMIT
 
 
@@ -85,7 +86,7 @@ class Commands:
     def _known(self, name: str) -> Deployed:
         if JOINT in name:
             raise InvalidInput(f"{name[:64]} names several models; commands are for one")
-        self._catalog.signature(name)
+        self._catalog.check_deployed(name)
         return self._catalog.deployed[name]
 
     # --- what there is -----------------------------------------------------------------------------------------------
@@ -152,7 +153,8 @@ class Commands:
     def _models(self) -> list[dict[str, object]]:
         listed = [self.describe(deployed) for _, deployed in sorted(self._catalog.deployed.items())]
         broken: list[dict[str, object]] = [
-            {"name": name, "state": "corrupt", "error": error.to_dict()} for name, error in sorted(self._catalog.broken.items())
+            {"name": name, "domain": unqualified(name)[1], "state": "corrupt", "error": error.to_dict()}
+            for name, error in sorted(self._catalog.broken.items())
         ]
         return listed + broken
 
@@ -167,6 +169,7 @@ class Commands:
             state = "loading"
         return {
             "name": name,
+            "domain": unqualified(name)[1],
             "version": deployed.bundle.version,
             "state": state,
             "bytes": model_bytes,
@@ -264,13 +267,15 @@ class Commands:
     def _model_changed(self, work: Work, arguments: dict[str, Any]) -> object:
         self._drop(self._catalog.deploy(work.model))
         self._catalog.publish()
-        deployed = self._known(work.model)
-        self._on_deployed(deployed)
-        return self.describe(deployed)
+        names = self._catalog.names(work.model)
+        found = [self._known(name) for name in names]
+        for deployed in found:
+            self._on_deployed(deployed)
+        described = [self.describe(deployed) for deployed in found]
+        # Without domains, the model itself.
+        return described[0] if names == [work.model] else {"name": work.model, "deployed": described}
 
     def _model_removed(self, work: Work, arguments: dict[str, Any]) -> object:
-        self._catalog.broken.pop(work.model, None)
-        self._drop(self._catalog.withdraw(work.model))
-        self._catalog.pins.forget(work.model)
+        self._drop(self._catalog.remove(work.model))
         self._catalog.publish()
         return {"name": work.model}

@@ -17,7 +17,7 @@ import queue
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -32,6 +32,7 @@ from trunkline.errors import (
     SidecarFault,
     SignatureMismatch,
     TrunklineError,
+    UnknownModel,
 )
 from trunkline.protocol import JOINT
 from trunkline.signature import Signature
@@ -145,7 +146,7 @@ class Engine:
         self._memory = DeviceMemory(device, source) if memory is None else memory
         self._mover = Mover(self._memory, self._post)
         self._residency = open_residency(budget_bytes, eviction_policy, clock)
-        self._catalog = Catalog(source, device, self._memory, self._residency, pins, self._forget_weights)
+        self._catalog = Catalog(source, device, self._memory, self._residency, pins, self._forget_weights, quotas.domains())
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
         self._claims = Claims(self._residency)
         self._claims.use(quotas.tenants.values())
@@ -184,6 +185,9 @@ class Engine:
         self._taken = 0
         # Set while everything in the wavefront waits for weights; whatever is posted may end that.
         self._stalled = False
+        # Models that may be used since the quotas changed, by the names they are still to be deployed under.
+        self._lacking: deque[str] = deque()
+        self._has_begun = False
         self._draining = False
         self._drained: Callable[[], None] | None = None
         self._finished = False
@@ -234,6 +238,17 @@ class Engine:
         work = Work(session, request_id, str(arguments.get("name", "")), deadline)
         self._post(lambda: self._run_command(work, name, arguments))
 
+    def use_quotas(self, quotas: Quotas) -> None:
+        """Take up what an operator says of tenants, for all requests to come; at once, before ``deploy_stored`` was called.
+
+        What a domain may use no more is withdrawn; requests under way are answered. What it may use besides is deployed one by
+        one, while others are served.
+        """
+        if self._has_begun:
+            self._post(lambda: self._use_quotas(quotas))
+        else:
+            self._use_quotas(quotas)
+
     def session_opened(self, models: Sequence[str] = ()) -> None:
         """Count a session, and load the models it is going to ask about: their weights are on their way before it asks."""
 
@@ -251,10 +266,6 @@ class Engine:
         """Refuse new requests from now on, finish the accepted ones, then call ``drained`` and end ``run``."""
         self._post(lambda: self._start_drain(drained))
 
-    def use_quotas(self, quotas: Quotas) -> None:
-        """Take up what an operator says of tenants, for all requests to come."""
-        self._post(lambda: self._use_quotas(quotas))
-
     def _post(self, command: Callable[[], None]) -> None:
         self._inbox.put(command)
 
@@ -262,6 +273,7 @@ class Engine:
 
     def deploy_stored(self) -> None:
         """Deploy every model of the store. Call once, before ``run`` starts; a broken model does not stop the others."""
+        self._has_begun = True
         self._catalog.deploy_stored()
         for deployed in list(self._catalog.deployed.values()):
             self._expect(deployed)
@@ -358,6 +370,26 @@ class Engine:
         if self._activations is not None:
             self._activations.reserves.use(quotas.tenants.values())
         self._unblock()
+        self._drop(self._catalog.use_domains(quotas.domains()))
+        if self._has_begun:
+            self._lacking = deque(self._catalog.lacking())
+            self._deploy_lacking()
+
+    def _deploy_lacking(self) -> None:
+        if not self._lacking:
+            return
+        name = self._lacking.popleft()
+        # Others take their turn in between.
+        self._post(self._deploy_lacking)
+        try:
+            deployed = self._catalog.complete(name)
+        except UnknownModel:
+            log.info("%s was removed from the store before it was deployed", name)
+            return
+        if deployed is not None:
+            self._is_new(deployed)
+            if name in self._catalog.pinned():
+                self._accept(self._own_load(name))
 
     def _is_new(self, deployed: Deployed) -> None:
         self._expect(deployed)

@@ -1,14 +1,14 @@
 """The fused graph: every deployed model, and what they have in common. Pure bookkeeping, no I/O, no torch.
 
 Sharing is found by content and never declared. Two models that were converted independently and hold one equal tensor name it
-by the same digest; two that begin with equal computation have nodes of the same value id (``sidecar.merkle``). Owned by the
-engine thread.
+by the same digest; two that begin with equal computation have nodes of the same value id (``sidecar.merkle``). Models of
+different domains have neither in common, whatever they are. Owned by the engine thread.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from trunkline.errors import UnknownModel
@@ -17,14 +17,13 @@ from sidecar.blocks import Block, block_id, cut
 from sidecar.bundle import Bundle, Weight
 from sidecar.errors import BundleError
 from sidecar.ir import Graph
-from sidecar.merkle import CollisionError, Identities, Identity, Tokens
+from sidecar.merkle import CollisionError, Identities, Tokens, in_domain
 from sidecar.stages import Staged, split
 
 
 class _Entry(NamedTuple):
     bundle: Bundle
-    # Of inputs, weights and nodes, each once.
-    identities: frozenset[Identity]
+    identities: Identities
     # Of the nodes alone: value ids.
     nodes: frozenset[bytes]
     # Ids of the blocks in order, and what belongs to each.
@@ -77,18 +76,17 @@ class FusedGraph:
         Raises BundleError when something of it has the id of something else that is here; then nothing changes.
         """
         try:
-            found = self._tokens.identify(bundle.graph)
+            found, blocks = self._look_at(bundle.graph)
         except CollisionError as error:
             self._tokens.keep(self._id_counts)
             raise BundleError(f"{bundle.name} is not told apart from what is deployed: {error}", model=bundle.name) from error
         if bundle.name in self._entries:
             self.remove(bundle.name)
             # The tokens it has in common with its last version went with that.
-            found = self._tokens.identify(bundle.graph)
-        blocks = _blocks(bundle.graph, found)
+            found, blocks = self._look_at(bundle.graph)
         entry = _Entry(
             bundle,
-            frozenset((*found.inputs, *found.weights, *found.nodes)),
+            found,
             frozenset(identity.value for identity in found.nodes),
             blocks,
             split(bundle.graph, found, blocks),
@@ -100,6 +98,17 @@ class FusedGraph:
             self._users.setdefault(weight.digest, set()).add(bundle.name)
         for node in entry.nodes:
             self._node_users.setdefault(node, set()).add(bundle.name)
+
+    def _look_at(self, graph: Graph) -> tuple[Identities, dict[str, Block]]:
+        """Return the identities of everything in a graph, and its blocks by id. Raises CollisionError."""
+        for entry in self._entries.values():
+            other = entry.bundle.graph
+            # The same model in another domain, read from the store once for both: contents, structures and cuts are the same.
+            if other.nodes is graph.nodes and in_domain(other, graph.domain) == graph:
+                found = self._tokens.identify_again(entry.identities, graph.domain)
+                return found, _named(entry.blocks.values(), found)
+        found = self._tokens.identify(graph)
+        return found, _named(cut(graph), found)
 
     def remove(self, name: str) -> None:
         """Remove a model. Raises UnknownModel."""
@@ -220,14 +229,16 @@ class FusedGraph:
         assert len(self._tokens) == len(self._id_counts), "tokens are kept for nobody"
 
 
-def _blocks(graph: Graph, identities: Identities) -> dict[str, Block]:
+def _named(blocks: Iterable[Block], identities: Identities) -> dict[str, Block]:
     named: dict[str, Block] = {}
     parent = ""
-    for block in cut(graph):
+    for block in blocks:
         parent = block_id(block, identities, parent)
         named[parent] = block
     return named
 
 
 def _ids(entry: _Entry) -> set[bytes]:
-    return {each for identity in entry.identities for each in (identity.structure, identity.value)}
+    found = entry.identities
+    identities = (*found.inputs, *found.weights, *found.nodes)
+    return {each for identity in identities for each in (identity.structure, identity.content, identity.value)}

@@ -84,15 +84,25 @@ def _encode_tensor(spec: TensorSpec) -> dict[str, object]:
     }
 
 
+def _encode_weight(weight: Weight) -> dict[str, object]:
+    return {
+        "digest": weight.blob,
+        "dtype": weight.dtype,
+        "shape": list(weight.shape),
+        "size_bytes": weight.size_bytes,
+        "crc32": weight.crc32,
+    }
+
+
 def canonical_graph(graph: Graph) -> bytes:
-    """Return the one JSON text of a graph; its sha256 is the graph's digest."""
+    """Return the one JSON text of a graph, whichever domain it is in; its sha256 is the graph's digest."""
     return encode_json(
         {
             "format": FORMAT,
             "symbols": [vars(symbol) for symbol in graph.symbols],
             "inputs": [_encode_tensor(spec) for spec in graph.inputs],
             "outputs": [_encode_tensor(spec) for spec in graph.outputs],
-            "weights": [vars(weight) | {"shape": list(weight.shape)} for weight in graph.weights],
+            "weights": [_encode_weight(weight) for weight in graph.weights],
             "nodes": [
                 {
                     "op": node.op,

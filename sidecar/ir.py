@@ -40,13 +40,23 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Weight:
-    """One constant tensor. ``digest`` is the sha256 of its bytes; dtype and shape say how to read them."""
+    """One constant tensor; dtype and shape say how to read its bytes.
+
+    ``digest`` is its identity: whatever holds weights knows it by that, and weights of one digest are one. It is the sha256 of
+    its bytes, except in a domain (``sidecar.merkle.in_domain``), where ``stored_as`` is that.
+    """
 
     digest: str
     dtype: str
     shape: tuple[int, ...]
     size_bytes: int
     crc32: int
+    stored_as: str = ""
+
+    @property
+    def blob(self) -> str:
+        """Return the sha256 of its bytes, under which the store has them."""
+        return self.stored_as or self.digest
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A pure function of its inputs. ``results`` has one reference per output. Nodes stand in order of execution."""
+    """A pure function of its inputs. ``results`` has one reference per output. Nodes stand in order of execution.
+
+    ``domain`` is whose it is: graphs of different domains have nothing in common but their structure. Not written to files.
+    """
 
     symbols: tuple[Symbol, ...]
     inputs: tuple[TensorSpec, ...]
@@ -98,6 +111,7 @@ class Graph:
     weights: tuple[Weight, ...]
     nodes: tuple[Node, ...]
     results: tuple[Value, ...]
+    domain: str = ""
 
 
 def values_in(argument: Argument) -> Iterator[Value]:

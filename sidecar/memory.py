@@ -111,7 +111,7 @@ class Memory(Protocol):
 
 def reader(source: Source, weight: Weight) -> Callable[[memoryview], None]:
     """Return the function that writes a weight's bytes, checked, where it is told to."""
-    return lambda target: source.read_blob(weight.digest, target, weight.crc32)
+    return lambda target: source.read_blob(weight.blob, target, weight.crc32)
 
 
 def packed_from_store(device: Device, source: Source, recipe: Recipe) -> Any:
@@ -361,11 +361,11 @@ def _outcome(wanted: Wanted, bring: Callable[[Wanted], object]) -> object:
     try:
         return bring(wanted)
     except (BlobMissing, BlobCorrupt):
-        message = f"weight {weight.digest[:12]} is damaged or missing in the store; push the model again"
-        failed = ModelCorrupt(message, digest=weight.digest)
+        message = f"weight {weight.blob[:12]} is damaged or missing in the store; push the model again"
+        failed = ModelCorrupt(message, digest=weight.blob)
     except TrunklineError as error:
         failed = type(error)(error.message, **error.details)
     except OSError as error:
-        failed = SidecarFault(f"the store cannot be read ({os.strerror(error.errno or 0)})", digest=weight.digest)
+        failed = SidecarFault(f"the store cannot be read ({os.strerror(error.errno or 0)})", digest=weight.blob)
     failed.__context__ = None
     return failed

@@ -9,6 +9,10 @@ value
     the same with the values of what it is applied to. A weight's value includes the digest of its bytes. Equal value: the same
     result for the same inputs, so it needs to be computed once.
 
+A graph may be in a *domain* (``sidecar.tenants``). Then its values, and the digests its weights are known by, are made of the
+domain and of what they would be without one. Everything that shares anything does so by these names; so nothing is shared between
+domains, and nobody has to see to that but this module. Structures have no domain: an executable holds no weights.
+
 Names do not count: not those of inputs, outputs and symbols, nor where a node came from. Two models that were converted
 independently have equal ids wherever they begin with equal computation. An input is known by its dtype, its shape, and its
 place among the inputs of the same dtype and shape.
@@ -22,7 +26,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgpack
@@ -37,9 +41,10 @@ Digest = Callable[[bytes], bytes]
 
 @dataclass(frozen=True)
 class Identity:
-    """The ids of one input, weight or node."""
+    """The ids of one input, weight or node. ``content`` is what its value would be without the domain; without one, its value."""
 
     structure: bytes
+    content: bytes
     value: bytes
 
 
@@ -88,28 +93,58 @@ class Tokens:
 
     def identify(self, graph: Graph) -> Identities:
         """Return the identities of everything in ``graph``."""
-        inputs = tuple(self._both(token, token) for token in _input_tokens(graph.inputs))
-        weights = tuple(self._weight(weight) for weight in graph.weights)
+        inputs = tuple(self._both(token, token, graph.domain) for token in _input_tokens(graph.inputs))
+        weights = tuple(self._weight(weight, graph.domain) for weight in graph.weights)
         nodes: list[Identity] = []
         known = {"input": inputs, "weight": weights, "node": nodes}
         for node in graph.nodes:
             structure = _node_token(node, lambda value: known[value.kind][value.index].structure)
-            value = _node_token(node, lambda value: known[value.kind][value.index].value)
-            nodes.append(self._both(structure, value))
+            content = _node_token(node, lambda value: known[value.kind][value.index].content)
+            nodes.append(self._both(structure, content, graph.domain))
         return Identities(inputs, weights, tuple(nodes))
 
-    def _both(self, structure: bytes, value: bytes) -> Identity:
-        return Identity(self.name(_token("structure", structure)), self.name(_token("value", value)))
+    def identify_again(self, found: Identities, domain: str) -> Identities:
+        """Return the identities, in another domain, of a graph whose identities were ``found`` here and are not forgotten."""
 
-    def _weight(self, weight: Weight) -> Identity:
+        def moved(identities: tuple[Identity, ...]) -> tuple[Identity, ...]:
+            return tuple(Identity(each.structure, each.content, self._value(each.content, domain)) for each in identities)
+
+        return Identities(moved(found.inputs), moved(found.weights), moved(found.nodes))
+
+    def _both(self, structure: bytes, content: bytes, domain: str) -> Identity:
+        known_by = self.name(_token("value", content))
+        return Identity(self.name(_token("structure", structure)), known_by, self._value(known_by, domain))
+
+    def _value(self, content: bytes, domain: str) -> bytes:
+        return self.name(_token("value in", domain, content)) if domain else content
+
+    def _weight(self, weight: Weight, domain: str) -> Identity:
         structure = _token("weight", weight.dtype, list(weight.shape))
-        return self._both(structure, _token("weight", weight.dtype, list(weight.shape), bytes.fromhex(weight.digest)))
+        content = _token("weight", weight.dtype, list(weight.shape), bytes.fromhex(weight.blob))
+        return self._both(structure, content, domain)
 
 
-def input_values(inputs: tuple[TensorSpec, ...]) -> tuple[bytes, ...]:
+def in_domain(graph: Graph, domain: str) -> Graph:
+    """Return a graph as a domain knows it, whichever it is in: with identities of its own for its weights, and for its values.
+
+    The bytes of its weights are read from the store as before: each says which blob it has.
+    """
+    if graph.domain == domain:
+        return graph
+    return replace(graph, domain=domain, weights=tuple(_weight_in(weight, domain) for weight in graph.weights))
+
+
+def _weight_in(weight: Weight, domain: str) -> Weight:
+    digest, stored_as = weight.blob, ""
+    if domain:
+        digest, stored_as = hashlib.sha256(_token("weight in", domain, bytes.fromhex(weight.blob))).hexdigest(), weight.blob
+    return Weight(digest, weight.dtype, weight.shape, weight.size_bytes, weight.crc32, stored_as)
+
+
+def input_values(graph: Graph) -> tuple[bytes, ...]:
     """Return the value ids of a graph's inputs."""
-    tokens = Tokens()
-    return tuple(tokens.name(_token("value", token)) for token in _input_tokens(inputs))
+    inputs_only = replace(graph, weights=(), nodes=(), results=())
+    return tuple(identity.value for identity in Tokens().identify(inputs_only).inputs)
 
 
 def skeleton_id(graph: Graph) -> str:

@@ -1,6 +1,6 @@
 """What operators said about keeping models, in a file so that it outlives the engine: pins, priorities, keep-alive times.
 
-Owned by the engine thread.
+Models are known here by the names they are deployed under, one in each domain. Owned by the engine thread.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Final
 from trunkline.errors import InvalidInput
 
 from sidecar.keeping import Keep
+from sidecar.tenants import unqualified
 
 log = logging.getLogger("trunkline.engine")
 
@@ -82,11 +83,12 @@ class Pins:
         self._kept[name] = keep
         self._write()
 
-    def forget(self, name: str) -> None:
-        """Forget all that was said of a model."""
-        if name in self._names or name in self._kept:
-            self._names.discard(name)
-            self._kept.pop(name, None)
+    def forget(self, model: str) -> None:
+        """Forget all that was said of a model, in whichever domain."""
+        gone = {name for name in (*self._names, *self._kept) if unqualified(name)[0] == model}
+        if gone:
+            self._names -= gone
+            self._kept = {name: keep for name, keep in self._kept.items() if name not in gone}
             self._write()
 
     def _write(self) -> None:

@@ -104,7 +104,7 @@ def _extract(graph: Graph, block: Block, picked: Mapping[int, list[Value]], name
         args = tuple(moved(argument) for argument in node.args)
         kwargs = tuple((key, moved(argument)) for key, argument in node.kwargs)
         part.numbers[number] = len(part.nodes)
-        part.nodes.append(replace(node, args=args, kwargs=kwargs))
+        part.nodes.append(Node(node.op, args, kwargs, node.origin))
 
     def moved(argument: Argument) -> Argument:
         if isinstance(argument, tuple):
@@ -117,7 +117,7 @@ def _extract(graph: Graph, block: Block, picked: Mapping[int, list[Value]], name
         if value.kind == "node" and value.index not in part.numbers and graph.nodes[value.index].op in _ANEW:
             anew(value.index)
         if value.kind == "node" and value.index in part.numbers:
-            return replace(value, index=part.numbers[value.index])
+            return Value(value.kind, part.numbers[value.index], value.item)
         return Value("input", part.takes.setdefault(name.of(value), len(part.takes)))
 
     def anew(number: int) -> None:

@@ -7,6 +7,7 @@ a function sends makes it one tenant or another but its token.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,21 +15,37 @@ from typing import Final
 
 from trunkline.protocol import JOINT
 
+from sidecar.bundle import MODEL_NAME
+
 DEFAULT_PRIORITY: Final = 5
 HIGHEST_PRIORITY: Final = 9
+# Of tenants and domains: what can also stand in a model's full name, and in the name of a secret.
+NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # Between the name of a model and that of a domain; no name of either has it.
 _IN: Final = "@"
 
 
+# The name of a model that is deployed: as it was published, and in which domain it is.
+DEPLOYED_NAME: Final = re.compile(f"{MODEL_NAME.pattern}({_IN}{NAME.pattern})?")
+
+
 def qualified(models: str, domain: str) -> str:
-    """Return the name under which the engine knows a model, or several asked together, in a domain: ``embed@vision``."""
-    return JOINT.join(f"{model}{_IN}{domain}" for model in models.split(JOINT)) if domain else models
+    """Return the name under which the engine knows a model, or several asked together, in a domain: ``embed@vision``.
+
+    Whoever asks may name a domain as well; that is nobody's name then, in the domain without a name, too.
+    """
+    return JOINT.join(f"{model}{_IN}{domain}" if domain or _IN in model else model for model in models.split(JOINT))
+
+
+def as_asked(name: str) -> str:
+    """Return what a function called the model, or models, that the engine knows by ``name``."""
+    return JOINT.join(unqualified(each)[0] for each in name.split(JOINT))
 
 
 def unqualified(name: str) -> tuple[str, str]:
     """Return the name of one model, and the domain it is known in."""
-    model, _, domain = name.partition(_IN)
-    return model, domain
+    model, qualifies, domain = name.rpartition(_IN)
+    return (model, domain) if qualifies else (domain, "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,3 +95,6 @@ class Quotas:
         for tenant in self.tenants.values():
             found[tenant.domain] = tuple(dict.fromkeys((*found.get(tenant.domain, ()), *tenant.models)))
         return found
+
+
+OPEN: Final = Quotas()

@@ -67,7 +67,7 @@ class _Joint:
         bounds = {symbol.name: symbol for symbol in graph.symbols}
         symbols: dict[str, str] = {}
         before, own = {spec.name for spec in self.inputs.values()}, {spec.name for spec in graph.inputs}
-        pairs = list(zip(graph.inputs, input_values(graph.inputs), strict=True))
+        pairs = list(zip(graph.inputs, input_values(graph), strict=True))
         # First those that are there already: they say which of its symbols are whose.
         for spec, value in pairs:
             known = self.inputs.get(value)

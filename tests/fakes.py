@@ -21,6 +21,7 @@ from sidecar.engine import Engine
 from sidecar.errors import BlobCorrupt, BlobMissing
 from sidecar.pins import Pins
 from sidecar.server import Server
+from sidecar.tenants import OPEN, Quotas
 
 ADMIN_TOKEN = b"administrator"
 
@@ -203,6 +204,7 @@ def running_server(
     arena_total_bytes: int = 1 << 24,
     connection_limit: int = 64,
     transport: str | None = None,
+    quotas: Quotas = OPEN,
     **engine_settings: Any,
 ) -> Iterator[Running]:
     """Serve ``source`` on a socket in ``directory`` until the block ends; check that nothing was left behind.
@@ -227,6 +229,7 @@ def running_server(
         connection_limit=connection_limit,
         transport=transport,
     )
+    engine.use_quotas(quotas)
     engine.deploy_stored()
     threads = [threading.Thread(target=engine.run), threading.Thread(target=server.run)]
     for thread in threads:

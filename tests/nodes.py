@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from trunkline import model
 
@@ -34,7 +35,7 @@ class Node:
         assert isinstance(made, TierMemory)
         return made
 
-    def serve(self, memory: TierMemory | None = None) -> contextlib.AbstractContextManager[Running]:
+    def serve(self, memory: TierMemory | None = None, **settings: Any) -> contextlib.AbstractContextManager[Running]:
         return running_server(
             self.folder,
             self.source,
@@ -42,6 +43,7 @@ class Node:
             budget_bytes=self.budget_bytes,
             verdicts=Verdicts(self.folder / "verdicts", "test"),
             memory=memory or self.memory(),
+            **settings,
         )
 
     def resize(self, budget_bytes: int) -> None:

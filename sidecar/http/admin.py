@@ -34,6 +34,7 @@ from sidecar.errors import BundleError
 from sidecar.keeping import Keep
 from sidecar.store import DIGEST, Store
 from sidecar.strictjson import encode_json, load_json, members
+from sidecar.tenants import DEPLOYED_NAME
 
 log = logging.getLogger("trunkline.admin")
 
@@ -119,7 +120,7 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
     @app.get("/admin/v1/models/<name>")
     def model(name: str) -> Response:
         """Return one model with its signature."""
-        return jsonify(engine.command("model", {"name": _name(name)}))
+        return jsonify(engine.command("model", {"name": _deployed_name(name)}))
 
     @app.put("/admin/v1/models/<name>")
     def put_model(name: str) -> tuple[Response, int]:
@@ -142,7 +143,7 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
     def act(name: str, action: str) -> Response:
         """Load, unload, evict, pin or unpin a model; answered when it is done."""
         _json_object()
-        return jsonify(engine.command(action, {"name": _name(name)}))
+        return jsonify(engine.command(action, {"name": _deployed_name(name)}))
 
     @app.post("/admin/v1/models/<name>/keep")
     def keep(name: str) -> Response:
@@ -150,7 +151,7 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
         body = _json_object(optional=("priority", "keep_alive_s"))
         # Looked at here, too: not every number of JSON can be sent on.
         Keep().changed(body)
-        return jsonify(engine.command("keep", {"name": _name(name), **body}))
+        return jsonify(engine.command("keep", {"name": _deployed_name(name), **body}))
 
     @app.post("/admin/v1/blobs/missing")
     def missing() -> Response:
@@ -250,13 +251,17 @@ def _failed(error: Exception) -> tuple[Response, int]:
     return jsonify(error=plain), 500
 
 
-def _name(name: str) -> str:
+def _name(name: str, rest: str = "") -> str:
     if not MODEL_NAME.fullmatch(name):
         raise UnknownModel(
             "a model's name has at most 128 of the characters a-z, 0-9, '.', '_' and '-', and starts and ends with a letter "
-            "or digit"
+            f"or digit{rest}"
         )
     return name
+
+
+def _deployed_name(name: str) -> str:
+    return name if DEPLOYED_NAME.fullmatch(name) else _name(name, "; with the domain it is deployed in, it is MODEL@DOMAIN")
 
 
 def _number(key: str, default: int, maximum: int) -> int:

@@ -133,6 +133,27 @@ def test_acting_asks_the_engine(http: flask.testing.FlaskClient, engine: FakeEng
     assert engine.asked[-1] == (action, {"name": "m"})
 
 
+def test_a_deployed_model_is_named_with_its_domain(http: flask.testing.FlaskClient, engine: FakeEngine, store: Store) -> None:
+    for made in (
+        http.get("/admin/v1/models/m@vision"),
+        http.post("/admin/v1/models/m@vision/load", json={}),
+        http.post("/admin/v1/models/m@vision/keep", json={"priority": 9}),
+    ):
+        assert made.json == {"name": "m@vision"}
+    asked = len(engine.asked)
+    for name in ("m@", "@vision", "m@a@b", "m@A"):
+        refused = http.get(f"/admin/v1/models/{name}").json
+        assert refused is not None
+        assert refused["error"]["code"] == "unknown_model"
+        assert "MODEL@DOMAIN" in refused["error"]["message"]
+    # What is published is published for all.
+    body, _ = body_of("m@vision")
+    assert http.put("/admin/v1/models/m@vision", json=body).status_code == 404
+    assert http.delete("/admin/v1/models/m@vision", json={}).status_code == 404
+    assert len(engine.asked) == asked
+    assert store.models() == []
+
+
 def test_how_a_model_is_kept_is_told_to_the_engine(http: flask.testing.FlaskClient, engine: FakeEngine) -> None:
     for body in ({"priority": 9}, {"keep_alive_s": None}, {"priority": 0, "keep_alive_s": 2.5}):
         assert http.post("/admin/v1/models/m/keep", json=body).json == {"name": "m"}

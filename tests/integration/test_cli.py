@@ -185,6 +185,16 @@ def test_a_name_that_is_none_asks_nothing(answers: Answers, name: str) -> None:
     assert answers.asked == []
 
 
+def test_a_deployed_model_is_named_with_its_domain(answers: Answers) -> None:
+    for words in (["show"], ["load"], ["unload"], ["evict"], ["pin"], ["unpin"], ["keep", "--priority=1"]):
+        assert run("model", *words, "m@vision").exit_code != 2
+    assert {path.split("/")[1] for _, path in answers.asked} == {"m@vision"}
+    answers.asked.clear()
+    for words in (["show", "m@"], ["pin", "@vision"], ["load", "m@../x"], ["rm", "m@vision"]):
+        assert run("model", *words).exit_code == 2
+    assert answers.asked == []
+
+
 def test_a_bad_address_is_told() -> None:
     result = CliRunner().invoke(cli.main, ["--admin", "nonsense", "status"])
     assert result.exit_code == 1

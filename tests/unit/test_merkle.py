@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trunkline.protocol import TensorSpec
 
+from sidecar.graphfile import canonical_graph
 from sidecar.ir import Argument, Dtype, Enum, Graph, Node, Symbol, Value, Weight
-from sidecar.merkle import CollisionError, Identity, Tokens, skeleton_id
+from sidecar.merkle import CollisionError, Identity, Tokens, in_domain, input_values, skeleton_id
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "merkle" / "v1.json"
+GOLDEN_DOMAINS = GOLDEN.with_name("domains-v1.json")
 
 
 def weight(content: bytes, dtype: str = "uint8") -> Weight:
@@ -141,6 +144,95 @@ def test_ids_never_change() -> None:
         identities = Tokens().identify(made)
         found[name] = [identities.nodes[-1].structure.hex(), identities.nodes[-1].value.hex()]
     assert found == json.loads(GOLDEN.read_text())
+
+
+# --- domains ----------------------------------------------------------------------------------------------------------
+
+TWO = graph(LINEAR, node("aten.add.Tensor", Value("node", 0), W1))
+
+
+def test_in_two_domains_nothing_has_one_name_but_structures() -> None:
+    tokens = Tokens()
+    found = [tokens.identify(in_domain(TWO, domain)) for domain in ("", "a", "b")]
+    everything = [(*each.inputs, *each.weights, *each.nodes) for each in found]
+    values = [{identity.value for identity in each} for each in everything]
+    assert not values[0] & values[1]
+    assert not values[0] & values[2]
+    assert not values[1] & values[2]
+    for here, there in itertools.pairwise(everything):
+        assert [identity.structure for identity in here] == [identity.structure for identity in there]
+        assert [identity.content for identity in here] == [identity.content for identity in there]
+    weights = [{weight.digest for weight in in_domain(TWO, domain).weights} for domain in ("", "a", "b")]
+    assert len(set.union(*weights)) == 6
+    assert len({skeleton_id(in_domain(TWO, domain)) for domain in ("", "a", "b")}) == 1
+
+
+def test_within_a_domain_equal_things_have_one_name() -> None:
+    other = graph(LINEAR, node("aten.relu.default", Value("node", 0)), weights=(weight(b"abc"),))
+    one, two = (Tokens().identify(in_domain(each, "a")) for each in (TWO, other))
+    assert one.nodes[0] == two.nodes[0]
+    assert one.inputs == two.inputs
+    assert in_domain(TWO, "a").weights[0] == in_domain(other, "a").weights[0]
+
+
+def test_a_weight_of_a_domain_says_where_its_bytes_are() -> None:
+    made = in_domain(TWO, "a")
+    assert canonical_graph(made) == canonical_graph(TWO)
+    assert [each.blob for each in made.weights] == [each.blob for each in TWO.weights] == [each.digest for each in TWO.weights]
+    for before, after in zip(TWO.weights, made.weights, strict=True):
+        assert after == replace(before, digest=after.digest, stored_as=before.digest)
+        # One that is tuned has other bytes, wherever it came from.
+        assert replace(before, digest="f" * 64).blob == "f" * 64
+
+
+@pytest.mark.parametrize("way", [("a",), ("b", "a"), ("a", "a"), ("", "a")])
+def test_the_way_into_a_domain_does_not_count(way: tuple[str, ...]) -> None:
+    made = TWO
+    for domain in way:
+        made = in_domain(made, domain)
+    assert made == in_domain(TWO, "a")
+    assert in_domain(made, "") == TWO
+
+
+def test_what_was_found_in_one_domain_holds_in_others() -> None:
+    for made in DIFFERENT.values():
+        tokens = Tokens()
+        found = tokens.identify(in_domain(made, "a"))
+        for domain in ("b", "a", ""):
+            assert tokens.identify_again(found, domain) == Tokens().identify(in_domain(made, domain))
+
+
+def test_what_has_no_weights_and_no_inputs_is_of_its_domain_too() -> None:
+    alone = graph(node("aten.full.default", (1,), 1.0), inputs=(), weights=())
+    values = {Tokens().identify(in_domain(alone, domain)).nodes[0].value for domain in ("", "a", "b")}
+    assert len(values) == 3
+
+
+def test_inputs_are_named_alike_wherever_they_are_named() -> None:
+    for domain in ("", "a"):
+        made = in_domain(TWO, domain)
+        assert input_values(made) == tuple(identity.value for identity in Tokens().identify(made).inputs)
+
+
+def test_ids_in_a_domain_never_change() -> None:
+    """Weights in memory that outlives the engine, and in block files, are found again by them."""
+    made = in_domain(TWO, "vision")
+    found = Tokens().identify(made)
+    assert {
+        "weights": [each.digest for each in made.weights],
+        "values": [each.value.hex() for each in (*found.inputs, *found.weights, *found.nodes)],
+    } == json.loads(GOLDEN_DOMAINS.read_text())
+
+
+def test_a_collision_between_domains_is_found() -> None:
+    tokens = Tokens()
+    found = tokens.identify(TWO)
+    tokens._digest = lambda token: found.nodes[0].value
+    with pytest.raises(CollisionError):
+        tokens.identify_again(found, "a")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_collision_is_found_by_the_tokens() -> None:

@@ -42,6 +42,18 @@ def test_how_models_are_kept_is_kept(tmp_path: Path) -> None:
     assert (Pins(path).names(), Pins(path).kept("a"), Pins(path).kept("b")) == ([], Keep(), Keep(0))
 
 
+def test_what_was_said_of_a_model_is_forgotten_in_all_domains(tmp_path: Path) -> None:
+    path = tmp_path / "pins.json"
+    pins = Pins(path)
+    for name in ("a", "a@x", "a@y", "b@x", "ab@x"):
+        pins.add(name)
+        pins.keep(name, Keep(9))
+    pins.forget("a")
+    again = Pins(path)
+    assert again.names() == ["ab@x", "b@x"]
+    assert [again.kept(name) for name in ("a", "a@x", "a@y", "b@x")] == [Keep(), Keep(), Keep(), Keep(9)]
+
+
 def test_a_file_of_pins_alone_is_still_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "pins.json"
     path.write_text('["b", "a"]')

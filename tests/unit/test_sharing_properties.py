@@ -25,8 +25,10 @@ from sidecar.devices import TorchDevice, open_device
 from sidecar.errors import BundleError
 from sidecar.graph import FusedGraph
 from sidecar.ir import Argument, Graph, Node, Symbol, Value, Weight
-from sidecar.merkle import Tokens
+from sidecar.merkle import Tokens, in_domain
 from sidecar.operators import SIZES
+from sidecar.stages import Key
+from sidecar.tenants import qualified, unqualified
 
 WIDTH, BATCH = 4, 3
 X = Value("input", 0)
@@ -316,6 +318,95 @@ def test_the_random_programs_are_of_every_kind_that_matters_to_blocks() -> None:
     assert any(len(block.inputs) > 2 for _, blocks in found for block in blocks)
     assert any(len(graph.results) > 1 for graph, _ in found)
     assert any(len(set(graph.nodes)) < len(graph.nodes) for graph, _ in found)
+
+
+# --- domains ----------------------------------------------------------------------------------------------------------
+
+DOMAINS = ("", "a", "b")
+
+
+def within(each: Bundle, domain: str) -> Bundle:
+    return replace(each, name=qualified(each.name, domain), graph=in_domain(each.graph, domain))
+
+
+def of_domain(made: FusedGraph, domain: str) -> list[str]:
+    return [name for name in made if unqualified(name)[1] == domain]
+
+
+@settings(deadline=None, max_examples=50)
+@given(families(), st.data())
+def test_domains_have_nothing_in_common_and_share_within_as_ever(family: list[Bundle], data: st.DataObject) -> None:
+    places = [(each, domain) for each in family for domain in DOMAINS]
+    order = data.draw(st.permutations(places))
+    made = fused([within(each, domain) for each, domain in order])
+    made.check_invariants()
+    alone = fused(family)
+    tree = alone.tree()
+    assert made.tree()["unique_bytes"] == len(DOMAINS) * tree["unique_bytes"]  # type: ignore[operator]
+    assert made.tree()["logical_bytes"] == len(DOMAINS) * tree["logical_bytes"]  # type: ignore[operator]
+    assert len(made.blocks()) == len(DOMAINS) * len(alone.blocks())
+    seen: set[object] = set()
+    for domain in DOMAINS:
+        names = of_domain(made, domain)
+        own = {digest for name in names for digest in made.weights(name)}
+        own_keys = {key for name in names for stage in made.staged(name).stages for key in (stage.id, stage.block, *stage.gives)}
+        own_keys |= {key for name in names for key in made.staged(name).inputs}
+        assert not (own | own_keys) & seen
+        seen |= own | own_keys
+        for name in names:
+            model, _ = unqualified(name)
+            assert made.sharers(name) == [qualified(each, domain) for each in alone.sharers(model)]
+            assert (made.bytes_of(name), made.nodes_of(name)) == (alone.bytes_of(model), alone.nodes_of(model))
+
+
+@settings(deadline=None, max_examples=50)
+@given(families(), st.data())
+def test_a_domain_that_goes_leaves_the_others_as_they_are(family: list[Bundle], data: st.DataObject) -> None:
+    made = fused([within(each, domain) for domain in ("a", "b") for each in family])
+    before = state(fused([within(each, "a") for each in family]))
+    for each in data.draw(st.permutations(family)):
+        # Some come back, and go again.
+        if data.draw(st.booleans()):
+            made.remove(f"{each.name}@b")
+            made.add(within(each, "b"))
+        made.remove(f"{each.name}@b")
+    assert state(made) == before
+    for each in family:
+        made.remove(f"{each.name}@a")
+    assert state(made) == state(FusedGraph())
+    assert not ids(made)
+
+
+def read_anew(each: Bundle) -> Bundle:
+    return replace(each, graph=replace(each.graph, nodes=(*each.graph.nodes[:1], *each.graph.nodes[1:])))
+
+
+@settings(deadline=None, max_examples=50)
+@given(families())
+def test_a_model_of_another_domain_is_known_without_a_look_at_it(family: list[Bundle]) -> None:
+    """What is found so is what a look at all of it finds."""
+    assert all(read_anew(each).graph.nodes is not each.graph.nodes for each in family)
+    known = fused([within(each, domain) for domain in DOMAINS for each in family])
+    looked_at = fused([within(read_anew(each), domain) for domain in DOMAINS for each in family])
+    assert state(known) == state(looked_at)
+    assert [known.staged(name) for name in known] == [looked_at.staged(name) for name in looked_at]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(SEEDS, min_size=1, max_size=4), SEEDS)
+def test_a_program_computes_the_same_in_every_domain(device: TorchDevice, seeds: list[int], seed: int) -> None:
+    graph = program(*seeds)
+    x = torch.rand((BATCH, WIDTH), generator=torch.Generator().manual_seed(seed)) - 0.5
+    wanted = whole(device, graph, x)
+    made = fused([within(bundle("m", graph), domain) for domain in DOMAINS])
+    for domain in DOMAINS:
+        staged = made.staged(qualified("m", domain))
+        values: dict[Key, torch.Tensor] = {staged.inputs[0]: x}
+        for stage in staged.stages:
+            weights = [tensor_of(replace(weight, digest=weight.blob)) for weight in stage.graph.weights]
+            given = device.run(device.prepare(stage.graph), weights, [values[key] for key in stage.takes])
+            values.update(zip(stage.gives, given, strict=True))
+        assert all(torch.equal(values[key], each) for key, each in zip(staged.results, wanted, strict=True))
 
 
 # --- collisions -------------------------------------------------------------------------------------------------------
