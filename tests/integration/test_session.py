@@ -229,7 +229,7 @@ def test_a_full_queue_refuses_with_its_length(tmp_path: Path, source: FakeSource
 
         def hold() -> None:
             entered.set()
-            leave.wait(10)
+            leave.wait(1)
 
         running.device.on_run = hold
         refused: list[errors.QueueFull] = []

@@ -178,7 +178,7 @@ def test_siblings_share_their_trunk_whoever_asks_and_however(tmp_path: Path, mon
 def test_an_idle_device_may_wait_a_little_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network("mlp")
     inputs = made.inputs(1)
-    with serving(tmp_path, monkeypatch, batch_window_s=20.0, batch_limit=2, stacking=False) as running:
+    with serving(tmp_path, monkeypatch, batch_window_s=5.0, batch_limit=2, stacking=False) as running:
         deploy(running, made)
         with counted(running) as counts, ThreadPoolExecutor(2) as threads:
             pools = [Pool(), Pool()]
