@@ -32,6 +32,7 @@ _UNITS: Final = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_SHORTER: Final = {"quota_file": "--quotas"}
 _SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
 
 
@@ -54,6 +55,7 @@ class Settings:
 
     run_dir: Path = Path("/run/trunkline")
     store_dir: Path = Path("/var/lib/trunkline")
+    quota_file: Path | None = None
     device: str = "auto"
     threads: int = 1
     memory_budget_bytes: int = 0
@@ -77,7 +79,7 @@ class Settings:
 
 def flag_of(key: str) -> str:
     """Return the flag of ``trunkline serve`` that gives a setting: units are left out, since a value may name its own."""
-    return "--" + key.removesuffix("_bytes").removesuffix("_s").replace("_", "-")
+    return _SHORTER.get(key, "--" + key.removesuffix("_bytes").removesuffix("_s").replace("_", "-"))
 
 
 def parse_size(value: object) -> int:
@@ -158,6 +160,7 @@ def _loopback(value: object) -> str:
 _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "run_dir": _path,
     "store_dir": _path,
+    "quota_file": _path,
     "device": _match(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"),
     "threads": _integer(1, 1024),
     "memory_budget_bytes": _size(1),

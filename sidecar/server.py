@@ -21,7 +21,7 @@ import select
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -31,17 +31,22 @@ from trunkline.arena import ServerArena, choose_transport, page_aligned
 from trunkline.errors import (
     ArenaFull,
     ConnectionLost,
+    Detail,
     FrameTooLarge,
+    InvalidInput,
     MalformedFrame,
     QueueFull,
+    QuotaExceeded,
     SidecarFault,
     SignatureMismatch,
     TrunklineError,
     Unauthorized,
+    UnknownModel,
     ValueOutOfBounds,
     VersionMismatch,
 )
 from trunkline.protocol import (
+    JOINT,
     Command,
     Describe,
     Document,
@@ -56,15 +61,31 @@ from trunkline.protocol import (
 from trunkline.signature import Signature
 
 from sidecar.engine import Engine
+from sidecar.logs import RateLimit
 from sidecar.ports import OutputSpecs, Work
-from sidecar.tenants import ANYONE
+from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant, as_known_to, hash_of, qualified
 
 log = logging.getLogger("trunkline.server")
+# One line a function that is not let in, as long as there are not too many of them.
+refusals = logging.getLogger("trunkline.server.refusals")
+refusals.addFilter(RateLimit(20))
 
 HANDSHAKE_S: Final = 1.0
 _COMMAND_DEADLINE_S: Final = 600.0
 _SMALLEST_ARENA_BYTES: Final = 64 * 1024
 _ACCEPT_SLICE: Final = 64
+# How soon a function is told to try again that has as many connections as its tenant may have.
+_CONNECTION_RETRY_S: Final = 1.0
+# Names of models whose right a session remembers.
+_MOST_NAMES: Final = 64
+# The one answer to whoever has no token that counts: it says nothing about whose tokens there are.
+_UNAUTHORIZED: Final = (
+    "this sidecar knows no such token, or asks for one and got none; mount the token of your tenant as the secret "
+    "trunkline-token, or name its file in TRUNKLINE_TOKEN_FILE (an operator makes one with `trunkline tenant add` or `rotate`)"
+)
+
+# Has the quota file read, and then calls what it is given with the quotas now in force, or with what is wrong.
+Reload = Callable[[Callable[[Quotas | TrunklineError], None]], None]
 
 
 class Server:
@@ -79,15 +100,22 @@ class Server:
         arena_limit_bytes: int,
         arena_total_bytes: int,
         connection_limit: int,
+        quotas: Quotas = OPEN,
+        reload: Reload | None = None,
         generation: int = 0,
         transport: str | None = None,
     ) -> None:
-        """``arena_limit_bytes`` bounds one arena, ``arena_total_bytes`` all arenas together."""
+        """``arena_limit_bytes`` bounds one arena, ``arena_total_bytes`` all arenas together, of all tenants.
+
+        ``reload`` is None where there is no quota file.
+        """
         self.engine = engine
         self.transport = transport or choose_transport()
         self.generation = generation
         self.arena_limit_bytes = arena_limit_bytes
-        self._admin_token = admin_token
+        self._admin_hash = hash_of(admin_token)
+        self._quotas = quotas
+        self._reload = reload
         self._arena_total_bytes = arena_total_bytes
         self._arena_bytes = 0
         self._connection_limit = connection_limit
@@ -99,7 +127,8 @@ class Server:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wake_lock = threading.Lock()
         self._poll.register(self._wake, select.EPOLLIN)
-        self._released: deque[Session] = deque()
+        # What other threads want done in this one.
+        self._posted: deque[Callable[[], None]] = deque()
         self._sessions: dict[int, Session] = {}
         self._greeting: dict[int, float] = {}
         # Sessions that are over but for what the engine still holds of them.
@@ -122,7 +151,8 @@ class Server:
                     self._accept()
                 elif fd == wake:
                     os.eventfd_read(wake)
-                    self._finish_released()
+                    while self._posted:
+                        self._posted.popleft()()
                     if self._draining:
                         self._listen(False)
                 else:
@@ -141,6 +171,13 @@ class Server:
         self._stopping = True
         self._wake_up()
 
+    def use_quotas(self, quotas: Quotas) -> None:
+        """Go by other quotas from now on, for sessions that are open, too. Any thread.
+
+        A session whose tenant is gone, or whose token does not count any more, is closed; it may come back with another.
+        """
+        self._post(lambda: self._adopt(quotas))
+
     def _shut_down(self) -> None:
         # The engine has ended, so it holds nothing of anybody.
         for session in (*self._sessions.values(), *self._ending):
@@ -149,6 +186,10 @@ class Server:
         with self._wake_lock:
             os.close(self._wake)
             self._wake = -1
+
+    def _post(self, wanted: Callable[[], None]) -> None:
+        self._posted.append(wanted)
+        self._wake_up()
 
     def _wake_up(self) -> None:
         # The lock keeps a number from being written to that was closed, and is somebody else's, since.
@@ -221,6 +262,7 @@ class Server:
         except TrunklineError as error:
             session.fail(session.current_id, error)
             if not session.welcomed:
+                refusals.info("session %d was refused: %s: %s", session.number, error.code, error.message)
                 self._end(session)
 
     def _handle(self, session: Session, frame: bytes) -> None:
@@ -254,36 +296,87 @@ class Server:
 
     def release(self, session: Session) -> None:
         """Free what is left of an ended session. Any thread: it is done in the server's."""
-        self._released.append(session)
-        self._wake_up()
+        self._post(lambda: self._finish(session))
 
-    def _finish_released(self) -> None:
-        while self._released:
-            session = self._released.popleft()
-            self._ending.discard(session)
-            session.close()
-            self._listen(not self._draining)
+    def _finish(self, session: Session) -> None:
+        self._ending.discard(session)
+        session.close()
+        self._listen(not self._draining)
+
+    def _adopt(self, quotas: Quotas) -> None:
+        self._quotas = quotas
+        self.engine.use_quotas(quotas)
+        for session in list(self._sessions.values()):
+            if session.welcomed and not session.adopt(quotas):
+                log.info("session %d of %s ends: its token does not count any more", session.number, session.tenant.name)
+                self._end(session)
 
     # --- what sessions ask of the server -----------------------------------------------------------------------------
 
-    def check_connection_limit(self) -> None:
-        """Raise QueueFull when more connections are open than allowed, counting the one that asks.
+    def identify(self, token_hash: str) -> tuple[Tenant, bool]:
+        """Return whose token it is that has this hash, the empty text for none, and whether it is the administrator's.
+
+        Raises Unauthorized. However wrong a token is, finding out takes the same time.
+        """
+        is_admin = hmac.compare_digest(token_hash, self._admin_hash)
+        tenant = self._quotas.holder(token_hash)
+        if is_admin:
+            return ANYONE, True
+        if tenant is None:
+            raise Unauthorized(_UNAUTHORIZED)
+        return tenant, False
+
+    def check_connection_limit(self, tenant: Tenant) -> None:
+        """Raise QueueFull or QuotaExceeded when more connections are open than allowed, to all or to a tenant, with this one.
 
         It is asked during the handshake: closing at once, with the hello unread, would lose the reason on its way.
         """
         if len(self._sessions) > self._connection_limit:
             limit = self._connection_limit
             raise QueueFull(f"{limit} connections are open, which is the limit", limit_count=limit)
+        if tenant.connection_limit == math.inf:
+            return
+        count = sum(1 for session in self._sessions.values() if session.belongs_to(tenant))
+        if count >= tenant.connection_limit:
+            raise QuotaExceeded(
+                f"{tenant.name} has {count} connections open, its quota is {tenant.connection_limit}; try again shortly",
+                open_count=count,
+                limit_count=int(tenant.connection_limit),
+                retry_after_s=_CONNECTION_RETRY_S,
+            )
 
-    def authorise(self, token: bytes) -> bool:
-        """Return whether ``token`` is the administrator's; an empty one is a function's. Raises Unauthorized."""
-        if not token:
-            return False
-        if hmac.compare_digest(token, self._admin_token):
-            return True
-        raise Unauthorized("the token is not known to this sidecar")
+    def tenants(self) -> dict[str, object]:
+        """Return the tenants in force, their limits, and what they have of connections and arenas."""
+        connections = Counter(session.tenant.name for session in self._sessions.values() if session.belongs_to(session.tenant))
+        arena_bytes: Counter[str] = Counter()
+        for session in (*self._sessions.values(), *self._ending):
+            if session.belongs_to(session.tenant):
+                arena_bytes[session.tenant.name] += session.arena_bytes
+        return {
+            "tenants": [
+                {**tenant.to_plain(), "connections": connections[name], "arena_bytes": arena_bytes[name]}
+                for name, tenant in self._quotas.tenants.items()
+            ]
+        }
 
-    def open_arenas(self, request_bytes: int, reply_bytes: int) -> tuple[ServerArena, ServerArena]:
+    def reload(self, session: Session, request_id: int) -> None:
+        """Have the quota file read; the session is told when its quotas are in force, or what is wrong. Raises InvalidInput."""
+        if self._reload is None:
+            raise InvalidInput("this sidecar has no quota file; start it with --quotas FILE")
+
+        def tell(outcome: Quotas | TrunklineError) -> None:
+            # Whoever asked may have left, and its arenas with it.
+            if self._sessions.get(session.sock.fileno()) is not session:
+                return
+            if isinstance(outcome, TrunklineError):
+                session.fail(request_id, outcome)
+            else:
+                session.document(request_id, {"tenant_count": len(outcome.tenants)})
+
+        # Posted after the quotas themselves, and so told when they are in force.
+        self._reload(lambda outcome: self._post(lambda: tell(outcome)))
+
+    def open_arenas(self, request_bytes: int, reply_bytes: int, tenant: Tenant) -> tuple[ServerArena, ServerArena]:
         """Create both arenas of a session. Raises ArenaFull, with what was asked and what is allowed."""
         for name, size_bytes in (("request", request_bytes), ("reply", reply_bytes)):
             if size_bytes > self.arena_limit_bytes:
@@ -303,6 +396,8 @@ class Server:
                 asked_bytes=taken_bytes,
                 limit_bytes=self._arena_total_bytes,
             )
+        if tenant.arena_limit_bytes != math.inf:
+            self._check_arenas(tenant, taken_bytes)
         request = ServerArena(request_bytes, self.transport, reply=False)
         try:
             reply = ServerArena(reply_bytes, self.transport, reply=True)
@@ -311,6 +406,19 @@ class Server:
             raise
         self._arena_bytes = total_bytes
         return request, reply
+
+    def _check_arenas(self, tenant: Tenant, taken_bytes: int) -> None:
+        # Of sessions that end, too: their memory is still there.
+        sessions = (*self._sessions.values(), *self._ending)
+        held_bytes = sum(session.arena_bytes for session in sessions if session.belongs_to(tenant))
+        if held_bytes + taken_bytes > tenant.arena_limit_bytes:
+            raise ArenaFull(
+                f"the arenas of {tenant.name} take {held_bytes} bytes, this connection would add {taken_bytes}, its quota is "
+                f"{tenant.arena_limit_bytes}; close connections, or send smaller batches",
+                held_bytes=held_bytes,
+                asked_bytes=taken_bytes,
+                limit_bytes=int(tenant.arena_limit_bytes),
+            )
 
     def arenas_closed(self, size_bytes: int) -> None:
         """Give back the bytes of a session's arenas."""
@@ -328,9 +436,13 @@ class Session:
         self.number = number
         self.welcomed = False
         self.current_id = 0
+        # Whose it is, once it is welcomed.
         self.tenant = ANYONE
         self._server = server
         self._is_admin = False
+        self._token_hash = ""
+        # The engine's names of models that this session has asked for, and may use.
+        self._names: dict[str, str] = {}
         self._busy = False
         self._request: ServerArena | None = None
         self._reply: ServerArena | None = None
@@ -357,7 +469,8 @@ class Session:
                 self._infer(message)
             case Describe():
                 self.current_id = message.request_id
-                self.document(message.request_id, self._server.engine.signature(message.model).to_plain())
+                plain = self._signature(message.model).to_plain()
+                self.document(message.request_id, plain | {"model": message.model})
             case Command():
                 self.current_id = message.request_id
                 self._command(message)
@@ -374,9 +487,10 @@ class Session:
                 oldest=protocol.OLDEST_VERSION,
                 newest=protocol.VERSION,
             )
-        self._is_admin = server.authorise(hello.token)
+        self._token_hash = hash_of(hello.token) if hello.token else ""
+        self.tenant, self._is_admin = server.identify(self._token_hash)
         if not self._is_admin:
-            server.check_connection_limit()
+            server.check_connection_limit(self.tenant)
         request_bytes, reply_bytes = hello.request_bytes, hello.reply_bytes
         for name in hello.models:
             needed_request, needed_reply = self._needs(name)
@@ -384,6 +498,7 @@ class Session:
         self._request, self._reply = server.open_arenas(
             page_aligned(max(request_bytes, _SMALLEST_ARENA_BYTES)),
             page_aligned(max(reply_bytes, _SMALLEST_ARENA_BYTES)),
+            self.tenant,
         )
         # Written, not just reserved: the pages are there before the first request.
         self._private = np.full(self._request.size_bytes, 0, np.uint8)
@@ -402,12 +517,75 @@ class Session:
         self._request.passed()
         self._reply.passed()
         self.welcomed = True
-        server.welcomed(self, hello.models)
+        server.welcomed(self, self._expected(hello.models))
+
+    def belongs_to(self, tenant: Tenant) -> bool:
+        """Say whether this is a function's session, and of this tenant."""
+        return self.welcomed and not self._is_admin and self.tenant.name == tenant.name
+
+    def adopt(self, quotas: Quotas) -> bool:
+        """Go by other quotas; return False when the token this session came with does not count any more."""
+        tenant = quotas.holder(self._token_hash)
+        if self._is_admin or tenant is None:
+            return self._is_admin
+        self.tenant = tenant
+        self._names.clear()
+        return True
+
+    def _expected(self, models: Sequence[str]) -> list[str]:
+        """Return the engine's names of those models that this session may use; of others nothing is done ahead."""
+        found = []
+        for model in models:
+            try:
+                found.append(self._known_as(model))
+            except UnknownModel:
+                continue
+        return found
+
+    def _known_as(self, model: str) -> str:
+        """Return the engine's name of a model, or of several asked together. Raises UnknownModel when one is not allowed."""
+        found = self._names.get(model)
+        if found is None:
+            if not all(self.tenant.allows(each) for each in model.split(JOINT)):
+                raise self._unknown(model)
+            if len(self._names) >= _MOST_NAMES:
+                self._names.clear()
+            found = self._names[model] = qualified(model, self.tenant.domain)
+        return found
+
+    def _signature(self, model: str) -> Signature:
+        """Return the signature of a model. Raises UnknownModel, alike for one that is not there and one that is not allowed."""
+        engine, known_as = self._server.engine, self._known_as(model)
+        try:
+            return engine.signature(known_as)
+        except UnknownModel:
+            if self.tenant is ANYONE:
+                raise
+            raise self._unknown(model) from None
+
+    def _unknown(self, models: str) -> UnknownModel:
+        """Return what is told of the first model that is not there, or not allowed: which of the two is not said."""
+        model = next((each for each in models.split(JOINT) if not self._has(each)), models)[:64]
+        allowed = ", ".join(self.tenant.models[:8]) or "none"
+        return UnknownModel(
+            f"there is no model {model!r} that {self.tenant.name} may use; the operator allows it {allowed}; "
+            "`trunkline push` adds a model",
+            model=model,
+        )
+
+    def _has(self, model: str) -> bool:
+        if not self.tenant.allows(model):
+            return False
+        try:
+            self._server.engine.signature(qualified(model, self.tenant.domain))
+        except UnknownModel:
+            return False
+        return True
 
     def _needs(self, name: str) -> tuple[int, int]:
         """Return the arena bytes that the smallest call of a model needs; nothing for a model that is not there yet."""
         try:
-            signature = self._server.engine.signature(name)
+            signature = self._signature(name)
         except TrunklineError:
             return 0, 0
         inputs = [(spec.name, spec.dtype, signature.resolve(spec, {})) for spec in signature.inputs]
@@ -418,7 +596,7 @@ class Session:
     def _infer(self, message: Infer) -> None:
         engine = self._server.engine
         engine.check_room(self.tenant, 0)
-        signature = engine.signature(message.model)
+        signature = self._signature(message.model)
         layout = self._layout
         # What was checked of a layout once holds again; the coder gives equal placements as one object.
         if layout is None or layout.placements is not message.inputs or layout.signature is not signature:
@@ -435,7 +613,7 @@ class Session:
             Work(
                 self,
                 message.request_id,
-                message.model,
+                self._known_as(message.model),
                 deadline,
                 message.call_id,
                 layout.inputs,
@@ -486,6 +664,13 @@ class Session:
     def _command(self, message: Command) -> None:
         if not self._is_admin:
             raise Unauthorized("commands need the administrator's token")
+        if message.name == "tenants":
+            self.document(message.request_id, self._server.tenants())
+            return
+        if message.name == "quotas_reload":
+            self._busy = True
+            self._server.reload(self, message.request_id)
+            return
         assert self._request is not None
         if message.length > self._request.size_bytes:
             raise MalformedFrame("the command's arguments are longer than the arena")
@@ -501,13 +686,18 @@ class Session:
         deadline = time.monotonic() + _COMMAND_DEADLINE_S
         self._server.engine.command(self, message.request_id, message.name, arguments, deadline)
 
+    @property
+    def arena_bytes(self) -> int:
+        """Memory of both arenas, and of the private copy of the first."""
+        return 0 if self._request is None or self._reply is None else 2 * self._request.size_bytes + self._reply.size_bytes
+
     def close(self) -> None:
         """Free everything. Called when the engine holds nothing of this session any more; twice is safe."""
         self.sock.close()
         # Views of the arenas; they go first.
         self._layout = self._reply_layout = None
         if self._request is not None and self._reply is not None:
-            self._server.arenas_closed(2 * self._request.size_bytes + self._reply.size_bytes)
+            self._server.arenas_closed(self.arena_bytes)
             self._request.close()
             self._reply.close()
             self._request = self._reply = None
@@ -556,8 +746,12 @@ class Session:
         self._send(Document(request_id, len(body)))
 
     def fail(self, request_id: int, error: TrunklineError) -> None:
-        """Send an error."""
-        self._send(Fault(request_id, error.code, error.message, error.retryable, error.details))
+        """Send an error; models are called in it as the function calls them."""
+        domain = self.tenant.domain
+        details: dict[str, Detail] = {
+            key: as_known_to(domain, value) if isinstance(value, str) else value for key, value in error.details.items()
+        }
+        self._send(Fault(request_id, error.code, as_known_to(domain, error.message), error.retryable, details))
 
     def released(self) -> None:
         """The engine holds nothing of this session any more."""

@@ -65,6 +65,10 @@ class RunDirectory:
         return self.root / "pins.json"
 
     @property
+    def quotas(self) -> Path:
+        return self.root / "quotas.toml"
+
+    @property
     def lock(self) -> Path:
         return self.root / "lock"
 
@@ -175,7 +179,7 @@ class Supervisor:
                 self._segment.unlink()
                 self._segment.close()
                 listener.close()
-                for path in (self._run.socket, self._run.token, self._run.admin_socket):
+                for path in (self._run.socket, self._run.token, self._run.admin_socket, self._run.quotas):
                     path.unlink(missing_ok=True)
         return 0
 
@@ -193,6 +197,9 @@ class Supervisor:
                 return
             if received == signal.SIGCHLD:
                 self._bury()
+            elif received == signal.SIGHUP and self._engine_pid:
+                # It reads the quota file anew, as one that is started does anyway.
+                os.kill(self._engine_pid, signal.SIGHUP)
             elif received is None and not self._engine_pid:
                 self._start_engine(listener, token)
             if not self._http_pid:
@@ -255,6 +262,8 @@ def _fork(name: str, child: Callable[[], None]) -> int:
         return pid
     status = 1
     try:
+        # What tells this process to look again must not end a child that does not care, or is not listening yet.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         die_with_parent(parent)
         child()

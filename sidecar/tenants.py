@@ -6,6 +6,8 @@ a function sends makes it one tenant or another but its token.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +21,8 @@ from sidecar.bundle import MODEL_NAME
 
 DEFAULT_PRIORITY: Final = 5
 HIGHEST_PRIORITY: Final = 9
+# A token that is valid, and one that is about to be.
+MOST_TOKENS: Final = 2
 # Of tenants and domains: what can also stand in a model's full name, and in the name of a secret.
 NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # Between the name of a model and that of a domain; no name of either has it.
@@ -46,6 +50,16 @@ def unqualified(name: str) -> tuple[str, str]:
     """Return the name of one model, and the domain it is known in."""
     model, qualifies, domain = name.rpartition(_IN)
     return (model, domain) if qualifies else (domain, "")
+
+
+def as_known_to(domain: str, text: str) -> str:
+    """Return a text with the names of models as those of ``domain`` know them."""
+    return text.replace(f"{_IN}{domain}", "") if domain else text
+
+
+def hash_of(token: bytes) -> str:
+    """Return what is kept of a token."""
+    return hashlib.sha256(token).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +92,26 @@ class Tenant:
         """Say whether the operator lets this tenant use a model."""
         return any(fnmatchcase(model, pattern) for pattern in self.models)
 
+    def to_plain(self) -> dict[str, object]:
+        """Return what an operator may see, as JSON has it: of tokens how many are valid, and None where there is no limit."""
+        limits = {
+            "in_flight_limit": self.in_flight_limit,
+            "queued_limit_bytes": self.queued_limit_bytes,
+            "connection_limit": self.connection_limit,
+            "arena_limit_bytes": self.arena_limit_bytes,
+            "resident_limit_bytes": self.resident_limit_bytes,
+        }
+        return {
+            "name": self.name,
+            "domain": self.domain,
+            "models": list(self.models),
+            "token_count": len(self.token_hashes),
+            "weight": self.weight,
+            "priority": self.priority,
+            "compute_once": self.compute_once,
+            **{key: None if limit == math.inf else limit for key, limit in limits.items()},
+        }
+
 
 # Everybody, where there is no quota file: one tenant without limits, in the domain without a name.
 ANYONE: Final = Tenant(name="anyone", domain="", models=("*",))
@@ -88,6 +122,18 @@ class Quotas:
     """All tenants by name, as one quota file has them. Without a file there is but ``ANYONE``, who needs no token."""
 
     tenants: Mapping[str, Tenant] = field(default_factory=lambda: {ANYONE.name: ANYONE})
+
+    def holder(self, token_hash: str) -> Tenant | None:
+        """Return whose token it is that has this hash, or, for the empty text, who needs none.
+
+        Every hash there is gets compared, and each in constant time: how long it takes says nothing about any of them.
+        """
+        found = None if token_hash else self.tenants.get(ANYONE.name)
+        for tenant in self.tenants.values():
+            for known in tenant.token_hashes:
+                if hmac.compare_digest(known, token_hash):
+                    found = tenant
+        return found
 
     def domains(self) -> Mapping[str, tuple[str, ...]]:
         """Return for each domain the patterns of the models that somebody in it may use."""

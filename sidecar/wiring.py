@@ -14,8 +14,11 @@ from sidecar.config import Settings
 from sidecar.http.server import AdminServer, listen_tcp, listen_unix
 from sidecar.machine import raise_descriptor_limit
 from sidecar.pins import Pins
+from sidecar.quotas import read_quotas
+from sidecar.reloading import QuotaFile
 from sidecar.store import Store
 from sidecar.supervisor import RunDirectory, Supervisor
+from sidecar.tenants import OPEN
 
 log = logging.getLogger("trunkline")
 
@@ -34,6 +37,9 @@ def serve(settings: Settings) -> int:
             *(settings.connection_limit, needed, descriptors),
         )
     tcp = listen_tcp(settings)
+    if settings.quota_file is not None:
+        # As the store below: each engine reads it again.
+        read_quotas(settings.quota_file)
     # Opened here as well, so that a folder that cannot be written to is told at once, and not by each engine.
     Store(settings.store_dir)
 
@@ -75,6 +81,15 @@ def _engine_process(
     from sidecar.server import Server
     from sidecar.verdicts import Verdicts
 
+    quota_file = None if settings.quota_file is None else QuotaFile(settings.quota_file, run.quotas)
+    quotas = OPEN
+    if quota_file is not None:
+        # First of all: what is changed from here on is told.
+        signal.signal(signal.SIGHUP, lambda number, frame: quota_file.reload())
+        if generation == 1:
+            # What an earlier sidecar went by, which was killed perhaps, is not in force any more.
+            run.quotas.unlink(missing_ok=True)
+        quotas = quota_file.read_or_keep()
     device = open_device(settings.device, settings.threads)
     store = Store(settings.store_dir)
     verdicts = Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values()), *device.layout_facts())
@@ -91,6 +106,7 @@ def _engine_process(
         compute_once=settings.compute_once,
         packing=settings.packing,
         stacking=settings.stacking,
+        quotas=quotas,
         verdicts=verdicts,
         memory=memory_of(device, store, segment, settings.store_dir / "blocks"),
         generation=generation,
@@ -103,6 +119,8 @@ def _engine_process(
         arena_limit_bytes=settings.arena_limit_bytes,
         arena_total_bytes=settings.arena_total_bytes,
         connection_limit=settings.connection_limit,
+        quotas=quotas,
+        reload=None if quota_file is None else quota_file.reload,
         generation=generation,
     )
     engine.deploy_stored()
@@ -116,4 +134,6 @@ def _engine_process(
     # A Ctrl-C in the terminal reaches the whole group; the supervisor's SIGTERM is what counts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=engine.run, name="engine", daemon=True).start()
+    if quota_file is not None:
+        threading.Thread(target=quota_file.run, args=(server.use_quotas,), name="quotas", daemon=True).start()
     server.run()

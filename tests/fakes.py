@@ -20,7 +20,7 @@ from sidecar.bundle import Bundle, Graph, Node, Symbol, Value, Weight
 from sidecar.engine import Engine
 from sidecar.errors import BlobCorrupt, BlobMissing
 from sidecar.pins import Pins
-from sidecar.server import Server
+from sidecar.server import Reload, Server
 from sidecar.tenants import OPEN, Quotas
 
 ADMIN_TOKEN = b"administrator"
@@ -205,6 +205,7 @@ def running_server(
     connection_limit: int = 64,
     transport: str | None = None,
     quotas: Quotas = OPEN,
+    reload: Reload | None = None,
     **engine_settings: Any,
 ) -> Iterator[Running]:
     """Serve ``source`` on a socket in ``directory`` until the block ends; check that nothing was left behind.
@@ -218,7 +219,13 @@ def running_server(
     listener.listen(64)
     device = device or FakeDevice()
     engine = Engine(
-        device, source, Pins(directory / "pins.json"), budget_bytes=budget_bytes, queue_limit=queue_limit, **engine_settings
+        device,
+        source,
+        Pins(directory / "pins.json"),
+        budget_bytes=budget_bytes,
+        queue_limit=queue_limit,
+        quotas=quotas,
+        **engine_settings,
     )
     server = Server(
         listener,
@@ -227,9 +234,10 @@ def running_server(
         arena_limit_bytes=arena_limit_bytes,
         arena_total_bytes=arena_total_bytes,
         connection_limit=connection_limit,
+        quotas=quotas,
+        reload=reload,
         transport=transport,
     )
-    engine.use_quotas(quotas)
     engine.deploy_stored()
     threads = [threading.Thread(target=engine.run), threading.Thread(target=server.run)]
     for thread in threads:

@@ -153,6 +153,17 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
         Keep().changed(body)
         return jsonify(engine.command("keep", {"name": _deployed_name(name), **body}))
 
+    @app.get("/admin/v1/tenants")
+    def tenants() -> Response:
+        """Return the tenants in force: domains, models, limits, and what they have of connections and arenas."""
+        return jsonify(engine.command("tenants"))
+
+    @app.post("/admin/v1/quotas/reload")
+    def reload_quotas() -> Response:
+        """Have the quota file read; answered when it is in force. One with a mistake is refused, and changes nothing."""
+        _json_object()
+        return jsonify(engine.command("quotas_reload"))
+
     @app.post("/admin/v1/blobs/missing")
     def missing() -> Response:
         """Return which of ``digests`` the store lacks."""

@@ -25,6 +25,7 @@ from trunkline.errors import (
 from sidecar.__main__ import main, size
 from sidecar.admin_client import AdminClient
 from sidecar.bundle import canonical_graph, manifest_bytes
+from sidecar.errors import ConfigError
 from sidecar.http.admin import MAX_BODY_BYTES, admin_token, create_app
 from sidecar.store import Store
 from tests.bundles import adding_bundle, write_adding_bundle
@@ -117,6 +118,18 @@ def test_blocks_come_in_pages(http: flask.testing.FlaskClient, engine: FakeEngin
     assert engine.asked[-1] == ("blocks", {"offset": 5, "limit": 1000})
     for bad in ("offset=-1", "limit=x", "limit=99999999999"):
         assert http.get(f"/admin/v1/blocks?{bad}").status_code == 400
+
+
+def test_tenants_are_the_engines_business(http: flask.testing.FlaskClient, engine: FakeEngine) -> None:
+    engine.answers |= {"tenants": {"tenants": []}, "quotas_reload": {"tenant_count": 3}}
+    assert http.get("/admin/v1/tenants").json == {"tenants": []}
+    assert http.post("/admin/v1/quotas/reload", json={}).json == {"tenant_count": 3}
+    engine.answers["quotas_reload"] = ConfigError("quotas.toml, line 3: tenants.a.wieght is no key", line=3, key="wieght")
+    refused = http.post("/admin/v1/quotas/reload", json={})
+    assert refused.status_code == 400
+    assert refused.json is not None
+    assert refused.json["error"]["details"] == {"line": 3, "key": "wieght"}
+    assert http.post("/admin/v1/quotas/reload", json={"path": "/etc"}).status_code == 400
 
 
 def test_a_trace_is_as_long_as_asked(http: flask.testing.FlaskClient, engine: FakeEngine) -> None:

@@ -95,6 +95,7 @@ def test_sizes(text: object, size: int) -> None:
         ("run_dir", "\0"),
         ("run_dir", ["/run"]),
         ("store_dir", True),
+        ("quota_file", ["quotas.toml"]),
     ],
 )
 def test_bad_values_are_refused_with_source_and_range(key: str, value: object) -> None:
@@ -108,6 +109,13 @@ def test_bad_values_are_refused_with_source_and_range(key: str, value: object) -
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.9.1", "::1"])
 def test_loopback_addresses_are_taken(host: str) -> None:
     assert load_settings({"admin_host": host}, {}).admin_host == host
+
+
+def test_the_quota_file_has_a_shorter_flag() -> None:
+    assert load_settings({}, {}).quota_file is None
+    assert load_settings({}, {"TRUNKLINE_QUOTA_FILE": "/etc/q.toml"}).quota_file == Path("/etc/q.toml")
+    with pytest.raises(ConfigError, match="--quotas is"):
+        load_settings({"quota_file": ""}, {})
 
 
 def test_a_bad_flag_is_named_as_it_was_written() -> None:

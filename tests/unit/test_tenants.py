@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import hmac
+import json
+
 import pytest
 
-from sidecar.tenants import ANYONE, DEPLOYED_NAME, Quotas, Tenant, as_asked, qualified, unqualified
+from sidecar.tenants import (
+    ANYONE,
+    DEPLOYED_NAME,
+    Quotas,
+    Tenant,
+    as_asked,
+    as_known_to,
+    hash_of,
+    qualified,
+    unqualified,
+)
 
 
 def test_a_tenant_may_use_what_its_patterns_name() -> None:
@@ -61,3 +74,61 @@ def test_a_domain_has_the_models_of_all_its_tenants() -> None:
     quotas = Quotas({tenant.name: tenant for tenant in tenants})
     assert quotas.domains() == {"shared": ("embed", "age", "gender"), "c": ("*",)}
     assert Quotas().domains() == {"": ("*",)}
+
+
+def test_messages_name_models_as_their_readers_do() -> None:
+    assert as_known_to("vision", "age@vision takes x; age@vision+gender@vision do not") == "age takes x; age+gender do not"
+    assert as_known_to("", "age@vision takes x") == "age@vision takes x"
+
+
+def test_a_token_is_compared_with_all_there_are_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither which tenant it is, nor whether there is one, can be told by what is done."""
+    hashes = {name: hash_of(name.encode()) for name in ("old", "new", "other", "last")}
+    quotas = Quotas(
+        {
+            "a": Tenant(name="a", domain="a", token_hashes=(hashes["old"], hashes["new"])),
+            "b": Tenant(name="b", domain="b", token_hashes=(hashes["other"],)),
+            "c": Tenant(name="c", domain="c", token_hashes=(hashes["last"],)),
+        }
+    )
+    compared: list[tuple[str, str]] = []
+    compare = hmac.compare_digest
+
+    def counting(one: str, other: str) -> bool:
+        compared.append((one, other))
+        return compare(one, other)
+
+    monkeypatch.setattr("sidecar.tenants.hmac.compare_digest", counting)
+    for token, expected in {b"old": "a", b"new": "a", b"other": "b", b"last": "c", b"guess": None}.items():
+        compared.clear()
+        found = quotas.holder(hash_of(token))
+        assert (found and found.name) == expected
+        assert compared == [(known, hash_of(token)) for known in hashes.values()]
+    assert quotas.holder("") is None
+
+
+def test_nobody_needs_a_token_where_there_is_no_quota_file() -> None:
+    assert Quotas().holder("") is ANYONE
+    assert Quotas().holder(hash_of(b"guess")) is None
+    assert Quotas({}).holder("") is None
+
+
+def test_what_an_operator_sees_of_a_tenant_is_json_and_has_no_hash() -> None:
+    token_hash = hash_of(b"secret")
+    tenant = Tenant(name="a", domain="d", token_hashes=(token_hash,), models=("m-*",), weight=2.0, connection_limit=3)
+    plain = json.loads(json.dumps(tenant.to_plain(), allow_nan=False))
+    assert token_hash not in str(plain)
+    assert plain == {
+        "name": "a",
+        "domain": "d",
+        "models": ["m-*"],
+        "token_count": 1,
+        "weight": 2.0,
+        "priority": 5,
+        "compute_once": True,
+        "in_flight_limit": None,
+        "queued_limit_bytes": None,
+        "connection_limit": 3,
+        "arena_limit_bytes": None,
+        "resident_limit_bytes": None,
+    }

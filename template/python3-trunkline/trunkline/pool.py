@@ -20,6 +20,8 @@ DEFAULT_SOCKETS = (
     # Stock faasd and `faas-cli local-run` mount a "secret" that is a directory here.
     "/var/openfaas/secrets/trunkline/trunkline.sock",
 )
+# Where OpenFaaS mounts the secret of this name.
+DEFAULT_CREDENTIAL = "/var/openfaas/secrets/trunkline-token"
 _MAX_IDLE = 16
 _FIRST_BACKOFF_S = 0.005
 _LONGEST_BACKOFF_S = 0.25
@@ -43,14 +45,19 @@ def socket_path() -> str:
 
 
 def read_token() -> bytes:
-    """Return this function's credential from the file named by TRUNKLINE_TOKEN_FILE, or nothing."""
-    path = os.environ.get("TRUNKLINE_TOKEN_FILE")
-    if not path:
-        return b""
+    """Return this function's credential: from the file that TRUNKLINE_TOKEN_FILE names, else OpenFaaS's secret, else nothing.
+
+    Read for each new connection, so that it can be changed under a function that runs. Raises SidecarUnavailable.
+    """
+    explicit = os.environ.get("TRUNKLINE_TOKEN_FILE")
+    path = explicit or DEFAULT_CREDENTIAL
     try:
         return Path(path).read_bytes().strip()[:64]
     except OSError as error:
-        raise SidecarUnavailable(f"TRUNKLINE_TOKEN_FILE cannot be read ({os.strerror(error.errno or 0)})", path=path) from error
+        if not explicit and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return b""
+        reason = os.strerror(error.errno or 0)
+        raise SidecarUnavailable(f"the token in {path} cannot be read ({reason}); see TRUNKLINE_TOKEN_FILE", path=path) from error
 
 
 class Pool:
