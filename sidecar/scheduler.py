@@ -114,7 +114,9 @@ class Scheduler(Generic[R]):
         cost_s = self.forecast.cost_s(kind)
         said_s = None
         if cost_s is not None:
-            said_s = load_s + self._wait_s(tenant, cost_s)
+            # Whoever waits for it waits for its weights as well: where models push each other out, one is read after the other.
+            cost_s += load_s
+            said_s = self._wait_s(tenant, cost_s)
             self._check_deadline(request, now, self.forecast.raised_s(said_s))
         self._order += 1
         record = _Record(request, self._order, kind, cost_s, now, said_s)
