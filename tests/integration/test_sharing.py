@@ -384,12 +384,15 @@ def test_a_model_that_goes_while_others_of_its_call_are_loaded_is_answered(
     inputs = made[0].inputs(1)
     with serving(tmp_path, monkeypatch) as running:
         deploy(running, *made)
+        both = models("m2", "m3")
+        # Its connection is open: a new one names models that are read ahead, before anything is asked.
+        both.call(inputs)
         for each in made:
             ask(running, "evict", name=each.name)
         reading, leave = threading.Event(), threading.Event()
         running.source.before_read = lambda digest: (reading.set(), leave.wait(60))
         with ThreadPoolExecutor(1) as threads:
-            answer = threads.submit(lambda: models("m2", "m3").call(inputs))
+            answer = threads.submit(lambda: both.call(inputs))
             assert reading.wait(60)
             del running.source.bundles["m3"]
             ask(running, "model_removed", name="m3")
