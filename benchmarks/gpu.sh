@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in under nine minutes: the tests marked `gpu`, then the benchmarks on the device.
+# Everything that wants a GPU, in under nine minutes: the tests marked `gpu` (device, span), then the benchmarks on the device.
 # Results go to $OUT, or to benchmarks/results. Wheels of what the machine lacks may lie in .whl/.
 set -uo pipefail
 cd "$(dirname "$0")/.."

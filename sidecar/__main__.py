@@ -122,6 +122,7 @@ def size(size_bytes: float) -> str:
 @click.option("--device", help="auto, cpu or cuda:N.")
 @click.option("--threads", help="CPU threads one operator may use.")
 @click.option("--memory-budget", "memory_budget_bytes", help="Memory for weights, e.g. 2GiB.")
+@click.option("--host-budget", "host_budget_bytes", help="Memory of the host for weights that are not on the GPU, e.g. 8GiB.")
 @click.option("--activation-budget", "activation_budget_bytes", help="Memory for what calls compute on the way, e.g. 500MB.")
 @click.option("--eviction-policy", help="lru, gdsf or adaptive: which weights leave first when there is no room.")
 @click.option("--admin-host", help="Loopback address of the admin endpoint.")

@@ -454,6 +454,11 @@ class Catalog:
             if not self.residency.is_held(deployed.plan):
                 deployed.unbind()
 
+    def unbind_all(self) -> None:
+        """Forget the handles of every model: weights may lie elsewhere now."""
+        for deployed in self.all():
+            deployed.unbind()
+
 
 def _deployed(bundle: Bundle, plan: str, staged: Staged, verdict: Verdict | None = None) -> Deployed:
     forms = verdict.forms if verdict is not None else (None,) * len(staged.stages)

@@ -41,6 +41,10 @@ def _default_budget_bytes() -> int:
     return max(1, int(0.7 * available_bytes()))
 
 
+def _default_host_bytes() -> int:
+    return max(1, int(0.5 * available_bytes()))
+
+
 def _default_activation_bytes() -> int:
     return max(1, int(0.15 * available_bytes()))
 
@@ -59,6 +63,7 @@ class Settings:
     device: str = "auto"
     threads: int = 1
     memory_budget_bytes: int = 0
+    host_budget_bytes: int = 0
     activation_budget_bytes: int = 0
     eviction_policy: str = Either.name
     admin_host: str = "127.0.0.1"
@@ -75,6 +80,13 @@ class Settings:
     connection_limit: int = 1024
     drain_timeout_s: float = 10.0
     log_level: str = "info"
+
+    @property
+    def segment_budget_bytes(self) -> int:
+        """Return how much of the host's memory is for weights. Whether ``auto`` is a CPU the engine finds out."""
+        if self.device == "cpu":
+            return self.memory_budget_bytes
+        return self.host_budget_bytes if self.device != "auto" else max(self.memory_budget_bytes, self.host_budget_bytes)
 
 
 def flag_of(key: str) -> str:
@@ -164,6 +176,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "device": _match(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"),
     "threads": _integer(1, 1024),
     "memory_budget_bytes": _size(1),
+    "host_budget_bytes": _size(1),
     "activation_budget_bytes": _size(1),
     "eviction_policy": _match("lru|gdsf|adaptive", "lru, gdsf or adaptive"),
     "admin_host": _loopback,
@@ -196,7 +209,10 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
     for key, value in flags.items():
         if value is not None:
             values[key] = _checked(flag_of(key), key, value)
-    values.setdefault("memory_budget_bytes", _default_budget_bytes())
+    if not values.get("device", "").startswith("cuda"):
+        # Else the engine looks how much the device has.
+        values.setdefault("memory_budget_bytes", _default_budget_bytes())
+    values.setdefault("host_budget_bytes", _default_host_bytes())
     values.setdefault("activation_budget_bytes", _default_activation_bytes())
     values.setdefault("threads", _default_threads())
     return Settings(**values)

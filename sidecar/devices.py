@@ -1,7 +1,8 @@
 """Devices: where weights lie and programs run. One ``TorchDevice`` per torch device.
 
 Nothing here chooses what to load or when: the engine decides, a device obeys. ``new_weight`` may be called from a mover
-thread, and ``view`` from any, while the engine's thread runs programs; everything else belongs to the engine's thread.
+thread, and ``view`` from any, while the engine's thread runs programs; so may what writes into a span (``sidecar.span``).
+Everything else belongs to the engine's thread.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from sidecar.libc import LIBC
 from sidecar.lowering import Recipe
 from sidecar.prepare import prepare
 from sidecar.programs import FAILURES, Program, failure
+from sidecar.span import Placed, Span, open_span, read_as
 from sidecar.stacked import Stack, StackedProgram, stack, stackable
 
 # The dtypes that travel between a function and a model.
@@ -66,6 +68,8 @@ class TorchDevice:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._is_cpu = device.type == "cpu"
+        # Bytes of the span, once there is one.
+        self._span_bytes = 0
         # Sizes of the weights alive. Entries go when handles do, in whichever thread that happens.
         self._sizes: dict[object, int] = {}
 
@@ -92,7 +96,7 @@ class TorchDevice:
         if not self._is_cpu:
             held = self._allocate(weight.size_bytes, on_host=False)
             held.copy_(staging)
-        tensor = _read_as(held, weight)
+        tensor = read_as(held, weight)
         self._count(tensor, weight.size_bytes)
         return tensor
 
@@ -103,7 +107,7 @@ class TorchDevice:
         if hasattr(np, weight.dtype):
             # torch's views let other threads run in between, and then wait for their turn, longer than all this takes.
             return torch.from_numpy(np.frombuffer(memory, weight.dtype).reshape(weight.shape))
-        return cast("torch.Tensor", _read_as(torch.frombuffer(memory, dtype=torch.uint8), weight))
+        return cast("torch.Tensor", read_as(torch.frombuffer(memory, dtype=torch.uint8), weight))
 
     def _count(self, handle: object, size_bytes: int) -> None:
         token = object()
@@ -122,19 +126,43 @@ class TorchDevice:
         facts = {"size_bytes": size_bytes, **self.memory()}
         return DeviceFault(f"{self.name} has no room for a weight of {size_bytes} bytes", **facts)
 
-    def as_weight(self, held: torch.Tensor | packed.Packed, weight: Weight) -> torch.Tensor | packed.Packed:
+    def as_weight(self, held: torch.Tensor | packed.Packed | Placed, weight: Weight) -> torch.Tensor | packed.Packed:
         """Return ``held`` read with the dtype and shape of ``weight``, which has the same bytes; a packed weight as it is.
+
+        What is computed from now on waits for its bytes, if they are still on their way to the device.
 
         Two weights may have one digest and different shapes: a row of zeros and a square of zeros of the same size.
         Where dtype and shape agree already, this is ``held`` itself; otherwise a view that shares its memory.
         """
         if isinstance(held, packed.Packed):
             return held
+        if isinstance(held, Placed):
+            held = held.use()
         if held.shape == weight.shape and held.dtype == getattr(torch, weight.dtype):
             return held
-        view = _read_as(held.reshape(-1).view(torch.uint8), weight)
+        view = read_as(held.reshape(-1).view(torch.uint8), weight)
         view._held = held  # the count of weight bytes follows the first handle
         return view
+
+    @property
+    def copies(self) -> bool:
+        """Return whether weights are computed with in memory of the device's own, to which they are copied."""
+        return not self._is_cpu
+
+    def open_span(self, size_bytes: int) -> Span:
+        """Allocate memory for weights in one piece. Once. Raises ConfigError when the device has not that much."""
+        try:
+            made = open_span(self._device, size_bytes)
+        except FAILURES as error:
+            found = self.memory()
+            free_bytes, reason = found.get("free_bytes", found["total_bytes"]), str(error).partition("\n")[0][:200]
+            raise ConfigError(
+                f"{self.name} cannot set {size_bytes} bytes aside for weights, with {free_bytes} of {found['total_bytes']} free "
+                f"({reason}); lower the memory budget",
+                **(found | {"size_bytes": size_bytes}),
+            ) from error
+        self._span_bytes = made.size_bytes
+        return made
 
     # --- packed weights ---------------------------------------------------------------------------------------------
 
@@ -157,7 +185,7 @@ class TorchDevice:
         for weight, fill in zip(recipe.sources, fills, strict=True):
             scratch = self._allocate(weight.size_bytes, on_host=True)
             fill(memoryview(scratch.numpy()))  # type: ignore[arg-type]
-            sources.append(_read_as(scratch, weight))
+            sources.append(read_as(scratch, weight))
         try:
             handle = packed.pack(recipe, sources)
         except (RuntimeError, MemoryError) as error:
@@ -168,11 +196,12 @@ class TorchDevice:
     @property
     def works_in_place(self) -> bool:
         """Return whether weights may lie in memory of the caller's, packed ones, if there are any, included."""
-        return self._is_cpu and (flat.can_flatten() or not self.can_pack)
+        return not self.copies and (flat.can_flatten() or not self.can_pack)
 
     def layout_facts(self) -> Sequence[str]:
         """Return what the bytes of weights depend on beside the weights."""
-        return (self.name, *(flat.facts() if self.can_pack else ()))
+        # Bytes that are copied are the same on every device.
+        return ("plain",) if self.copies else (self.name, *(flat.facts() if self.can_pack else ()))
 
     def flatten(self, handle: packed.Packed) -> flat.Flat:
         """Return a packed weight as bytes, and what is needed to read them. Only where it ``works_in_place``."""
@@ -342,8 +371,13 @@ class TorchDevice:
             LIBC.malloc_trim(0)
 
     def memory(self) -> dict[str, int]:
-        """Return bytes: of weights held, allocated by torch (CUDA), and in all on the device."""
+        """Return bytes: of weights held one by one, of the span if there is one, allocated by torch (CUDA), and in all.
+
+        What torch has allocated has the span in it, once, whatever lies in it.
+        """
         found = {"weight_bytes": sum(list(self._sizes.values()))}
+        if self._span_bytes:
+            found["span_bytes"] = self._span_bytes
         if self._is_cpu:
             found["total_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         else:
@@ -352,11 +386,6 @@ class TorchDevice:
             found["allocated_bytes"] = torch.cuda.memory_allocated(self._device)
             found["reserved_bytes"] = torch.cuda.memory_reserved(self._device)
         return found
-
-
-def _read_as(flat: torch.Tensor, weight: Weight) -> Any:
-    """Return flat bytes as a tensor of the weight's dtype and shape, sharing memory."""
-    return flat.view(getattr(torch, weight.dtype)).view(weight.shape)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -42,10 +42,11 @@ from sidecar.catalog import Catalog, Deployed, Joint, Step
 from sidecar.claims import Claims
 from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
+from sidecar.devicememory import DeviceMemory
 from sidecar.inturn import InTurn
 from sidecar.loads import Loads, Parked
 from sidecar.logs import RateLimit
-from sidecar.memory import DeviceMemory, Memory
+from sidecar.memory import Memory
 from sidecar.mover import Mover
 from sidecar.pins import Pins
 from sidecar.policies import Either
@@ -144,7 +145,7 @@ class Engine:
         self._stacking = stacking
         self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
         self._memory = DeviceMemory(device, source) if memory is None else memory
-        self._mover = Mover(self._memory, self._post)
+        self._mover = Mover(self._memory, self._post, self._moved)
         self._residency = open_residency(budget_bytes, eviction_policy, clock)
         self._catalog = Catalog(source, device, self._memory, self._residency, pins, self._forget_weights, quotas.domains())
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
@@ -158,7 +159,9 @@ class Engine:
             self._activations = Activations(device, activation_budget_bytes, self._post, self._unblock)
             self._activations.reserves.use(quotas.tenants.values())
         self._streams = Streams(self._residency, self._loads, self._drop, lambda: self._mover.pace, clock)
-        self._shortage = Shortage(device, self._residency, self._loads, self._mover, self._drop)
+        self._shortage = Shortage(
+            device, self._residency, self._loads, self._mover, self._drop, gives_back=self._memory.gives_back
+        )
         # Requests that wait for the run of a model that streams to end.
         self._aside: list[Work] = []
         # Calls about several models that do not fit together.
@@ -899,6 +902,14 @@ class Engine:
         self._claims.prune()
         self._catalog.unbind()
         self._loads.free(digests)
+
+    def _moved(self, handles: Mapping[str, object]) -> None:
+        """Use weights where they lie now, and have those brought in anew that were lost on the way there."""
+        self._catalog.unbind_all()
+        lost = self._loads.moved(handles)
+        for deployed in self._catalog.all():
+            if self._residency.lease_count(deployed.plan):
+                self._loads.fetch(deployed, [digest for digest in deployed.weights if digest in lost])
 
     def _late(self, work: Work, doing: str) -> DeadlineExceeded:
         late_s = self._clock() - work.deadline

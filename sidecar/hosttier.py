@@ -56,9 +56,13 @@ class _Held:
 class HostTier:
     """The weights of one segment. One at a time may exist per segment, in all processes together."""
 
-    def __init__(self, descriptor: int) -> None:
-        """Map the segment, take over what is whole, and give the rest back to the system. The descriptor stays the caller's."""
-        self.budget_bytes = read_budget(descriptor)
+    def __init__(self, descriptor: int, budget_bytes: int | None = None) -> None:
+        """Map the segment, take over what is whole, and give the rest back to the system. The descriptor stays the caller's.
+
+        ``budget_bytes`` may be less than the segment was made for.
+        """
+        made_for_bytes = read_budget(descriptor)
+        self.budget_bytes = made_for_bytes if budget_bytes is None else min(budget_bytes, made_for_bytes)
         self.allocated_bytes = 0
         self._descriptor = descriptor
         self._mapping = mmap.mmap(descriptor, os.fstat(descriptor).st_size)

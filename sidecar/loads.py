@@ -7,7 +7,7 @@ there; the others arrive while it is computed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -201,6 +201,18 @@ class Loads:
         while sum(each.size_bytes for each in self._stacks.values()) > limit_bytes:
             del self._stacks[next(iter(self._stacks))]
         return found.weights
+
+    def moved(self, handles: Mapping[str, object]) -> list[str]:
+        """Take new handles for those of weights that lie elsewhere now; return the weights that were lost on the way."""
+        lost = []
+        for digest in handles.keys() & self._handles.keys():
+            self._handles[digest] = handles[digest]
+            if isinstance(error := handles[digest], TrunklineError):
+                log.error("weight %s was lost: %s", digest[:12], error.message)
+                del self._handles[digest]
+                self._residency.lost(digest)
+                lost.append(digest)
+        return lost
 
     def drop(self, digests: Sequence[str]) -> None:
         """Forget the handles of weights that were evicted, and copies of them."""

@@ -2,7 +2,8 @@
 
 One thread makes room for batches and makes use of what was read; *readers* read, one batch each, so that the disk need not wait
 for that. What is freed before something is fetched is gone when room is made for that: so bytes in memory stay within what the
-engine has counted.
+engine has counted. Where there is room, but in pieces, the engine's thread makes one of them, between two stages, while this one
+waits: nobody else knows which handles are used.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from trunkline.errors import SidecarFault
 
 from sidecar.bundle import Weight
-from sidecar.memory import Batch, Memory, Wanted
+from sidecar.memory import Batch, Memory, Scattered, Wanted
 
 log = logging.getLogger("trunkline.engine")
 
@@ -51,9 +52,18 @@ class _Fetch:
 class Mover:
     """Moves weights, what is asked first first. ``run`` is its thread's body; all else may be called anywhere."""
 
-    def __init__(self, memory: Memory, post: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        post: Callable[[Callable[[], None]], None],
+        moved: Callable[[Mapping[str, object]], None] = lambda handles: None,
+    ) -> None:
+        """``moved`` is told, in the engine's thread, of handles that replace those from before, and of errors in their place."""
         self._memory = memory
         self._post = post
+        self._moved = moved
+        # Says that weights were moved together, or that nobody will do that any more.
+        self._compacted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         # Bytes that are brought in per second, as measured; before that, what this disk can do, or most can.
         self.pace = _FIRST_PACE
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -96,7 +106,9 @@ class Mover:
             self.pace = pace
 
     def stop(self) -> None:
+        """End ``run``, after what it was told. Nothing that was posted is run from here on."""
         self._inbox.put(None)
+        self._compacted.put(False)
 
     def run(self) -> None:
         for _ in range(_READERS):
@@ -113,8 +125,24 @@ class Mover:
         self._begun_count += 1
         fetch.begun_s = time.perf_counter()
         with _guarded(fetch):
-            fetch.batch = self._memory.begin(fetch.wanted)
+            fetch.batch = self._begun(fetch.wanted)
         self._to_read.put(functools.partial(self._read, fetch))
+
+    def _begun(self, wanted: Sequence[Wanted]) -> Batch | None:
+        """Return the batch, None where there is no engine any more to make one piece of the room for it."""
+        try:
+            return self._memory.begin(wanted)
+        except Scattered as scattered:
+            needed_bytes = scattered.needed_bytes
+        self._post(lambda: self._compact(needed_bytes))
+        return self._memory.begin(wanted) if self._compacted.get() else None
+
+    def _compact(self, needed_bytes: int) -> None:
+        """Move weights together. In the engine's thread."""
+        try:
+            self._moved(self._memory.compact(needed_bytes))
+        finally:
+            self._compacted.put(True)
 
     def _read(self, fetch: _Fetch) -> None:
         with _guarded(fetch):

@@ -289,6 +289,10 @@ class Residency:
         assert digest in self._committed, "a weight arrived that nobody ordered"
         self._arrived.add(digest)
 
+    def lost(self, digest: str) -> None:
+        """Note that a weight is not in memory any more, though its room is: it is to be brought in anew."""
+        self._arrived.discard(digest)
+
     def release(self, plan: str) -> None:
         """Give one lease back."""
         assert self._leases.get(plan, 0) > 0, "a lease was given back twice"

@@ -4,7 +4,7 @@
    touch each other, and where not even one has room, the requests of the group are run each by itself (``Wavefront.fail``).
 2. For a request that has no room by itself, what nobody uses leaves: copies of weights, what allocators keep, and weights that
    nobody leases, by the rule by which they always leave; a little at first, then twice as much each time. Nothing is run until
-   the mover has let go of their bytes.
+   the mover has let go of their bytes. Weights whose memory is theirs for good (a device's span) stay: it would be of no use.
 3. When nothing is left to let go of, or all the memory there is would not be enough, that request is refused, and no other.
 
 An error holds on to the frames it came through, and so to all that was computed there. Before anything else is tried it is made
@@ -46,8 +46,15 @@ class Shortage:
     """``drop`` forgets evicted weights. While it is ``relieving``, nothing is to be run; whatever is posted may end that."""
 
     def __init__(
-        self, device: Device, residency: Residency, loads: Loads, mover: Mover, drop: Callable[[Sequence[str]], None]
+        self,
+        device: Device,
+        residency: Residency,
+        loads: Loads,
+        mover: Mover,
+        drop: Callable[[Sequence[str]], None],
+        gives_back: bool = True,
     ) -> None:
+        """``gives_back`` says whether there is more room to compute when weights leave."""
         self.counts = Counts()
         self.relieving = False
         self._device = device
@@ -55,6 +62,7 @@ class Shortage:
         self._loads = loads
         self._mover = mover
         self._drop = drop
+        self._gives_back = gives_back
         # How much is to leave the next time; 0 after a run that had room.
         self._wanted_bytes = 0
 
@@ -106,11 +114,12 @@ class Shortage:
         It may be run again when this is over, and at least once.
         """
         asked_bytes = error.details.get("asked_bytes", 0)
-        if isinstance(asked_bytes, int) and asked_bytes > self._device.memory().get("total_bytes", asked_bytes):
+        found = self._device.memory()
+        if isinstance(asked_bytes, int) and asked_bytes > found.get("total_bytes", asked_bytes) - found.get("span_bytes", 0):
             # More than there is: others would have to come back for nothing.
             return False
         self._wanted_bytes = max(2 * self._wanted_bytes, int(_FIRST_SHARE * self._residency.budget_bytes))
-        evicted = self._residency.relieve(self._wanted_bytes)
+        evicted = self._residency.relieve(self._wanted_bytes) if self._gives_back else ()
         if group.relieved and not evicted:
             return False
         group.relieved = group.apart = True

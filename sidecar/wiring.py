@@ -54,7 +54,7 @@ def serve(settings: Settings) -> int:
         engine=engine,
         http=lambda: AdminServer(settings, [listen_unix(run.admin_socket), *([tcp] if tcp else [])]).run(),
         drain_timeout_s=settings.drain_timeout_s,
-        memory_budget_bytes=settings.memory_budget_bytes,
+        memory_budget_bytes=settings.segment_budget_bytes,
     )
     with contextlib.closing(tcp) if tcp else contextlib.nullcontext():
         return supervisor.run()
@@ -67,6 +67,7 @@ def _preload() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import sidecar.devices
     import sidecar.engine
+    import sidecar.memories
     import sidecar.server
     import sidecar.store
     import sidecar.verdicts  # noqa: F401
@@ -77,7 +78,7 @@ def _engine_process(
 ) -> None:
     from sidecar.devices import open_device
     from sidecar.engine import Engine
-    from sidecar.memory import memory_of
+    from sidecar.memories import budget_of, memory_of
     from sidecar.server import Server
     from sidecar.verdicts import Verdicts
 
@@ -93,11 +94,12 @@ def _engine_process(
     device = open_device(settings.device, settings.threads)
     store = Store(settings.store_dir)
     verdicts = Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values()), *device.layout_facts())
+    budget_bytes = budget_of(device, settings.memory_budget_bytes, is_fixed=settings.device != "auto")
     engine = Engine(
         device,
         store,
         Pins(run.pins),
-        budget_bytes=settings.memory_budget_bytes,
+        budget_bytes=budget_bytes,
         activation_budget_bytes=settings.activation_budget_bytes,
         eviction_policy=settings.eviction_policy,
         queue_limit=settings.queue_limit,
@@ -108,7 +110,7 @@ def _engine_process(
         stacking=settings.stacking,
         quotas=quotas,
         verdicts=verdicts,
-        memory=memory_of(device, store, segment, settings.store_dir / "blocks"),
+        memory=memory_of(device, store, segment, settings.store_dir / "blocks", budget_bytes, settings.host_budget_bytes),
         generation=generation,
         facts=device.facts(),
     )

@@ -11,8 +11,9 @@ from typing import Any
 from trunkline import model
 
 from sidecar.devices import open_device
-from sidecar.memory import TierMemory, memory_of
+from sidecar.memories import memory_of
 from sidecar.segment import Segment
+from sidecar.tiermemory import TierMemory
 from sidecar.verdicts import Verdicts
 from tests.fakes import FakeSource, Running, running_server
 from tests.integration.test_sharing import ask

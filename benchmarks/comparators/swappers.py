@@ -31,7 +31,7 @@ from trunkline.arena import page_aligned
 
 from benchmarks.swap_tasks import FULL, QUICK, Task, units_of
 from sidecar.disk import fill
-from sidecar.memory import SOURCES
+from sidecar.tiermemory import SOURCES
 
 KINDS = ("two_blocks", "pipelined", "whole_lru", "resident")
 SHOWN = 16

@@ -23,7 +23,7 @@ from trunkline.pool import Pool
 
 from sidecar.export import Source
 from sidecar.hosttier import HostTier
-from sidecar.memory import TierMemory
+from sidecar.tiermemory import TierMemory
 from tests.fakes import Running
 from tests.integration.test_sharing import ask, deploy
 from tests.networks import Arrays, Network

@@ -14,7 +14,7 @@ from trunkline.pool import Pool
 
 from sidecar.engine import Engine
 from sidecar.errors import BlobCorrupt
-from sidecar.memory import TierMemory
+from sidecar.tiermemory import TierMemory
 from sidecar.timeline import smallest_room
 from tests.fakes import Running
 from tests.integration.test_sharing import ask, at_once, deploy

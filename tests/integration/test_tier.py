@@ -15,11 +15,14 @@ from trunkline import client, model, models
 from trunkline.errors import DeviceFault, SidecarFault
 
 from sidecar.blockfiles import BlockFiles, Entry
+from sidecar.devicememory import DeviceMemory
 from sidecar.devices import open_device
 from sidecar.errors import NoRoom
 from sidecar.ir import Graph, Weight
-from sidecar.memory import DeviceMemory, TierMemory, Wanted, memory_of
+from sidecar.memories import memory_of
+from sidecar.memory import Wanted
 from sidecar.mover import Mover, _Fetch
+from sidecar.tiermemory import TierMemory
 from sidecar.verdicts import Verdicts
 from tests.fakes import Running
 from tests.integration.test_sharing import ask, deploy

@@ -33,6 +33,18 @@ def test_the_default_budget_is_most_of_what_is_free() -> None:
     assert load_settings({}, {}).memory_budget_bytes > 2**20
 
 
+def test_a_gpu_is_given_what_it_has_unless_the_operator_says_otherwise() -> None:
+    assert load_settings({"device": "cuda:1"}, {}).memory_budget_bytes == 0
+    assert load_settings({"device": "cuda:1", "memory_budget_bytes": "5"}, {}).memory_budget_bytes == 5
+
+
+@pytest.mark.parametrize(("device", "segment_bytes"), [("cpu", 5), ("cuda", 7), ("cuda:1", 7), ("auto", 7)])
+def test_of_the_hosts_memory_weights_have_what_the_device_calls_for(device: str, segment_bytes: int) -> None:
+    settings = load_settings({"device": device, "memory_budget_bytes": 5, "host_budget_bytes": 7}, {})
+    assert settings.segment_budget_bytes == segment_bytes
+    assert load_settings({}, {}).host_budget_bytes > 2**20
+
+
 def test_memory_is_what_can_be_had_and_not_what_is_free(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 4000 kB\nMemFree: 10 kB\nMemAvailable:    3000 kB\n")

@@ -13,7 +13,7 @@ import pytest
 from trunkline.errors import SidecarFault
 
 from sidecar.bundle import Weight
-from sidecar.memory import Batch, Wanted
+from sidecar.memory import Batch, Scattered, Wanted
 from sidecar.mover import _FIRST_PACE, _LATEST_BYTES, Mover, _Fetch
 
 TIMEOUT_S = 60
@@ -31,6 +31,8 @@ class FakeMemory:
         self.told: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.gates: dict[str, threading.Event] = {}
         self.fails: set[str] = set()
+        # Batches for which there is room, but in pieces, until it was made one.
+        self.scattered: set[str] = set()
 
     def note(self, what: str, name: str) -> None:
         self.told.put(f"{what} {name}")
@@ -39,7 +41,14 @@ class FakeMemory:
 
     def begin(self, wanted: Sequence[Wanted]) -> Batch:
         self.note("begin", _name(wanted))
+        if _name(wanted) in self.scattered:
+            raise Scattered(len(wanted))
         return Batch(wanted)
+
+    def compact(self, needed_bytes: int) -> dict[str, object]:
+        self.note("compact", str(needed_bytes))
+        self.scattered.clear()
+        return {"other": "elsewhere"}
 
     def read(self, batch: Batch) -> None:
         name = _name(batch.wanted)
@@ -76,7 +85,8 @@ class Bench:
     def __init__(self) -> None:
         self.memory: Any = FakeMemory()
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.mover = Mover(self.memory, self.posted.put)
+        self.replaced: dict[str, object] = {}
+        self.mover = Mover(self.memory, self.posted.put, self.replaced.update)
         self.arrived: list[tuple[str, object]] = []
         self.thread = threading.Thread(target=self.mover.run)
 
@@ -157,6 +167,44 @@ def test_what_goes_wrong_with_one_batch_is_told_and_harms_no_other(
     bench.fetch("c", "d", "e")
     bench.memory.let_through("c", "d", "e")
     assert len(bench.take(3)) == 3
+
+
+def test_room_in_pieces_is_made_one_by_the_engine_while_nothing_else_is_done(bench: Bench) -> None:
+    bench.memory.scattered.add("b")
+    bench.memory.let_through("a", "b", "c")
+    bench.fetch("a", "b", "c")
+    bench.mover.free(["x"])
+    # What has arrived was told before: the engine knows of it when it looks for handles to replace.
+    told = bench.memory.saw(2)
+    assert told == ["begin a", "begin b"]
+    # Meanwhile a is read, and not ended.
+    assert bench.memory.saw(1) == ["read a"]
+    assert bench.memory.told.empty()
+    assert bench.take(1) == []
+    assert bench.replaced == {"other": "elsewhere"}
+    told = bench.memory.saw(9)
+    assert told[:2] == ["compact 1", "begin b"]
+    assert {"end a", "begin c", "read b", "end b", "free x"} <= {*told}
+    assert sorted(name for name, _ in bench.take(3)) == ["a", "b", "c"]
+
+
+def test_an_engine_that_cannot_make_one_piece_is_told_to_the_batch_alone(bench: Bench) -> None:
+    bench.memory.scattered.add("a")
+    bench.memory.fails.add("compact 1")
+    bench.memory.let_through("a", "b")
+    bench.fetch("a", "b")
+    with pytest.raises(RuntimeError, match="as it was told"):
+        bench.take(1)
+    found = dict(bench.take(2))
+    assert isinstance(found["a"], SidecarFault)
+    assert isinstance(found["b"], Handle)
+
+
+def test_a_mover_that_waits_for_the_engine_ends_with_it(bench: Bench) -> None:
+    bench.memory.scattered.add("a")
+    bench.fetch("a")
+    assert bench.memory.saw(1) == ["begin a"]
+    # The fixture sees to it that its thread ends, though nobody runs what it posts.
 
 
 def test_what_goes_wrong_is_told_even_if_its_room_cannot_be_given_back(bench: Bench) -> None:

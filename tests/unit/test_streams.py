@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 
 from sidecar.catalog import Catalog, Deployed
+from sidecar.devicememory import DeviceMemory
 from sidecar.loads import Loads
-from sidecar.memory import DeviceMemory
 from sidecar.pins import Pins
 from sidecar.residency import Residency
 from sidecar.streams import Streams
