@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.errors import ConfigError
-from sidecar.machine import available_bytes, core_count
+from sidecar.machine import available_bytes, core_count, has_gpu_driver
 from sidecar.policies import Either
 
 PREFIX: Final = "TRUNKLINE_"
@@ -83,10 +83,10 @@ class Settings:
 
     @property
     def segment_budget_bytes(self) -> int:
-        """Return how much of the host's memory is for weights. Whether ``auto`` is a CPU the engine finds out."""
-        if self.device == "cpu":
+        """Return how much of the host's memory is for weights. What ``auto`` is, only the engine finds out."""
+        if self.device == "cpu" or (self.device == "auto" and not has_gpu_driver()):
             return self.memory_budget_bytes
-        return self.host_budget_bytes if self.device != "auto" else max(self.memory_budget_bytes, self.host_budget_bytes)
+        return max(self.memory_budget_bytes, self.host_budget_bytes) if self.device == "auto" else self.host_budget_bytes
 
 
 def flag_of(key: str) -> str:

@@ -24,6 +24,11 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("
     return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
+def has_gpu_driver(device: Path = Path("/dev/nvidiactl")) -> bool:
+    """Say whether a GPU may be found here, without touching one: a process that did could not fork any more."""
+    return device.exists()
+
+
 def core_count() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0))

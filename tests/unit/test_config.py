@@ -9,7 +9,7 @@ import pytest
 
 from sidecar.config import PREFIX, Settings, flag_of, load_settings, parse_size
 from sidecar.errors import ConfigError
-from sidecar.machine import available_bytes
+from sidecar.machine import available_bytes, has_gpu_driver
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -38,11 +38,30 @@ def test_a_gpu_is_given_what_it_has_unless_the_operator_says_otherwise() -> None
     assert load_settings({"device": "cuda:1", "memory_budget_bytes": "5"}, {}).memory_budget_bytes == 5
 
 
-@pytest.mark.parametrize(("device", "segment_bytes"), [("cpu", 5), ("cuda", 7), ("cuda:1", 7), ("auto", 7)])
-def test_of_the_hosts_memory_weights_have_what_the_device_calls_for(device: str, segment_bytes: int) -> None:
-    settings = load_settings({"device": device, "memory_budget_bytes": 5, "host_budget_bytes": 7}, {})
+@pytest.mark.parametrize(
+    ("device", "has_driver", "budget_bytes", "segment_bytes"),
+    [
+        ("cpu", True, 5, 5),
+        ("cuda", True, 5, 7),
+        ("cuda:1", False, 9, 7),
+        ("auto", False, 5, 5),
+        ("auto", True, 5, 7),
+        ("auto", True, 9, 9),
+    ],
+)
+def test_of_the_hosts_memory_weights_have_what_the_device_may_call_for(
+    device: str, has_driver: bool, budget_bytes: int, segment_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.config.has_gpu_driver", lambda: has_driver)
+    settings = load_settings({"device": device, "memory_budget_bytes": budget_bytes, "host_budget_bytes": 7}, {})
     assert settings.segment_budget_bytes == segment_bytes
     assert load_settings({}, {}).host_budget_bytes > 2**20
+
+
+def test_a_gpu_is_looked_for_by_its_drivers_device(tmp_path: Path) -> None:
+    assert not has_gpu_driver(tmp_path / "nvidiactl")
+    (tmp_path / "nvidiactl").touch()
+    assert has_gpu_driver(tmp_path / "nvidiactl")
 
 
 def test_memory_is_what_can_be_had_and_not_what_is_free(tmp_path: Path) -> None:
