@@ -47,8 +47,8 @@ def plan(taken: Sequence[Extent], size_bytes: int, needed_bytes: int) -> list[Mo
     offset = taken[first - 1].end if first else 0
     moves = []
     for extent in taken[first:last]:
-        if extent.offset != offset:
-            moves.append(Move(extent, offset))
+        # The first of the holes is one: else they would do without it.
+        moves.append(Move(extent, offset))
         offset += extent.size_bytes
     return moves
 

@@ -206,12 +206,14 @@ class Loads:
         """Take new handles for those of weights that lie elsewhere now; return the weights that were lost on the way."""
         lost = []
         for digest in handles.keys() & self._handles.keys():
-            self._handles[digest] = handles[digest]
-            if isinstance(error := handles[digest], TrunklineError):
-                log.error("weight %s was lost: %s", digest[:12], error.message)
+            handle = handles[digest]
+            if isinstance(handle, TrunklineError):
+                log.error("weight %s was lost: %s", digest[:12], handle.message)
                 del self._handles[digest]
                 self._residency.lost(digest)
                 lost.append(digest)
+            else:
+                self._handles[digest] = handle
         return lost
 
     def drop(self, digests: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from trunkline.errors import DeviceFault, ModelCorrupt, SidecarFault
 
 from sidecar.devices import open_device
 from sidecar.devicetier import ALIGN_BYTES, DeviceTier, aligned
-from sidecar.errors import ConfigError
+from sidecar.errors import ConfigError, NoRoom
 from sidecar.hosttier import HostTier
 from sidecar.ir import Graph, Weight
 from sidecar.memories import budget_of, memory_of
@@ -259,6 +259,36 @@ def test_batches_under_way_leave_room_below_for_one_weight(small: CopyingNode) -
     for each, batch in reversed([*zip(wanted, batches, strict=True)]):
         check_all(small, [each], memory.end(batch))
     memory.check_invariants()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_host_that_has_no_memory_left_fails_what_is_wanted_and_nothing_else(
+    late: bool, small: CopyingNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = small.memory()
+    (there, *wanted) = weights_of(small, 4096, *[4096] * (6 if late else 2))
+    (handle,) = bring(memory, [there])
+    with monkeypatch.context() as patched:
+
+        def refuse(*arguments: object) -> None:
+            raise NoRoom("the system has no 4096 bytes of shared memory left", needed_bytes=4096)
+
+        patched.setattr(HostTier, "allocate", refuse)
+        outcomes = bring(memory, wanted)
+    assert all(isinstance(error, DeviceFault) and "no 4096 bytes" in error.message for error in outcomes)
+    # What was cached has left for their sake, in vain.
+    assert memory.facts()["host_weight_bytes"] == 0
+    assert memory.facts()["weight_bytes"] == 4096
+    check_all(small, [there], [handle])
+    check_all(small, wanted, bring(memory, wanted))
+    memory.check_invariants()
+
+
+def test_what_is_not_there_can_be_let_go_of(small: CopyingNode) -> None:
+    memory = small.memory()
+    memory.free(["0" * 64])
+    # Nobody need wait for that.
+    assert small.device.arrivals._given_count == 0
 
 
 def test_a_weight_that_cannot_pass_is_refused_with_the_numbers(small: CopyingNode) -> None:
