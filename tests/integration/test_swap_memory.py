@@ -560,6 +560,21 @@ def test_what_was_taken_back_and_not_told_yet_is_told_where_it_lies_then(fails: 
     memory.check_invariants()
 
 
+def move_all(running: Running, name: str) -> None:
+    """Evict a model, and have all others slide down to where it was."""
+    engine, done = running.engine, threading.Event()
+    ask(running, "evict", name=name)
+    until(lambda: ask(running, "memory")["weight_bytes"] == ask(running, "memory")["resident_bytes"])
+    memory: Any = engine._memory
+
+    def move() -> None:
+        engine._moved(memory.compact(memory._tier.budget_bytes - memory._tier.allocated_bytes))
+        done.set()
+
+    engine._post(move)
+    assert done.wait(60)
+
+
 @pytest.mark.parametrize("fails", [False, True], ids=["moved", "lost"])
 def test_an_engine_goes_on_with_weights_that_were_moved_or_lost(
     fails: bool, node: CopyingNode, caplog: pytest.LogCaptureFixture
@@ -569,21 +584,10 @@ def test_an_engine_goes_on_with_weights_that_were_moved_or_lost(
         deploy(running, *made)
         for each in made:
             check(each, 0)
-        engine, done = running.engine, threading.Event()
-        # The first leaves, and the others slide down.
-        ask(running, "evict", name=made[0].name)
-        until(lambda: ask(running, "memory")["weight_bytes"] == ask(running, "memory")["resident_bytes"])
-        memory: Any = engine._memory
-        whole_bytes = memory._tier.budget_bytes - memory._tier.allocated_bytes
-
-        def compact() -> None:
-            if fails:
-                node.device.work.error = RuntimeError("CUDA error: unspecified launch failure")
-            engine._mover._compact(whole_bytes)
-            done.set()
-
-        engine._post(compact)
-        assert done.wait(60)
+        if fails:
+            node.device.work.error = RuntimeError("CUDA error: unspecified launch failure")
+        move_all(running, made[0].name)
+        memory: Any = running.engine._memory
         assert memory.facts()["compactions"] == 1
         assert ("was lost" in caplog.text) == fails
         for number in range(1, 3):
@@ -728,7 +732,7 @@ def test_a_model_answers_on_cuda_wherever_its_weights_are(kind: str, cuda_node: 
 
 @pytest.mark.gpu
 @needs_cuda
-def test_models_take_turns_on_cuda_and_are_moved_together(cuda_node: CopyingNode) -> None:
+def test_models_take_turns_on_cuda(cuda_node: CopyingNode) -> None:
     networks, draw = [network(kind) for kind in KINDS], random.Random(0)
     with cuda_node.serve() as running:
         for each in networks:
@@ -742,6 +746,22 @@ def test_models_take_turns_on_cuda_and_are_moved_together(cuda_node: CopyingNode
             check(draw.choice(networks), number % 3)
         found = ask(running, "memory")
         assert found["residency"]["evictions"]["room"] > 0
-        assert found["compactions"] > 0
         assert found["weight_bytes"] <= cuda_node.budget_bytes
     memory.check_invariants()
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_an_engine_goes_on_with_weights_that_were_moved_on_cuda(cuda_node: CopyingNode) -> None:
+    made = [network(kind) for kind in ("resnet", "vit", "mlp")]
+    with cuda_node.serve() as running:
+        deploy(running, *made)
+        for each in made:
+            check(each, 0)
+        for number in range(1, 4):
+            move_all(running, made[number % 3].name)
+            for each in made:
+                check(each, number)
+        found = ask(running, "memory")
+        assert found["compactions"] == 3
+        assert found["compacted_bytes"] > 0
