@@ -351,8 +351,8 @@ def test_what_happened_is_counted() -> None:
         "hit_bytes": 10 + 15 + 10 + 15,
         "misses": 2 + 1 + 1,
         "missed_bytes": 15 + 5 + 5,
-        "evictions": {"room": 1, "ttl": 0, "operator": 1, "removed": 2, "failed": 0, "memory": 0},
-        "evicted_bytes": {"room": 5, "ttl": 0, "operator": 5, "removed": 15, "failed": 0, "memory": 0},
+        "evictions": {"room": 1, "ttl": 0, "operator": 1, "removed": 2, "failed": 0, "memory": 0, "quota": 0},
+        "evicted_bytes": {"room": 5, "ttl": 0, "operator": 5, "removed": 15, "failed": 0, "memory": 0, "quota": 0},
         "lru_age_s": 7.0,
     }
     assert made.evicted_bytes == 25
