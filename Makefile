@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml requirements-models.txt
 demo: $(STAMP)
 	$(BIN)/python -m functions.demo
 
+# Files side by side: most of them wait for processes.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
