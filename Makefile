@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.sharing --json benchmarks/results/sharing.json
 	$(BIN)/python -m benchmarks.replay --json benchmarks/results/replay.json
 	$(BIN)/python -m benchmarks.swap --json benchmarks/results/swap.json
+	$(BIN)/python -m benchmarks.tenancy --json benchmarks/results/tenancy.json
 
 clean:
 	rm -rf $(VENV) .trunkline

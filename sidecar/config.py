@@ -75,6 +75,8 @@ class Settings:
     compute_once: bool = True
     packing: bool = True
     stacking: bool = True
+    # None: chosen by measuring.
+    lanes: int | None = None
     arena_limit_bytes: int = 64 * 2**20
     arena_total_bytes: int = 2 * 2**30
     connection_limit: int = 1024
@@ -130,6 +132,15 @@ def _integer(minimum: int, maximum: int) -> Callable[[object], int]:
         return int(str(value))
 
     return check
+
+
+def _lanes(value: object) -> int | None:
+    if value == "auto":
+        return None
+    try:
+        return _integer(1, 64)(value)
+    except ValueError as error:
+        raise ValueError("auto or an integer from 1 to 64") from error
 
 
 def _switch(value: object) -> bool:
@@ -188,6 +199,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "compute_once": _switch,
     "packing": _switch,
     "stacking": _switch,
+    "lanes": _lanes,
     "arena_limit_bytes": _size(65536),
     "arena_total_bytes": _size(131072),
     "connection_limit": _integer(1, 100_000),

@@ -1,17 +1,22 @@
 """Devices: where weights lie and programs run. One ``TorchDevice`` per torch device.
 
 Nothing here chooses what to load or when: the engine decides, a device obeys. ``new_weight`` may be called from a mover
-thread, and ``view`` from any, while the engine's thread runs programs; so may what writes into a span (``sidecar.span``).
-Everything else belongs to the engine's thread.
+thread, and ``view`` from any, while programs are run by the engine's thread or by lanes; so may what writes into a span
+(``sidecar.span``). Everything else belongs to the engine's thread.
+
+On CUDA a lane has a stream of its own. What the engine's thread has begun before it hands over a run is waited for by an event
+(``mark``, ``begin_after``); a lane's own work is complete when it has settled, and so may be used on any stream, and its inputs
+freed. What the engine's thread begins with memory of a lane's is not waited for, so that memory is marked as used by it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +38,8 @@ from sidecar.stacked import Stack, StackedProgram, stack, stackable
 _DTYPE_NAMES = {getattr(torch, name): name for name in ITEM_BYTES}
 _FIRST_BYTES = 4096
 _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
+# Held by who sets the process's number of threads for a moment.
+_thread_count_lock = threading.Lock()
 
 
 def open_device(name: str = "auto", threads: int | None = None) -> TorchDevice:
@@ -70,6 +77,7 @@ class TorchDevice:
         self._is_cpu = device.type == "cpu"
         # Bytes of the span, once there is one.
         self._span_bytes = 0
+        self._threads = torch.get_num_threads()
         # Sizes of the weights alive. Entries go when handles do, in whichever thread that happens.
         self._sizes: dict[object, int] = {}
 
@@ -80,7 +88,64 @@ class TorchDevice:
 
     def facts(self) -> dict[str, object]:
         """Return what an operator wants to know of this device: threads per operator and the version of torch."""
-        return {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        return {"threads": self._threads, "torch": torch.__version__}
+
+    # --- lanes: threads that run programs at the same time ------------------------------------------------------------
+
+    @property
+    def lane_counts(self) -> tuple[int, ...]:
+        """Return into how many lanes it may be worth while to divide this device: 1, and each time with half the threads."""
+        # Of CUDA nothing was measured yet.
+        shares = [self._threads >> halvings for halvings in range(self._threads.bit_length())] if self._is_cpu else [1]
+        return tuple(self._threads // share for share in shares) if self._is_cpu else (1,)
+
+    def begin_lane(self, count: int) -> None:
+        """Make the calling thread one of ``count`` lanes: it has its share of the threads, or a stream, from now on.
+
+        Raises DeviceFault where there is no room for a stream, and where weights lie in a span: they move while others run.
+        """
+        if self._span_bytes:
+            raise DeviceFault("weights in a span may be moved while a lane reads them")
+        if not self._is_cpu:
+            try:
+                torch.cuda.set_device(self._device)
+                torch.cuda.set_stream(torch.cuda.Stream(self._device))
+            except FAILURES as error:
+                raise failure(f"beginning a lane on {self.name}", error) from error
+            return
+        with _thread_count_lock:
+            # A thread takes over the process's number when it first needs it; what is set before that would be lost.
+            torch.get_num_threads()
+            torch.set_num_threads(max(1, self._threads // count))
+            # That was the process's number, too, for threads that are to come: put right by one that ends with that.
+            other = threading.Thread(target=torch.set_num_threads, args=(self._threads,))
+            other.start()
+            other.join()
+
+    def mark(self) -> object:
+        """Return what stands for all that the calling thread has begun so far; for ``begin_after``."""
+        return None if self._is_cpu else torch.cuda.current_stream(self._device).record_event()
+
+    def begin_after(self, mark: Any) -> None:
+        """Have the calling lane begin nothing before all that ``mark`` stands for is done."""
+        if mark is not None:
+            torch.cuda.current_stream(self._device).wait_event(mark)
+
+    def settle(self) -> None:
+        """Wait until all that the calling lane has begun is done. Raises DeviceFault when that went wrong."""
+        if not self._is_cpu:
+            try:
+                torch.cuda.current_stream(self._device).synchronize()
+            except FAILURES as error:
+                raise failure(f"waiting for a lane of {self.name}", error) from error
+
+    def _uses(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Say that the calling thread begins something with tensors: their memory is not given away before that is done."""
+        if not self._is_cpu:
+            stream = torch.cuda.current_stream(self._device)
+            for tensor in tensors:
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
@@ -255,6 +320,7 @@ class TorchDevice:
         """Return tensors one after the other along an axis."""
         try:
             with torch.inference_mode():
+                self._uses(tensors)
                 return torch.cat([tensor.to(self._device) for tensor in tensors], axis)
         except FAILURES as error:
             raise failure(f"joining {len(tensors)} tensors on {self.name}", error) from error
@@ -293,7 +359,9 @@ class TorchDevice:
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy of a tensor."""
         try:
-            return tensor.clone()
+            with torch.inference_mode():
+                self._uses([tensor])
+                return tensor.clone()
         except FAILURES as error:
             raise failure(f"copying a tensor of {tensor.nbytes} bytes", error) from error
 

@@ -6,6 +6,10 @@ come in as arguments; this module imports neither torch nor the store.
 
 Life of a request: queued; leased (the weights of its models may no longer be evicted); parked while those of its first stage are
 read; in the wavefront, which is run stage by stage as weights arrive; answered; leases returned.
+
+With one lane the engine thread runs stages itself; with several (``sidecar.lanes``) it hands them over, goes on with its inbox,
+and finds there what they gave. While a lane computes for a request, its inputs and weights must stay, whatever becomes of it:
+what would give them back waits until that run has ended (``_when_ended``).
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from trunkline.errors import (
     BudgetExceeded,
@@ -44,6 +48,8 @@ from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
 from sidecar.devicememory import DeviceMemory
 from sidecar.inturn import InTurn
+from sidecar.lanecount import LaneChoice
+from sidecar.lanes import Lanes, Outcome, attempt
 from sidecar.loads import Loads, Parked
 from sidecar.logs import RateLimit
 from sidecar.memory import Memory
@@ -54,8 +60,9 @@ from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Grant
 from sidecar.rivals import open_residency
 from sidecar.scheduler import Scheduler
-from sidecar.shortage import Shortage
+from sidecar.shortage import Shortage, Splits
 from sidecar.streams import Streams
+from sidecar.sweeps import Sweeps
 from sidecar.tenants import Quotas, Tenant
 from sidecar.traces import Lease, Recorder
 from sidecar.trials import Trials, Verdict
@@ -80,8 +87,6 @@ _PIN_LOAD_S = 600.0
 # What is on disk is read through once in so long, a MiB and then a pause: 20 MB/s at most.
 _SCRUB_EVERY_S: Final = 24 * 3600.0
 _SCRUB_PAUSE_S: Final = 0.05
-
-_Outputs = TypeVar("_Outputs")
 
 
 @dataclass(slots=True)
@@ -108,6 +113,31 @@ class _Call:
     signature: Signature
     tickets: list[Ticket[_Call]] = field(default_factory=list)
     results: dict[Ticket[_Call], list[Any]] = field(default_factory=dict)
+    # Runs in lanes that read its inputs and need its weights.
+    run_count: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A stage on its way through the device: of one group, or of several whose weights are ``stacked``.
+
+    What is noted of it is of when it began: meanwhile tickets come and go, and nobody may be left in its groups.
+    """
+
+    groups: tuple[Group[_Call], ...]
+    step: Step
+    extent: int
+    cost_key: tuple[object, ...]
+    structure: tuple[object, ...]
+    # The groups as they were: who left meanwhile is charged, too.
+    seen: tuple[Group[_Call], ...]
+    stacked: bool = False
+    splits: Splits = field(default_factory=Splits)
+    # In a lane: whose inputs and weights it needs, and whether other lanes computed at the same time.
+    calls: tuple[_Call, ...] = ()
+    beside: bool = False
+    # In device time: where several lanes compute at the same time, each has its part of that.
+    began_s: float = 0.0
 
 
 class Engine:
@@ -128,6 +158,7 @@ class Engine:
         packing: bool = True,
         stacking: bool = True,
         quotas: Quotas = Quotas(),  # noqa: B008 - it is frozen
+        lanes: int | None = 1,
         verdicts: Verdicts | None = None,
         memory: Memory | None = None,
         activation_budget_bytes: int | None = None,
@@ -178,6 +209,28 @@ class Engine:
         if verdicts is not None:
             self._trials = Trials(device, source, verdicts, self._post, packing=packing, keep=self._memory.keep)
             self._trials.then(lambda: self._mover.expect(self._memory.calibrate(verdicts)))
+        # Without a number it is chosen, and measured for that where trials are held.
+        self._lane_count = lanes or 1
+        self._lane_choice: LaneChoice | None = None
+        self._sweeps: Sweeps | None = None
+        # How many stages could have been run side by side, of late.
+        self._breadth = 1
+        # Models whose runs in several lanes are still to be measured, by name.
+        self._unmeasured: dict[str, Callable[[], Mapping[int, float] | None]] = {}
+        if lanes is None and verdicts is not None and len(device.lane_counts) > 1:
+            self._sweeps = Sweeps(device, source, verdicts)
+            self._lane_count = self._sweeps.last_count()
+            self._lane_choice = LaneChoice(self._lane_count, clock())
+        # None while stages are run here.
+        self._lanes: Lanes | None = None
+        self._running: list[_Run] = []
+        # Device time that has passed, and when that was reckoned.
+        self._device_s = 0.0
+        self._reckoned_s = 0.0
+        # What waits for runs to end, and for whose.
+        self._deferred: list[tuple[Sequence[_Call], Callable[[], None]]] = []
+        # A request that had no room beside what other lanes computed: it is run while none does.
+        self._alone: Group[_Call] | None = None
         # Set while the next request waits for a lease of somebody else to end, or to be the only one.
         self._blocked = False
         # Tenants whose next request waits for room to compute, or in their quota.
@@ -186,7 +239,7 @@ class Engine:
         self._audited_s = -math.inf
         # Commands and requests taken from the inbox since a stage was last run.
         self._taken = 0
-        # Set while everything in the wavefront waits for weights; whatever is posted may end that.
+        # Set while everything in the wavefront waits, for weights or for a lane; whatever is posted may end that.
         self._stalled = False
         # Models that may be used since the quotas changed, by the names they are still to be deployed under.
         self._lacking: deque[str] = deque()
@@ -297,6 +350,7 @@ class Engine:
 
     def run(self) -> None:
         """Serve until drained. The engine thread's body."""
+        self._divide()
         threading.Thread(target=self._mover.run, name="mover", daemon=True).start()
         if self._trials is not None:
             threading.Thread(target=self._trials.run, name="trials", daemon=True).start()
@@ -311,6 +365,8 @@ class Engine:
             except Exception:
                 # A bug in one command must not end the service for all; it is logged with its trace.
                 log.exception("a command failed")
+        if self._lanes is not None:
+            self._lanes.stop()
         self._mover.stop()
         if self._trials is not None:
             self._trials.stop()
@@ -319,6 +375,22 @@ class Engine:
             self._activations.stop()
         if self._drained is not None:
             self._drained()
+
+    def _divide(self) -> None:
+        """Divide the device into as many lanes as there are to be. Nothing is under way."""
+        if self._lanes is not None:
+            self._lanes.stop()
+            self._lanes = None
+        if self._lane_count > 1:
+            try:
+                self._lanes = Lanes(self._device, self._lane_count, self._post, self._clock)
+            except TrunklineError as error:
+                log.error(
+                    "%s cannot be divided into %d lanes (%s); stages are run one at a time, until the sidecar is started again",
+                    *(self._device.name, self._lane_count, error.message),
+                )
+        self._wavefront.lanes = 1 if self._lanes is None else self._lanes.count
+        self._turns.most = 2 * max(self._batch_limit, self._wavefront.lanes)
 
     def _scrub(self) -> None:
         while not self._ended.wait(_SCRUB_EVERY_S):
@@ -337,11 +409,12 @@ class Engine:
         except queue.Empty:
             if busy:
                 self._go_on()
-            elif self._untrimmed:
+            elif self._untrimmed and not self._running:
                 self._device.trim()
                 self._loads.trim()
                 self._untrimmed = False
                 self._audit()
+                self._measure_lanes()
             return
         self._untrimmed = True
         if isinstance(command, Work):
@@ -407,7 +480,7 @@ class Engine:
         rest_s = self._residency.quiet_until_s
         if rest_s != math.inf:
             rest_s = max(0.0, rest_s - self._clock())
-        if self._untrimmed:
+        if self._untrimmed and not self._running:
             rest_s = min(rest_s, _IDLE_S)
         return None if rest_s == math.inf else rest_s
 
@@ -427,6 +500,12 @@ class Engine:
         assert self._trials is not None
         self._drop(self._catalog.adopt(deployed, verdict))
         self._trials.keep(deployed.bundle, deployed.staged, verdict.forms)
+        if self._sweeps is not None:
+            self._unmeasured[deployed.name] = functools.partial(
+                self._sweeps.seconds, deployed.bundle, deployed.staged, verdict.forms
+            )
+            # That it has rested is seen when it has done something before.
+            self._untrimmed = True
 
     def _tried(self, deployed: Deployed, verdict: Verdict) -> None:
         was_resident = self._residency.is_held(deployed.plan) if self._catalog.is_deployed(deployed) else False
@@ -435,6 +514,33 @@ class Engine:
         if was_resident and not self._catalog.is_deployed(deployed) and name in self._catalog.deployed:
             # It serves on in another form, whose weights are made while nobody waits for them.
             self._accept(self._own_load(name))
+
+    def _measure_lanes(self) -> None:
+        """Have it found out what runs of the next model take in several lanes, while nobody waits for anything."""
+        choice, trials = self._lane_choice, self._trials
+        if choice is None or trials is None or not self._unmeasured or self._draining:
+            return
+        name = next(iter(self._unmeasured))
+        seconds_of = self._unmeasured.pop(name)
+
+        def measure() -> None:
+            seconds = seconds_of()
+            # With this the engine is not idle; when it is again, the next has its turn.
+            self._post(lambda: choice.learn(name, seconds or {}))
+
+        trials.then(measure)
+
+    def _choose_lanes(self) -> None:
+        """Divide the device otherwise where that suits what is asked better; first, what is under way is finished."""
+        if self._lane_choice is None or self._sweeps is None or self._trials is None:
+            return
+        count = self._lane_choice.look(self._clock())
+        if count == self._lane_count or self._wavefront or self._running:
+            return
+        log.info("%s is divided into %d lanes instead of %d from now on", self._device.name, count, self._lane_count)
+        self._lane_count = count
+        self._divide()
+        self._trials.then(functools.partial(self._sweeps.keep_count, count))
 
     def _forget_weights(self, digests: Collection[str]) -> None:
         if self._trials is not None:
@@ -506,10 +612,14 @@ class Engine:
         if self._wavefront:
             self._run_stage()
         self._follow_stream()
+        self._choose_lanes()
         self._finish_if_drained()
 
     def _is_shut(self) -> bool:
         """Say whether no request of anybody can be taken up before something is given back."""
+        if self._lane_choice is not None and self._lane_choice.count != self._lane_count:
+            # What is under way is finished before the device is divided otherwise.
+            return True
         return self._blocked or self._streams.starved or len(self._aside) >= 2 * self._batch_limit
 
     def _can_take_up(self) -> bool:
@@ -633,9 +743,8 @@ class Engine:
             )
             self._turn_away(work, BudgetExceeded(message, needed_bytes=work.activation_bytes, budget_bytes=most_bytes))
             return False
-        calls = dict.fromkeys(ticket.call for ticket in self._wavefront.tickets())
         taken: Counter[str] = Counter()
-        for each in (*(call.work for call in calls), *(parked.work for parked in self._loads.parked)):
+        for each in (*(call.work for call in self._calls()), *(parked.work for parked in self._loads.parked)):
             taken[each.tenant.name] += each.activation_bytes
         if work.activation_bytes > most_bytes:
             # It goes alone, and so that it ever does, all others wait for it.
@@ -654,7 +763,9 @@ class Engine:
         in_turn.go_on()
 
     def _end_in_turn(self, in_turn: InTurn) -> None:
-        self._in_turn.remove(in_turn)
+        # Its caller may have left before a lane was done with it.
+        if in_turn in self._in_turn:
+            self._in_turn.remove(in_turn)
         self._queue.leave(in_turn.work)
 
     def _has_room_in_quota(self, work: Work, plans: Sequence[str]) -> bool:
@@ -731,39 +842,72 @@ class Engine:
         return call
 
     def _run_stage(self) -> None:
-        self._stalled = self._shortage.relieving
-        if self._stalled:
-            return
-        self._drop_late()
-        try:
-            group = self._turns.choose(self._wavefront, self._loads.is_ready)
-        except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
-            # It would be chosen again, for ever.
-            self._calls_failed(self._wavefront.abandon(), error)
-            return
-        self._stalled = group is None
-        if group is None:
-            return
+        """Run a stage, or have every idle lane run one."""
+        while True:
+            self._stalled = self._shortage.relieving or not self._idle_count()
+            if self._stalled:
+                return
+            self._drop_late()
+            try:
+                group = self._choose()
+            except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
+                # It would be chosen again, for ever.
+                self._calls_failed(self._wavefront.abandon(), error)
+                return
+            self._stalled = group is None
+            if group is None:
+                return
+            try:
+                run, compute = self._prepared(group)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._stage_failed(group, error)
+                return
+            if self._lanes is None:
+                outcome = attempt(compute, self._clock)
+                # It has weights; what comes now may let go of them.
+                del compute
+                self._ran(run, outcome, outcome.seconds)
+                # An error knows this frame, which must not know the error.
+                del outcome
+                return
+            self._hand_over(run, compute)
+
+    def _idle_count(self) -> int:
+        """Return how many stages may be begun now."""
+        if self._lanes is None:
+            return 1
+        return 0 if self._alone is not None and self._running else self._lanes.idle_count
+
+    def _choose(self) -> Group[_Call] | None:
+        if self._lane_choice is not None:
+            self._breadth = self._wavefront.breadth()
+        if self._lanes is None:
+            return self._turns.choose(self._wavefront, self._loads.is_ready, 1)
+        alone = self._alone
+        if alone is not None and alone in self._wavefront and self._is_ready(alone.step):
+            return alone
+        self._alone = None
+        return self._turns.choose(self._wavefront, self._is_ready, self._idle_count())
+
+    def _is_ready(self, step: Any) -> bool:
+        """Say whether a stage may be run: its weights are there, and if its model streams, no lane is at another stage of it."""
+        if not self._loads.is_ready(step):
+            return False
+        streams = self._streams.deployed
+        return streams is None or step not in streams.steps or not any(streams in call.parts for call in self._lanes_calls())
+
+    def _prepared(self, group: Group[_Call]) -> tuple[_Run, Callable[[], Sequence[Sequence[Any]]]]:
+        """Return the next run of a group, and what computes the outputs of each group in it. Raises what a device raises."""
         step = group.step
         assert isinstance(step, Step)
-        try:
-            given = self._run_stacked(group, step) or [(group, self._run_alone(group, step))]
-        except DeviceOutOfMemory as error:
-            self._has_no_room(group, error)
-            return
-        except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
-            self._stage_failed(group, error)
-            return
-        self._counts.stages += 1
-        for each, outputs in given:
-            if next(each.tickets(), None) is None:
-                continue  # its calls failed with another stage of theirs, just now
-            self._counts.stage_rows += len(each.rows)
-            self._counts.stage_requests += sum(1 for _ in each.tickets())
-            try:
-                self._advance(each, outputs)
-            except Exception as error:  # noqa: BLE001 - as above
-                self._stage_failed(each, error)
+        # A lane must not look at what changes meanwhile.
+        seen = group if self._lanes is None else group.frozen()
+        structure = () if step.stacked is None else _structure(group, step)
+        run = _Run((group,), step, group.extent, group.cost_key(step), structure, (seen,))
+        if step.stacked is not None and (stacked := self._prepared_stacked(group, run)) is not None:
+            return run, stacked
+        weights, splits, program = self._loads.bind(step), run.splits, step.program
+        return run, lambda: [self._shortage.run(seen, program, weights, splits)]
 
     def _drop_late(self) -> None:
         """Let go of requests whose deadline has passed: what is left of them need not be computed."""
@@ -773,50 +917,131 @@ class Engine:
             self._counts.expired += 1
             self._calls_failed(call.tickets, self._late(call.work, "being computed"))
 
-    def _run_alone(self, group: Group[_Call], step: Step) -> Sequence[Any]:
-        weights = self._loads.bind(step)
-        outputs, seconds = self._timed(lambda: self._shortage.run(group, step.program, weights))
-        self._costs.record(group.cost_key(step), group.extent, seconds)
-        self._turns.charge(group, seconds)
-        if self._streams.deployed is not None:
-            self._streams.ran(step, seconds)
-        if step.stacked is not None:
-            self._costs.record(_structure(group, step), 1, seconds)
-        return outputs
-
-    def _timed(self, run: Callable[[], _Outputs]) -> tuple[_Outputs, float]:
-        """Run something; return what it gives, and the seconds it took."""
-        started_s = self._clock()
-        outputs = run()
-        return outputs, self._clock() - started_s
-
-    def _run_stacked(self, group: Group[_Call], step: Step) -> list[tuple[Group[_Call], Sequence[Any]]] | None:
-        """Run a stage of several models on one input as one; None when there is nothing to stack, or it does not pay."""
-        if step.stacked is None or not self._stacking:
+    def _prepared_stacked(self, group: Group[_Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
+        """Have a stage of several models on one input run as one; None when there is nothing to stack, or it does not pay."""
+        step, structure = run.step, run.structure
+        if not self._stacking:
             return None
 
         def alike(one: Any, other: Any) -> bool:
-            return one.stacked is other.stacked and self._loads.is_ready(other)
+            return one.stacked is other.stacked and self._is_ready(other)
 
-        groups = [group, *self._wavefront.beside(group, alike)]
-        structure = _structure(group, step)
+        groups = (group, *self._wavefront.beside(group, alike))
         # Measured one by one as well, or nobody knows whether it pays.
         if len(groups) == 1 or not self._costs.is_known(structure, 1) or not self._costs.pays([structure], 1, len(groups)):
             return None
-        steps: list[Any] = [each.step for each in groups]
         try:
-            weights, inputs = self._loads.stack(steps), group.takes()
-            given, seconds = self._timed(lambda: self._device.run_stacked(step.stacked, weights, inputs, len(groups)))
+            weights = self._loads.stack([each.step for each in groups])  # type: ignore[misc]
         except DeviceFault as error:
-            log.warning("stages of one structure are run one by one: %s", error.message)
-            for each in steps:
-                each.stacked = None
+            self._unstack(groups, error)
             return None
-        self._costs.record(structure, len(groups), seconds)
+        run.groups, run.stacked = groups, True
+        run.seen = groups if self._lanes is None else (*run.seen, *(each.frozen() for each in groups[1:]))
+        program, inputs = step.stacked, group.takes()
+        return lambda: self._device.run_stacked(program, weights, inputs, len(groups))
+
+    def _unstack(self, groups: Sequence[Group[_Call]], error: DeviceFault) -> None:
+        log.warning("stages of one structure are run one by one: %s", error.message)
         for each in groups:
-            self._turns.charge(each, seconds / len(groups))
-        self._counts.stacked += len(groups) - 1
-        return list(zip(groups, given, strict=True))
+            assert isinstance(each.step, Step)
+            each.step.stacked = None
+
+    def _hand_over(self, run: _Run, compute: Callable[[], Sequence[Sequence[Any]]]) -> None:
+        """Have an idle lane run a stage."""
+        assert self._lanes is not None
+        run.calls = tuple(dict.fromkeys(ticket.call for group in run.groups for ticket in group.tickets()))
+        for group in run.groups:
+            group.running = True
+        for call in run.calls:
+            call.run_count += 1
+        run.began_s = self._reckon()
+        self._running.append(run)
+        if len(self._running) > 1:
+            for each in self._running:
+                each.beside = True
+        self._lanes.hand(compute, functools.partial(self._run_ended, run))
+
+    def _run_ended(self, run: _Run, outcome: Outcome) -> None:
+        """Take back what a lane was given. What others have waited for is done in any case."""
+        device_s = self._reckon() - run.began_s
+        self._running.remove(run)
+        for group in run.groups:
+            group.running = False
+        for call in run.calls:
+            call.run_count -= 1
+        try:
+            self._ran(run, outcome, device_s)
+        finally:
+            for each in [each for each in self._deferred if not any(call.run_count for call in each[0])]:
+                self._deferred.remove(each)
+                each[1]()
+
+    def _reckon(self) -> float:
+        """Return the device time that has passed; called whenever a run begins or ends."""
+        now = self._clock()
+        if self._running:
+            self._device_s += (now - self._reckoned_s) / len(self._running)
+        self._reckoned_s = now
+        return self._device_s
+
+    def _when_ended(self, calls: Sequence[_Call], act: Callable[[], None]) -> None:
+        """Do something as soon as no lane computes for any of these calls: now, or later."""
+        if any(call.run_count for call in calls):
+            self._deferred.append((calls, act))
+        else:
+            act()
+
+    def _lanes_calls(self) -> Iterator[_Call]:
+        return (call for run in self._running for call in run.calls)
+
+    def _calls(self) -> list[_Call]:
+        """Return the calls under way, those included that are over but for a run that needs what they have."""
+        return [*dict.fromkeys((*(ticket.call for ticket in self._wavefront.tickets()), *self._lanes_calls()))]
+
+    def _ran(self, run: _Run, outcome: Outcome, device_s: float) -> None:
+        """Go on after a run that took so much device time, with what it gave or without."""
+        group, error = run.groups[0], outcome.error
+        self._shortage.ran(group if error is None else None, run.splits)
+        if self._alone is group and not isinstance(error, DeviceOutOfMemory):
+            self._alone = None
+        if error is None:
+            self._counts.stages += 1
+            self._record_run(run, outcome.seconds)
+            for each in run.seen:
+                self._turns.charge(each, device_s / len(run.seen))
+            for each, outputs in zip(run.groups, outcome.given, strict=True):
+                self._go_on_with(each, outputs)
+        elif run.stacked and isinstance(error, DeviceFault):
+            # They are chosen again, and run one by one.
+            self._unstack([each for each in run.groups if next(each.tickets(), None) is not None], error)
+        elif next(group.tickets(), None) is None:
+            log.info("a stage that nobody waits for any more failed: %s", error)
+        elif isinstance(error, DeviceOutOfMemory):
+            self._has_no_room(group, error, run.beside)
+        else:
+            self._stage_failed(group, error)
+
+    def _record_run(self, run: _Run, seconds: float) -> None:
+        """Note what a run has cost."""
+        if run.stacked:
+            self._costs.record(run.structure, len(run.groups), seconds)
+            self._counts.stacked += len(run.groups) - 1
+            return
+        self._costs.record(run.cost_key, run.extent, seconds)
+        if self._streams.deployed is not None:
+            self._streams.ran(run.step, seconds)
+        if run.step.stacked is not None:
+            self._costs.record(run.structure, 1, seconds)
+
+    def _go_on_with(self, group: Group[_Call], outputs: Sequence[Any]) -> None:
+        if next(group.tickets(), None) is None:
+            return  # its calls failed with another stage of theirs, or their callers left
+        self._counts.stage_rows += len(group.rows)
+        self._counts.stage_requests += sum(1 for _ in group.tickets())
+        try:
+            self._advance(group, outputs)
+        except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
+            self._stage_failed(group, error)
 
     def _advance(self, group: Group[_Call], outputs: Sequence[Any]) -> None:
         finished = self._wavefront.advance(group, outputs)
@@ -829,11 +1054,15 @@ class Engine:
                 call.results.clear()
                 call.tickets.clear()
 
-    def _has_no_room(self, group: Group[_Call], error: DeviceOutOfMemory) -> None:
+    def _has_no_room(self, group: Group[_Call], error: DeviceOutOfMemory, beside: bool) -> None:
         if len(group.rows) > 1:
             # Each by itself.
             self._stage_failed(group, error)
-        elif not self._shortage.relieve(group, error):
+        elif self._shortage.relieve(group, error):
+            pass
+        elif beside:
+            self._alone = group
+        else:
             self._stage_failed(group, self._shortage.refusal(group, error))
 
     def _stage_failed(self, group: Group[_Call], error: Exception) -> None:
@@ -844,7 +1073,7 @@ class Engine:
             self._wavefront.drop(lambda ticket, call=call: ticket.call is call)  # type: ignore[misc]
             work = call.work
             told = error if isinstance(error, TrunklineError) else _incident(f"{work.model} (call {work.call_id})", error)
-            self._refuse(work, call.parts, told)
+            self._when_ended((call,), functools.partial(self._refuse, work, call.parts, told))
 
     def _answer(self, call: _Call) -> None:
         outputs = [output for ticket in call.tickets for output in call.results[ticket]]
@@ -858,6 +1087,8 @@ class Engine:
         for deployed in call.parts:
             deployed.request_count += 1
             deployed.last_used_s = now
+            if self._lane_choice is not None:
+                self._lane_choice.answered(deployed.name, self._breadth)
 
     def _conclude(self, work: Work, parts: tuple[Deployed, ...], tell: Callable[[], None]) -> None:
         """Tell a request's session the outcome, whatever happens on the way, and return its leases."""
@@ -869,9 +1100,7 @@ class Engine:
             self._fail(work, _incident(f"{work.model} (call {work.call_id})", error))
         finally:
             # What was told of it is told: an error is no measure of how long an answer takes.
-            self._queue.leave(work)
-            for deployed in parts:
-                self._release(deployed)
+            self._give_back(work, parts)
 
     def _refuse(self, work: Work, parts: tuple[Deployed, ...], error: TrunklineError) -> None:
         self._conclude(work, parts, functools.partial(self._fail, work, error))
@@ -882,9 +1111,19 @@ class Engine:
         # None of those under way has come to the stage whose weights are missing.
         self._calls_failed([ticket for ticket in self._wavefront.tickets() if deployed in ticket.call.parts], error)
         self._release(deployed)
+        own = [call for call in self._lanes_calls() if deployed in call.parts]
+        self._when_ended(own, functools.partial(self._evict_failed, deployed))
+
+    def _evict_failed(self, deployed: Deployed) -> None:
         # What did arrive goes too, so that the next request starts the load afresh.
         if not self._residency.lease_count(deployed.plan) and deployed in self._catalog.all():
             self._drop(self._residency.evict(deployed.plan, "failed"))
+
+    def _give_back(self, work: Work, parts: Sequence[Deployed]) -> None:
+        """Let go of a request that is over."""
+        self._queue.leave(work)
+        for deployed in parts:
+            self._release(deployed)
 
     def _release(self, deployed: Deployed) -> None:
         self._residency.release(deployed.plan)
@@ -944,12 +1183,13 @@ class Engine:
         self._loads.parked = [parked for parked in self._loads.parked if parked not in gone]
         calls = {ticket.call: None for ticket in self._wavefront.tickets() if ticket.call.work.session in sessions}
         self._wavefront.drop(lambda ticket: ticket.call in calls)
-        ended = [*((each.work, each.parts) for each in gone), *((call.work, call.parts) for call in calls)]
-        for work, parts in ended:
-            self._queue.leave(work)
-            for deployed in parts:
-                self._release(deployed)
-        session.released()
+        for parked in gone:
+            self._give_back(parked.work, parked.parts)
+        for call in calls:
+            self._when_ended((call,), functools.partial(self._give_back, call.work, call.parts))
+        # Calls of its that failed may not be over either.
+        own = [call for call in self._lanes_calls() if call.work.session in sessions]
+        self._when_ended(own, session.released)
 
     def _start_drain(self, drained: Callable[[], None]) -> None:
         self._draining = True
@@ -957,7 +1197,7 @@ class Engine:
         self._finish_if_drained()
 
     def _finish_if_drained(self) -> None:
-        waiting = bool(self._wavefront) or len(self._queue) > 0 or bool(self._loads.parked) or bool(self._aside)
+        waiting = bool(self._wavefront or self._running or len(self._queue) or self._loads.parked or self._aside)
         self._finished = self._draining and not waiting
 
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
@@ -992,6 +1232,11 @@ class Engine:
                 "actual_s": round(self._streams.counts.actual_s, 6),
                 "starved": self._streams.counts.starved,
             },
+            "lanes": {
+                "count": self._wavefront.lanes,
+                "running": len(self._running),
+                "promised_rates": {} if self._lane_choice is None else self._lane_choice.rates(),
+            },
             "shortage": {
                 "splits": self._shortage.counts.splits,
                 "reliefs": self._shortage.counts.reliefs,
@@ -1012,7 +1257,10 @@ class Engine:
         self._residency.check_invariants()
         self._loads.check_invariants()
         self._queue.check_invariants()
-        calls = dict.fromkeys(ticket.call for ticket in self._wavefront.tickets())
+        calls = self._calls()
+        for call in calls:
+            assert call.run_count == sum(call in run.calls for run in self._running), "a call's runs are miscounted"
+        assert self._running or not self._deferred, "something waits for runs that have ended"
         for deployed in self._catalog.all():
             running = sum(1 for call in calls if deployed in call.parts)
             expected = running + self._loads.count(deployed.plan)

@@ -5,7 +5,8 @@
 2. For a request that has no room by itself, what nobody uses leaves: copies of weights, what allocators keep, and weights that
    nobody leases, by the rule by which they always leave; a little at first, then twice as much each time. Nothing is run until
    the mover has let go of their bytes. Weights whose memory is theirs for good (a device's span) stay: it would be of no use.
-3. When nothing is left to let go of, or all the memory there is would not be enough, that request is refused, and no other.
+3. When nothing is left to let go of, or all the memory there is would not be enough, that request is refused, and no other. Where
+   other lanes computed at the same time, it is run once more while none does.
 
 An error holds on to the frames it came through, and so to all that was computed there. Before anything else is tried it is made
 anew, without them.
@@ -42,6 +43,13 @@ class Counts:
     refused: int = 0
 
 
+@dataclass(slots=True)
+class Splits:
+    """How often one run of a stage was split in two."""
+
+    count: int = 0
+
+
 class Shortage:
     """``drop`` forgets evicted weights. While it is ``relieving``, nothing is to be run; whatever is posted may end that."""
 
@@ -66,16 +74,20 @@ class Shortage:
         # How much is to leave the next time; 0 after a run that had room.
         self._wanted_bytes = 0
 
-    def run(self, group: Group[Any], program: Any, weights: Sequence[Any]) -> list[Any]:
-        """Run a stage on a group, in parts where there is no room for the whole; return its outputs.
+    def run(self, group: Group[Any], program: Any, weights: Sequence[Any], splits: Splits) -> list[Any]:
+        """Run a stage on a group, in parts where there is no room for the whole; return its outputs. Any thread, see ``ran``.
 
         Raises DeviceOutOfMemory when there is no room for a part that cannot be divided, and what the device raises.
         """
-        outputs = self._run(group, program, weights, 0, group.extent)
-        self._wanted_bytes, group.relieved = 0, False
-        return outputs
+        return self._run(group, program, weights, splits, 0, group.extent)
 
-    def _run(self, group: Group[Any], program: Any, weights: Sequence[Any], start: int, length: int) -> list[Any]:
+    def ran(self, group: Group[Any] | None, splits: Splits) -> None:
+        """Note that a run has ended, and the ``group`` that it was for, unless it failed."""
+        self.counts.splits += splits.count
+        if group is not None:
+            self._wanted_bytes, group.relieved = 0, False
+
+    def _run(self, group: Group[Any], program: Any, weights: Sequence[Any], splits: Splits, start: int, length: int) -> list[Any]:
         """Run a stage on ``length`` rows from ``start`` on."""
         step = group.step
         whole = length == group.extent
@@ -86,10 +98,10 @@ class Shortage:
         if length == 1 or not group.is_divisible:
             # Not the same: this frame would hold on to an error that holds on to this frame.
             raise _anew(outputs)
-        self.counts.splits += 1
+        splits.count += 1
         half = length // 2
-        first = self._run(group, program, weights, start, half)
-        second = self._run(group, program, weights, start + half, length - half)
+        first = self._run(group, program, weights, splits, start, half)
+        second = self._run(group, program, weights, splits, start + half, length - half)
         return [
             one if (axis := group.axis(key)) is None else self._device.join([one, other], axis)
             for key, one, other in zip(step.gives, first, second, strict=True)

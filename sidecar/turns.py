@@ -29,14 +29,14 @@ class Turns(Generic[C]):
     """``most`` is how many tickets of one tenant may be in the wavefront: enough for a batch, and for another to form."""
 
     def __init__(self, scheduler: Scheduler[Work], most: int) -> None:
+        self.most = most
         self._scheduler = scheduler
-        self._most = most
 
-    def choose(self, wavefront: Wavefront[C], is_ready: Callable[[Any], bool]) -> Group[C] | None:
-        """Return the group to run next, of those whose step ``is_ready``; None when there is none."""
+    def choose(self, wavefront: Wavefront[C], is_ready: Callable[[Any], bool], idle: int) -> Group[C] | None:
+        """Return the group to run next, of those whose step ``is_ready``; None when there is none. ``idle`` lanes want one."""
         if not self._scheduler.contended:
-            return wavefront.choose(is_ready)
-        return wavefront.choose(is_ready, self._first, self._equal)
+            return wavefront.choose(is_ready, idle)
+        return wavefront.choose(is_ready, idle, self._first, self._equal)
 
     def _first(self, groups: Sequence[Group[C]]) -> Group[C]:
         return self._scheduler.shares.first([Contender(_tenants(group), group.order, group) for group in groups]).what
@@ -53,10 +53,10 @@ class Turns(Generic[C]):
 
     def occupied(self, wavefront: Wavefront[C]) -> frozenset[str]:
         """Return the tenants that have as much in the wavefront as they may."""
-        if len(wavefront) < self._most:
+        if len(wavefront) < self.most:
             return frozenset()
         counts = Counter(ticket.call.work.tenant.name for ticket in wavefront.tickets())
-        return frozenset(name for name, count in counts.items() if count >= self._most)
+        return frozenset(name for name, count in counts.items() if count >= self.most)
 
 
 def _tenants(group: Group[Any]) -> frozenset[str]:

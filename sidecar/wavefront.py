@@ -10,6 +10,10 @@ else:
 - Other requests join as further rows, where measurements say that a batch pays, and never wait while the device is idle. A group
   that has just begun lets later ones catch up with it, once: the work they do meanwhile has to be done anyway.
 
+Where the device is divided into several lanes (``sidecar.lanes``), a group whose stage is *running* is left as it is until that
+has ended, but for tickets that join its rows or leave them. The rows that can go on are shared out among the lanes that are idle,
+and nobody waits to be caught up with: a batch is no reason for a lane to have nothing to do.
+
 Which rows may stand beside each other is not known here: a ticket comes with the layouts of its model's tensors if rows were seen
 not to touch each other, and without any otherwise; then it is alone in its group. Continuous batching by iteration is Orca's
 (Yu et al., 2022), here by stage. Pure: tensors are only handed to ``Arrays``. Owned by the engine thread.
@@ -122,6 +126,8 @@ class Group(Generic[C]):
     # It lets others catch up with it, or has done so; ``awaited`` is one of their tickets.
     waited: bool = False
     awaited: Ticket[C] | None = None
+    # A lane is at its stage.
+    running: bool = False
     order: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -194,15 +200,23 @@ class Group(Generic[C]):
             shapes.append((key, *shape))
         return (self.step.key, *shapes)
 
+    def frozen(self) -> Group[C]:
+        """Return the group as it is now, for a lane to look at while tickets come and go."""
+        return Group(self.index, [_Row([*row.tickets], row.extent) for row in self.rows], dict(self.values), self.apart)
+
     def cost_key(self, step: Step) -> tuple[object, ...]:
         """Return the name under which the cost of a stage of this group is known."""
         return (step.key, self.first.scale)
 
 
 class Wavefront(Generic[C]):
-    """All groups under way. ``most_rows`` bounds the batch that is made of several requests; 1 for none."""
+    """All groups under way. ``most_rows`` bounds the batch that is made of several requests; 1 for none.
+
+    ``lanes`` says how many stages may be run at the same time.
+    """
 
     def __init__(self, arrays: Arrays, costs: BatchCosts, most_rows: int) -> None:
+        self.lanes = 1
         self._arrays = arrays
         self._costs = costs
         self._most_rows = most_rows
@@ -215,6 +229,9 @@ class Wavefront(Generic[C]):
     def __bool__(self) -> bool:
         return bool(self._groups)
 
+    def __contains__(self, group: Group[C]) -> bool:
+        return any(each is group for each in self._groups)
+
     def tickets(self) -> Iterator[Ticket[C]]:
         """Yield the tickets that are not finished."""
         for group in self._groups:
@@ -223,6 +240,16 @@ class Wavefront(Generic[C]):
     def front(self, belongs: Callable[[Ticket[C]], bool]) -> int | None:
         """Return the number of the first stage that one of the tickets stands before of which ``belongs`` says so."""
         return min((group.index for group in self._groups if any(map(belongs, group.tickets()))), default=None)
+
+    def breadth(self) -> int:
+        """Return how many groups there would be if all were one that stand before the same stage and may be."""
+        return len(
+            {
+                group.step.key if self._most_rows > 1 and group.is_divisible and not group.apart else id(group)
+                for group in self._groups
+                if next(group.tickets(), None) is not None
+            }
+        )
 
     def add(self, tickets: Sequence[Ticket[C]]) -> None:
         """Let the tickets of one call, which have the same inputs, stand before their first stages."""
@@ -263,31 +290,35 @@ class Wavefront(Generic[C]):
     def choose(
         self,
         is_ready: Callable[[Step], bool] = lambda step: True,
+        idle: int = 1,
         first: Callable[[Sequence[Group[C]]], Group[C]] | None = None,
         equal: Callable[[Group[C], Group[C]], bool] = lambda one, other: True,
     ) -> Group[C] | None:
         """Return the group to run next, of those whose stage ``is_ready``; None when there is none.
 
         ``first`` says which of several goes first, the oldest unless it is given; ``equal`` whether the first of two groups may
-        wait for the second one, or be made larger by it.
+        wait for the second one, or be made larger by it. ``idle`` lanes want a group.
         """
         self._groups = [group for group in map(self._alive, self._groups) if group is not None]
-        ready = [group for group in self._groups if is_ready(group.step)]
+        ready = [group for group in self._groups if not group.running and is_ready(group.step)]
         if not ready:
             return None
         chosen = first(ready) if first is not None and len(ready) > 1 else min(ready, key=_order)
         # Its weights may be gone again, of a model that does not fit.
-        if (behind := self._behind(chosen, equal)) is not None and is_ready(behind.step):
+        if self.lanes == 1 and (behind := self._behind(chosen, equal)) is not None and is_ready(behind.step):
             chosen = behind
         if len(self._groups) == 1 or self._most_rows == 1:
             return chosen
         key = chosen.step.key
-        mates = [group for group in self._groups if group is not chosen and group.step.key == key]
+        mates = [group for group in self._groups if group is not chosen and not group.running and group.step.key == key]
         place = chosen.place() if mates else ()
         mates = [group for group in mates if group.place() == place and equal(chosen, group)]
+        most = self._most_rows
+        if idle > 1:
+            most = min(most, -(-sum(group.extent for group in ready) // idle))
         try:
             for mate in sorted(mates, key=_order):
-                if self._pays(chosen, mate):
+                if chosen.extent + mate.extent <= most and self._pays(chosen, mate):
                     chosen = self._merge(chosen, mate)
         except DeviceFault:
             # No room for a batch: what there is runs in smaller ones.
@@ -306,6 +337,7 @@ class Wavefront(Generic[C]):
             other
             for other in self._groups
             if other is not group
+            and not other.running
             and alike(group.step, other.step)
             and all(one is another for one, another in zip(takes, other.takes(), strict=True))
         ]
@@ -353,7 +385,7 @@ class Wavefront(Generic[C]):
     def _alive(self, group: Group[C]) -> Group[C] | None:
         """Return the group without rows that nobody waits for any more; None when none is left."""
         rows = [row for row in group.rows if row.tickets]
-        if len(rows) == len(group.rows):
+        if group.running or len(rows) == len(group.rows):
             return group
         return self._pick(group, rows) if rows else None
 
@@ -445,7 +477,7 @@ class Wavefront(Generic[C]):
 
     def abandon(self) -> list[Ticket[C]]:
         """Forget the oldest group, of which the next stage cannot even be chosen; return its tickets."""
-        oldest = min(self._groups, key=_order)
+        oldest = min((group for group in self._groups if not group.running), key=_order)
         self._groups.remove(oldest)
         return list(oldest.tickets())
 

@@ -109,6 +109,7 @@ def _engine_process(
         packing=settings.packing,
         stacking=settings.stacking,
         quotas=quotas,
+        lanes=settings.lanes,
         verdicts=verdicts,
         memory=memory_of(device, store, segment, settings.store_dir / "blocks", budget_bytes, settings.host_budget_bytes),
         generation=generation,

@@ -92,16 +92,18 @@ class FakeSource:
 
 
 class FakeDevice:
-    """Computes y = x + the sum of all weight bytes, for every output. ``on_run`` is called first, in the engine thread."""
+    """Computes y = x + the sum of all weight bytes, for every output. ``on_run`` is called first, where programs are run."""
 
     name = "fake"
     can_pack = False
+    lane_counts: tuple[int, ...] = (1, 2)
 
     def __init__(self) -> None:
         self.allocated_bytes = 0
         self.peak_bytes = 0
         self.trim_count = 0
         self.prepare_count = 0
+        self.lanes_begun = 0
         self.on_run: Callable[[], None] = lambda: None
         self.capacity_bytes = 1 << 40
         self._live: dict[int, int] = {}
@@ -131,6 +133,18 @@ class FakeDevice:
         self.on_run()
         total = sum(int(np.frombuffer(weight.memory, np.uint8).sum()) for weight in weights)
         return [inputs[0] + inputs[0].dtype.type(total) for _ in program.outputs]
+
+    def begin_lane(self, count: int) -> None:
+        self.lanes_begun += 1
+
+    def mark(self) -> object:
+        return None
+
+    def begin_after(self, mark: object) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
 
     def stacked(self, graph: Graph, program: Any) -> Any:
         return None

@@ -122,6 +122,10 @@ def test_sizes(text: object, size: int) -> None:
         ("drain_timeout_s", "-1"),
         ("drain_timeout_s", True),
         ("arena_limit_bytes", "1"),
+        ("lanes", "0"),
+        ("lanes", "65"),
+        ("lanes", "many"),
+        ("lanes", True),
         ("log_level", "loud"),
         ("run_dir", "\0"),
         ("run_dir", ["/run"]),
@@ -147,6 +151,12 @@ def test_the_quota_file_has_a_shorter_flag() -> None:
     assert load_settings({}, {"TRUNKLINE_QUOTA_FILE": "/etc/q.toml"}).quota_file == Path("/etc/q.toml")
     with pytest.raises(ConfigError, match="--quotas is"):
         load_settings({"quota_file": ""}, {})
+
+
+def test_lanes_are_chosen_or_said() -> None:
+    assert load_settings({}, {}).lanes is None
+    assert load_settings({"lanes": "auto"}, {}).lanes is None
+    assert load_settings({"lanes": "3"}, {PREFIX + "LANES": "auto"}).lanes == 3
 
 
 def test_a_bad_flag_is_named_as_it_was_written() -> None:

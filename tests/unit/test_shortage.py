@@ -11,7 +11,7 @@ import pytest
 from trunkline.errors import DeviceOutOfMemory
 
 from sidecar.residency import Residency
-from sidecar.shortage import Shortage
+from sidecar.shortage import Shortage, Splits
 from sidecar.wavefront import INPUT, Layouts, Ticket, Wavefront
 from tests.unit.test_wavefront import Arrays, Step, X, front, rows
 
@@ -46,7 +46,7 @@ def through(device: Device, wavefront: Wavefront[object]) -> dict[object, list[A
     unused: Any = None
     shortage, answers = Shortage(device, unused, unused, unused, unused), {}  # type: ignore[arg-type]
     while (group := wavefront.choose()) is not None:
-        for done, results in wavefront.advance(group, shortage.run(group, group.step, [])):
+        for done, results in wavefront.advance(group, shortage.run(group, group.step, [], Splits())):
             answers[done.call] = results
     return answers
 
@@ -77,11 +77,12 @@ def test_what_cannot_be_divided_is_told_without_a_trace_of_what_was_computed(lay
     assert group is not None
     unused: Any = None
     shortage = Shortage(device, unused, unused, unused, unused)  # type: ignore[arg-type]
+    splits = Splits()
     with pytest.raises(DeviceOutOfMemory) as caught:
-        shortage.run(group, group.step, [])
+        shortage.run(group, group.step, [], splits)
     assert (caught.value.__cause__, caught.value.__context__) == (None, None)
     assert caught.value.details == {"rows": len(x)}
-    assert shortage.counts.splits == 0
+    assert splits.count == 0
 
 
 @pytest.mark.parametrize(("asked_bytes", "evicts"), [(101, False), (100, True), (None, True)])

@@ -1,0 +1,60 @@
+"""Section ``lanes`` of `benchmarks.tenancy`: one lane with all threads against many with fewer, by the number of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from benchmarks.harness import Sidecar
+from benchmarks.tenancy_bench import TenancyBench
+
+# What the clients ask for, in turn: one model, or all of them.
+WORKLOADS = {"conv": ("conv0",), "transformer": ("text0",), "mixed": ("conv0", "text0", "conv1", "text1")}
+NO_BATCHES = {"TRUNKLINE_BATCH_LIMIT": "1", "TRUNKLINE_COMPUTE_ONCE": "off"}
+
+
+def asking(sidecar: Sidecar, name: str, array: np.ndarray) -> Callable[[], object]:
+    model = sidecar.model(name)
+    return lambda: model(array)
+
+
+def clients(bench: TenancyBench, sidecar: Sidecar, names: Sequence[str], count: int) -> list[Callable[[], object]]:
+    """Return clients, each with a model and an input of its own."""
+    return [
+        asking(sidecar, names[number % len(names)], bench.inputs[names[number % len(names)]][number]) for number in range(count)
+    ]
+
+
+def lanes(bench: TenancyBench) -> None:
+    """Answers per second at batch 1, and with batches across functions, with one lane and with as many as there are threads."""
+    threads = bench.threads
+    many = str(threads)
+    sidecars = {
+        "one": bench.start_sidecar("one", threads, TRUNKLINE_LANES="1", **NO_BATCHES),
+        "many": bench.start_sidecar("many", threads, TRUNKLINE_LANES=many, **NO_BATCHES),
+        "one_batched": bench.start_sidecar("one-batched", threads, TRUNKLINE_LANES="1"),
+        "many_batched": bench.start_sidecar("many-batched", threads, TRUNKLINE_LANES=many),
+    }
+    # What one core does by itself: as many of it as there are would be the most that lanes could reach.
+    single = bench.start_sidecar("single", 1, TRUNKLINE_LANES="1", **NO_BATCHES)
+    bench.fill(*sidecars.values(), single)
+    figures, raw = bench.report.figures, bench.report.raw.setdefault("lanes", {"threads": threads})
+    for workload, wanted in WORKLOADS.items():
+        names = [name for name in wanted if name in bench.families]
+        found: dict[str, dict[str, float]] = {name: {} for name in sidecars}
+        for count in bench.scale.clients:
+            variants = {name: clients(bench, sidecar, names, count) for name, sidecar in sidecars.items()}
+            if count == 1:
+                variants["single"] = clients(bench, single, names, count)
+            for name, rate in bench.rates(variants).items():
+                found.setdefault(name, {})[f"k{count}"] = rate
+        raw[workload] = found
+        alone = found["one"]["k1"]
+        figures[f"lanes_ceiling_{workload}"] = threads * found["single"]["k1"] / alone
+        for count in bench.scale.clients:
+            for name in sidecars:
+                figures[f"lanes_throughput_{workload}_{name}_k{count}"] = found[name][f"k{count}"] / alone
+    raw["counts"] = {name: sidecar.admin.get("status")["sharing"] for name, sidecar in sidecars.items()}
+    for sidecar in (*sidecars.values(), single):
+        bench.stop(sidecar.process)
