@@ -76,7 +76,7 @@ class Settings:
     packing: bool = True
     stacking: bool = True
     # None: chosen by measuring.
-    lanes: int | None = None
+    lanes: int | None = 1
     arena_limit_bytes: int = 64 * 2**20
     arena_total_bytes: int = 2 * 2**30
     connection_limit: int = 1024
