@@ -6,10 +6,6 @@ come in as arguments; this module imports neither torch nor the store.
 
 Life of a request: queued; leased (the weights of its models may no longer be evicted); parked while those of its first stage are
 read; in the wavefront, which is run stage by stage as weights arrive; answered; leases returned.
-
-With one lane the engine thread runs stages itself; with several (``sidecar.lanes``) it hands them over, goes on with its inbox,
-and finds there what they gave. While a lane computes for a request, its inputs and weights must stay, whatever becomes of it:
-what would give them back waits until that run has ended (``_when_ended``).
 """
 
 from __future__ import annotations
@@ -22,16 +18,14 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from trunkline.errors import (
     BudgetExceeded,
     CapacityError,
     DeadlineExceeded,
-    DeviceFault,
-    DeviceOutOfMemory,
     Draining,
     SidecarFault,
     SignatureMismatch,
@@ -42,14 +36,13 @@ from trunkline.protocol import JOINT
 from trunkline.signature import Signature
 
 from sidecar.activations import Activations
-from sidecar.catalog import Catalog, Deployed, Joint, Step
+from sidecar.catalog import Catalog, Deployed, Joint
 from sidecar.claims import Claims
 from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
 from sidecar.devicememory import DeviceMemory
 from sidecar.inturn import InTurn
 from sidecar.lanecount import LaneChoice
-from sidecar.lanes import Lanes, Outcome, attempt
 from sidecar.loads import Loads, Parked
 from sidecar.logs import RateLimit
 from sidecar.memory import Memory
@@ -59,8 +52,9 @@ from sidecar.policies import Either
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Grant
 from sidecar.rivals import open_residency
+from sidecar.runs import Call, Runs
 from sidecar.scheduler import Scheduler
-from sidecar.shortage import Shortage, Splits
+from sidecar.shortage import Shortage
 from sidecar.streams import Streams
 from sidecar.sweeps import Sweeps
 from sidecar.tenants import Quotas, Tenant
@@ -96,48 +90,6 @@ class Counts:
     answered: int = 0
     failed: int = 0
     expired: int = 0
-    # Stages run, the rows they were run on, and the requests that each stage was run for: what nobody shares has one of each.
-    stages: int = 0
-    stage_rows: int = 0
-    stage_requests: int = 0
-    # Stages that were run within another's run, their weights stacked.
-    stacked: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A request in the wavefront: one ticket for each of its models, and the results that are there already."""
-
-    work: Work
-    parts: tuple[Deployed, ...]
-    signature: Signature
-    tickets: list[Ticket[_Call]] = field(default_factory=list)
-    results: dict[Ticket[_Call], list[Any]] = field(default_factory=dict)
-    # Runs in lanes that read its inputs and need its weights.
-    run_count: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """A stage on its way through the device: of one group, or of several whose weights are ``stacked``.
-
-    What is noted of it is of when it began: meanwhile tickets come and go, and nobody may be left in its groups.
-    """
-
-    groups: tuple[Group[_Call], ...]
-    step: Step
-    extent: int
-    cost_key: tuple[object, ...]
-    structure: tuple[object, ...]
-    # The groups as they were: who left meanwhile is charged, too.
-    seen: tuple[Group[_Call], ...]
-    stacked: bool = False
-    splits: Splits = field(default_factory=Splits)
-    # In a lane: whose inputs and weights it needs, and whether other lanes computed at the same time.
-    calls: tuple[_Call, ...] = ()
-    beside: bool = False
-    # In device time: where several lanes compute at the same time, each has its part of that.
-    began_s: float = 0.0
 
 
 class Engine:
@@ -173,7 +125,6 @@ class Engine:
         # When the first of the requests came that wait for others.
         self._opened_s = 0.0
         self._compute_once = compute_once
-        self._stacking = stacking
         self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
         self._memory = DeviceMemory(device, source) if memory is None else memory
         self._mover = Mover(self._memory, self._post, self._moved)
@@ -201,9 +152,9 @@ class Engine:
         self._ahead: dict[str, None] = {}
         self._queue: Scheduler[Work] = Scheduler(queue_limit, quotas)
         # Enough of one tenant for the largest batch, and for another to form meanwhile; the others keep their deadlines.
-        self._turns: Turns[_Call] = Turns(self._queue, 2 * batch_limit)
+        self._turns: Turns[Call] = Turns(self._queue, 2 * batch_limit)
         self._costs = BatchCosts()
-        self._wavefront: Wavefront[_Call] = Wavefront(device, self._costs, batch_limit)
+        self._wavefront: Wavefront[Call] = Wavefront(device, self._costs, batch_limit)
         # Without a place for verdicts nothing is tried, and so nothing batched.
         self._trials: Trials | None = None
         if verdicts is not None:
@@ -221,16 +172,21 @@ class Engine:
             self._sweeps = Sweeps(device, source, verdicts)
             self._lane_count = self._sweeps.last_count()
             self._lane_choice = LaneChoice(self._lane_count, clock())
-        # None while stages are run here.
-        self._lanes: Lanes | None = None
-        self._running: list[_Run] = []
-        # Device time that has passed, and when that was reckoned.
-        self._device_s = 0.0
-        self._reckoned_s = 0.0
-        # What waits for runs to end, and for whose.
-        self._deferred: list[tuple[Sequence[_Call], Callable[[], None]]] = []
-        # A request that had no room beside what other lanes computed: it is run while none does.
-        self._alone: Group[_Call] | None = None
+        self._runs = Runs(
+            device,
+            self._wavefront,
+            self._turns,
+            self._loads,
+            self._streams,
+            self._shortage,
+            self._costs,
+            self._post,
+            clock,
+            stacking=stacking,
+            look=self._look,
+            advance=self._advance,
+            failed=self._calls_failed,
+        )
         # Set while the next request waits for a lease of somebody else to end, or to be the only one.
         self._blocked = False
         # Tenants whose next request waits for room to compute, or in their quota.
@@ -239,8 +195,6 @@ class Engine:
         self._audited_s = -math.inf
         # Commands and requests taken from the inbox since a stage was last run.
         self._taken = 0
-        # Set while everything in the wavefront waits, for weights or for a lane; whatever is posted may end that.
-        self._stalled = False
         # Models that may be used since the quotas changed, by the names they are still to be deployed under.
         self._lacking: deque[str] = deque()
         self._has_begun = False
@@ -350,7 +304,7 @@ class Engine:
 
     def run(self) -> None:
         """Serve until drained. The engine thread's body."""
-        self._divide()
+        self._turns.most = 2 * max(self._batch_limit, self._runs.divide(self._lane_count))
         threading.Thread(target=self._mover.run, name="mover", daemon=True).start()
         if self._trials is not None:
             threading.Thread(target=self._trials.run, name="trials", daemon=True).start()
@@ -365,8 +319,7 @@ class Engine:
             except Exception:
                 # A bug in one command must not end the service for all; it is logged with its trace.
                 log.exception("a command failed")
-        if self._lanes is not None:
-            self._lanes.stop()
+        self._runs.stop()
         self._mover.stop()
         if self._trials is not None:
             self._trials.stop()
@@ -376,22 +329,6 @@ class Engine:
         if self._drained is not None:
             self._drained()
 
-    def _divide(self) -> None:
-        """Divide the device into as many lanes as there are to be. Nothing is under way."""
-        if self._lanes is not None:
-            self._lanes.stop()
-            self._lanes = None
-        if self._lane_count > 1:
-            try:
-                self._lanes = Lanes(self._device, self._lane_count, self._post, self._clock)
-            except TrunklineError as error:
-                log.error(
-                    "%s cannot be divided into %d lanes (%s); stages are run one at a time, until the sidecar is started again",
-                    *(self._device.name, self._lane_count, error.message),
-                )
-        self._wavefront.lanes = 1 if self._lanes is None else self._lanes.count
-        self._turns.most = 2 * max(self._batch_limit, self._wavefront.lanes)
-
     def _scrub(self) -> None:
         while not self._ended.wait(_SCRUB_EVERY_S):
             self._memory.scrub(lambda: self._ended.wait(_SCRUB_PAUSE_S))
@@ -399,7 +336,7 @@ class Engine:
     def _step(self) -> None:
         self._expire()
         # Work goes on while there is some, but what has been posted meanwhile comes first.
-        busy = (bool(self._wavefront) and not self._stalled) or self._can_take_up()
+        busy = (bool(self._wavefront) and not self._runs.stalled) or self._can_take_up()
         window_s = self._window_left_s() if busy else 0.0
         try:
             if busy:
@@ -409,7 +346,7 @@ class Engine:
         except queue.Empty:
             if busy:
                 self._go_on()
-            elif self._untrimmed and not self._running:
+            elif self._untrimmed and not self._runs.running:
                 self._device.trim()
                 self._loads.trim()
                 self._untrimmed = False
@@ -480,7 +417,7 @@ class Engine:
         rest_s = self._residency.quiet_until_s
         if rest_s != math.inf:
             rest_s = max(0.0, rest_s - self._clock())
-        if self._untrimmed and not self._running:
+        if self._untrimmed and not self._runs.running:
             rest_s = min(rest_s, _IDLE_S)
         return None if rest_s == math.inf else rest_s
 
@@ -535,11 +472,11 @@ class Engine:
         if self._lane_choice is None or self._sweeps is None or self._trials is None:
             return
         count = self._lane_choice.look(self._clock())
-        if count == self._lane_count or self._wavefront or self._running:
+        if count == self._lane_count or self._wavefront or self._runs.running:
             return
         log.info("%s is divided into %d lanes instead of %d from now on", self._device.name, count, self._lane_count)
         self._lane_count = count
-        self._divide()
+        self._turns.most = 2 * max(self._batch_limit, self._runs.divide(self._lane_count))
         self._trials.then(functools.partial(self._sweeps.keep_count, count))
 
     def _forget_weights(self, digests: Collection[str]) -> None:
@@ -610,7 +547,7 @@ class Engine:
         self._read_ahead()
         self._follow_stream()
         if self._wavefront:
-            self._run_stage()
+            self._runs.go_on()
         self._follow_stream()
         self._choose_lanes()
         self._finish_if_drained()
@@ -654,7 +591,7 @@ class Engine:
         if deployed is None:
             return
 
-        def belongs(ticket: Ticket[_Call]) -> bool:
+        def belongs(ticket: Ticket[Call]) -> bool:
             return deployed in ticket.call.parts
 
         try:
@@ -744,7 +681,7 @@ class Engine:
             self._turn_away(work, BudgetExceeded(message, needed_bytes=work.activation_bytes, budget_bytes=most_bytes))
             return False
         taken: Counter[str] = Counter()
-        for each in (*(call.work for call in self._calls()), *(parked.work for parked in self._loads.parked)):
+        for each in (*(call.work for call in self._runs.calls()), *(parked.work for parked in self._loads.parked)):
             taken[each.tenant.name] += each.activation_bytes
         if work.activation_bytes > most_bytes:
             # It goes alone, and so that it ever does, all others wait for it.
@@ -823,9 +760,9 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - _incident logs it
                 self._refuse(work, parts, _incident(f"{work.model} (call {work.call_id})", error))
 
-    def _call(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None, inputs: Sequence[Any]) -> _Call:
+    def _call(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None, inputs: Sequence[Any]) -> Call:
         names = parts[0].staged.inputs if joint is None else joint.interface.values
-        call = _Call(work, parts, parts[0].signature if joint is None else joint.signature)
+        call = Call(work, parts, parts[0].signature if joint is None else joint.signature)
         named = dict(zip(names, inputs, strict=True))
         # The inputs of models asked together may have batch axes of their own; as rows of a batch they must go side by side.
         extents = {value.shape[0] if value.shape else 1 for value in inputs}
@@ -841,209 +778,17 @@ class Engine:
             call.tickets.append(ticket)
         return call
 
-    def _run_stage(self) -> None:
-        """Run a stage, or have every idle lane run one."""
-        while True:
-            self._stalled = self._shortage.relieving or not self._idle_count()
-            if self._stalled:
-                return
-            self._drop_late()
-            try:
-                group = self._choose()
-            except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
-                # It would be chosen again, for ever.
-                self._calls_failed(self._wavefront.abandon(), error)
-                return
-            self._stalled = group is None
-            if group is None:
-                return
-            try:
-                run, compute = self._prepared(group)
-            except Exception as error:  # noqa: BLE001 - as above
-                self._stage_failed(group, error)
-                return
-            if self._lanes is None:
-                outcome = attempt(compute, self._clock)
-                # It has weights; what comes now may let go of them.
-                del compute
-                self._ran(run, outcome, outcome.seconds)
-                # An error knows this frame, which must not know the error.
-                del outcome
-                return
-            self._hand_over(run, compute)
-
-    def _idle_count(self) -> int:
-        """Return how many stages may be begun now."""
-        if self._lanes is None:
-            return 1
-        return 0 if self._alone is not None and self._running else self._lanes.idle_count
-
-    def _choose(self) -> Group[_Call] | None:
+    def _look(self) -> None:
+        """Let go of requests whose deadline has passed: what is left of them need not be computed."""
         if self._lane_choice is not None:
             self._breadth = self._wavefront.breadth()
-        if self._lanes is None:
-            return self._turns.choose(self._wavefront, self._loads.is_ready, 1)
-        alone = self._alone
-        if alone is not None and alone in self._wavefront and self._is_ready(alone.step):
-            return alone
-        self._alone = None
-        return self._turns.choose(self._wavefront, self._is_ready, self._idle_count())
-
-    def _is_ready(self, step: Any) -> bool:
-        """Say whether a stage may be run: its weights are there, and if its model streams, no lane is at another stage of it."""
-        if not self._loads.is_ready(step):
-            return False
-        streams = self._streams.deployed
-        return streams is None or step not in streams.steps or not any(streams in call.parts for call in self._lanes_calls())
-
-    def _prepared(self, group: Group[_Call]) -> tuple[_Run, Callable[[], Sequence[Sequence[Any]]]]:
-        """Return the next run of a group, and what computes the outputs of each group in it. Raises what a device raises."""
-        step = group.step
-        assert isinstance(step, Step)
-        # A lane must not look at what changes meanwhile.
-        seen = group if self._lanes is None else group.frozen()
-        structure = () if step.stacked is None else _structure(group, step)
-        run = _Run((group,), step, group.extent, group.cost_key(step), structure, (seen,))
-        if step.stacked is not None and (stacked := self._prepared_stacked(group, run)) is not None:
-            return run, stacked
-        weights, splits, program = self._loads.bind(step), run.splits, step.program
-        return run, lambda: [self._shortage.run(seen, program, weights, splits)]
-
-    def _drop_late(self) -> None:
-        """Let go of requests whose deadline has passed: what is left of them need not be computed."""
         now = self._clock()
         late = [ticket for ticket in self._wavefront.tickets() if ticket.call.work.deadline <= now]
         for call in dict.fromkeys(ticket.call for ticket in late):
             self._counts.expired += 1
             self._calls_failed(call.tickets, self._late(call.work, "being computed"))
 
-    def _prepared_stacked(self, group: Group[_Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
-        """Have a stage of several models on one input run as one; None when there is nothing to stack, or it does not pay."""
-        step, structure = run.step, run.structure
-        if not self._stacking:
-            return None
-
-        def alike(one: Any, other: Any) -> bool:
-            return one.stacked is other.stacked and self._is_ready(other)
-
-        groups = (group, *self._wavefront.beside(group, alike))
-        # Measured one by one as well, or nobody knows whether it pays.
-        if len(groups) == 1 or not self._costs.is_known(structure, 1) or not self._costs.pays([structure], 1, len(groups)):
-            return None
-        try:
-            weights = self._loads.stack([each.step for each in groups])  # type: ignore[misc]
-        except DeviceFault as error:
-            self._unstack(groups, error)
-            return None
-        run.groups, run.stacked = groups, True
-        run.seen = groups if self._lanes is None else (*run.seen, *(each.frozen() for each in groups[1:]))
-        program, inputs = step.stacked, group.takes()
-        return lambda: self._device.run_stacked(program, weights, inputs, len(groups))
-
-    def _unstack(self, groups: Sequence[Group[_Call]], error: DeviceFault) -> None:
-        log.warning("stages of one structure are run one by one: %s", error.message)
-        for each in groups:
-            assert isinstance(each.step, Step)
-            each.step.stacked = None
-
-    def _hand_over(self, run: _Run, compute: Callable[[], Sequence[Sequence[Any]]]) -> None:
-        """Have an idle lane run a stage."""
-        assert self._lanes is not None
-        run.calls = tuple(dict.fromkeys(ticket.call for group in run.groups for ticket in group.tickets()))
-        for group in run.groups:
-            group.running = True
-        for call in run.calls:
-            call.run_count += 1
-        run.began_s = self._reckon()
-        self._running.append(run)
-        if len(self._running) > 1:
-            for each in self._running:
-                each.beside = True
-        self._lanes.hand(compute, functools.partial(self._run_ended, run))
-
-    def _run_ended(self, run: _Run, outcome: Outcome) -> None:
-        """Take back what a lane was given. What others have waited for is done in any case."""
-        device_s = self._reckon() - run.began_s
-        self._running.remove(run)
-        for group in run.groups:
-            group.running = False
-        for call in run.calls:
-            call.run_count -= 1
-        try:
-            self._ran(run, outcome, device_s)
-        finally:
-            for each in [each for each in self._deferred if not any(call.run_count for call in each[0])]:
-                self._deferred.remove(each)
-                each[1]()
-
-    def _reckon(self) -> float:
-        """Return the device time that has passed; called whenever a run begins or ends."""
-        now = self._clock()
-        if self._running:
-            self._device_s += (now - self._reckoned_s) / len(self._running)
-        self._reckoned_s = now
-        return self._device_s
-
-    def _when_ended(self, calls: Sequence[_Call], act: Callable[[], None]) -> None:
-        """Do something as soon as no lane computes for any of these calls: now, or later."""
-        if any(call.run_count for call in calls):
-            self._deferred.append((calls, act))
-        else:
-            act()
-
-    def _lanes_calls(self) -> Iterator[_Call]:
-        return (call for run in self._running for call in run.calls)
-
-    def _calls(self) -> list[_Call]:
-        """Return the calls under way, those included that are over but for a run that needs what they have."""
-        return [*dict.fromkeys((*(ticket.call for ticket in self._wavefront.tickets()), *self._lanes_calls()))]
-
-    def _ran(self, run: _Run, outcome: Outcome, device_s: float) -> None:
-        """Go on after a run that took so much device time, with what it gave or without."""
-        group, error = run.groups[0], outcome.error
-        self._shortage.ran(group if error is None else None, run.splits)
-        if self._alone is group and not isinstance(error, DeviceOutOfMemory):
-            self._alone = None
-        if error is None:
-            self._counts.stages += 1
-            self._record_run(run, outcome.seconds)
-            for each in run.seen:
-                self._turns.charge(each, device_s / len(run.seen))
-            for each, outputs in zip(run.groups, outcome.given, strict=True):
-                self._go_on_with(each, outputs)
-        elif run.stacked and isinstance(error, DeviceFault):
-            # They are chosen again, and run one by one.
-            self._unstack([each for each in run.groups if next(each.tickets(), None) is not None], error)
-        elif next(group.tickets(), None) is None:
-            log.info("a stage that nobody waits for any more failed: %s", error)
-        elif isinstance(error, DeviceOutOfMemory):
-            self._has_no_room(group, error, run.beside)
-        else:
-            self._stage_failed(group, error)
-
-    def _record_run(self, run: _Run, seconds: float) -> None:
-        """Note what a run has cost."""
-        if run.stacked:
-            self._costs.record(run.structure, len(run.groups), seconds)
-            self._counts.stacked += len(run.groups) - 1
-            return
-        self._costs.record(run.cost_key, run.extent, seconds)
-        if self._streams.deployed is not None:
-            self._streams.ran(run.step, seconds)
-        if run.step.stacked is not None:
-            self._costs.record(run.structure, 1, seconds)
-
-    def _go_on_with(self, group: Group[_Call], outputs: Sequence[Any]) -> None:
-        if next(group.tickets(), None) is None:
-            return  # its calls failed with another stage of theirs, or their callers left
-        self._counts.stage_rows += len(group.rows)
-        self._counts.stage_requests += sum(1 for _ in group.tickets())
-        try:
-            self._advance(group, outputs)
-        except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
-            self._stage_failed(group, error)
-
-    def _advance(self, group: Group[_Call], outputs: Sequence[Any]) -> None:
+    def _advance(self, group: Group[Call], outputs: Sequence[Any]) -> None:
         finished = self._wavefront.advance(group, outputs)
         for ticket, results in finished:
             call = ticket.call
@@ -1054,28 +799,14 @@ class Engine:
                 call.results.clear()
                 call.tickets.clear()
 
-    def _has_no_room(self, group: Group[_Call], error: DeviceOutOfMemory, beside: bool) -> None:
-        if len(group.rows) > 1:
-            # Each by itself.
-            self._stage_failed(group, error)
-        elif self._shortage.relieve(group, error):
-            pass
-        elif beside:
-            self._alone = group
-        else:
-            self._stage_failed(group, self._shortage.refusal(group, error))
-
-    def _stage_failed(self, group: Group[_Call], error: Exception) -> None:
-        self._calls_failed(self._wavefront.fail(group), error)
-
-    def _calls_failed(self, failed: Sequence[Ticket[_Call]], error: Exception) -> None:
+    def _calls_failed(self, failed: Sequence[Ticket[Call]], error: Exception) -> None:
         for call in dict.fromkeys(ticket.call for ticket in failed):
             self._wavefront.drop(lambda ticket, call=call: ticket.call is call)  # type: ignore[misc]
             work = call.work
             told = error if isinstance(error, TrunklineError) else _incident(f"{work.model} (call {work.call_id})", error)
-            self._when_ended((call,), functools.partial(self._refuse, work, call.parts, told))
+            self._runs.when_ended((call,), functools.partial(self._refuse, work, call.parts, told))
 
-    def _answer(self, call: _Call) -> None:
+    def _answer(self, call: Call) -> None:
         outputs = [output for ticket in call.tickets for output in call.results[ticket]]
         specs = tuple(
             (spec.name, *self._device.output_spec(output)) for spec, output in zip(call.signature.outputs, outputs, strict=True)
@@ -1111,8 +842,8 @@ class Engine:
         # None of those under way has come to the stage whose weights are missing.
         self._calls_failed([ticket for ticket in self._wavefront.tickets() if deployed in ticket.call.parts], error)
         self._release(deployed)
-        own = [call for call in self._lanes_calls() if deployed in call.parts]
-        self._when_ended(own, functools.partial(self._evict_failed, deployed))
+        own = [call for call in self._runs.lanes_calls() if deployed in call.parts]
+        self._runs.when_ended(own, functools.partial(self._evict_failed, deployed))
 
     def _evict_failed(self, deployed: Deployed) -> None:
         # What did arrive goes too, so that the next request starts the load afresh.
@@ -1186,10 +917,10 @@ class Engine:
         for parked in gone:
             self._give_back(parked.work, parked.parts)
         for call in calls:
-            self._when_ended((call,), functools.partial(self._give_back, call.work, call.parts))
+            self._runs.when_ended((call,), functools.partial(self._give_back, call.work, call.parts))
         # Calls of its that failed may not be over either.
-        own = [call for call in self._lanes_calls() if call.work.session in sessions]
-        self._when_ended(own, session.released)
+        own = [call for call in self._runs.lanes_calls() if call.work.session in sessions]
+        self._runs.when_ended(own, session.released)
 
     def _start_drain(self, drained: Callable[[], None]) -> None:
         self._draining = True
@@ -1197,7 +928,7 @@ class Engine:
         self._finish_if_drained()
 
     def _finish_if_drained(self) -> None:
-        waiting = bool(self._wavefront or self._running or len(self._queue) or self._loads.parked or self._aside)
+        waiting = bool(self._wavefront or self._runs.running or len(self._queue) or self._loads.parked or self._aside)
         self._finished = self._draining and not waiting
 
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
@@ -1234,7 +965,7 @@ class Engine:
             },
             "lanes": {
                 "count": self._wavefront.lanes,
-                "running": len(self._running),
+                "running": len(self._runs.running),
                 "promised_rates": {} if self._lane_choice is None else self._lane_choice.rates(),
             },
             "shortage": {
@@ -1243,10 +974,10 @@ class Engine:
                 "refused": self._shortage.counts.refused,
             },
             "sharing": {
-                "stages": self._counts.stages,
-                "stage_rows": self._counts.stage_rows,
-                "stage_requests": self._counts.stage_requests,
-                "stacked": self._counts.stacked,
+                "stages": self._runs.counts.stages,
+                "stage_rows": self._runs.counts.stage_rows,
+                "stage_requests": self._runs.counts.stage_requests,
+                "stacked": self._runs.counts.stacked,
                 "programs": len(self._catalog.programs),
             },
         }
@@ -1257,10 +988,8 @@ class Engine:
         self._residency.check_invariants()
         self._loads.check_invariants()
         self._queue.check_invariants()
-        calls = self._calls()
-        for call in calls:
-            assert call.run_count == sum(call in run.calls for run in self._running), "a call's runs are miscounted"
-        assert self._running or not self._deferred, "something waits for runs that have ended"
+        calls = self._runs.calls()
+        self._runs.check_invariants()
         for deployed in self._catalog.all():
             running = sum(1 for call in calls if deployed in call.parts)
             expected = running + self._loads.count(deployed.plan)
@@ -1288,10 +1017,6 @@ def _incident(what: str, error: Exception) -> SidecarFault:
     incident = secrets.token_hex(4)
     log.error("incident %s: %s failed", incident, what, exc_info=error)
     return SidecarFault(f"the sidecar failed at {what}; its log has incident {incident}", incident=incident)
-
-
-def _structure(group: Group[_Call], step: Step) -> tuple[object, ...]:
-    return ("stacked", id(step.stacked), group.extent, group.first.scale)
 
 
 def _draining() -> Draining:

@@ -516,7 +516,7 @@ def test_who_has_no_room_beside_others_is_run_when_nobody_else_is(device: Gated,
         second.ask("b")
         # Once, once more after something was let go of, and then it waits, and others with it.
         assert [device.ran.get(timeout=LATE) for _ in range(3)] == ["a", "b", "b"]
-        while engine._alone is None:
+        while engine._runs.alone is None:
             handled(engine)
         third.ask("c")
         handled(engine)
@@ -539,7 +539,7 @@ def test_who_has_no_room_alone_is_refused(device: Gated, tmp_path: Path) -> None
         first.ask("a")
         assert gate.entered.wait(LATE)
         second.ask("b")
-        while engine._alone is None:
+        while engine._runs.alone is None:
             handled(engine)
         gate.leave.set()
         assert "has no room for stage 1 of 1" in second.told().message
@@ -557,7 +557,7 @@ def test_who_waits_to_be_alone_may_leave(device: Gated, tmp_path: Path) -> None:
         first.ask("a")
         assert gate.entered.wait(LATE)
         second.ask("b")
-        while engine._alone is None:
+        while engine._runs.alone is None:
             handled(engine)
         engine.session_closed(second)
         assert second.gone.wait(LATE)
@@ -734,7 +734,7 @@ def test_a_model_larger_than_the_budget_streams_through_one_lane(kind: str, node
 
         def watched(program: Any, weights: Any, inputs: Any) -> Any:
             streaming = [
-                each for each in engine._running if made.name in {part.name for call in each.calls for part in call.parts}
+                each for each in engine._runs.running if made.name in {part.name for call in each.calls for part in call.parts}
             ]
             running_at_once.append(len(streaming))
             return run(program, weights, inputs)

@@ -171,9 +171,9 @@ def test_the_number_of_lanes_follows_what_is_asked(tmp_path: Path, monkeypatch: 
                     assert agrees(given, each.eager(inputs), exact=False)
 
         asks_until(small, 2)
-        assert running.engine._lanes is not None
+        assert running.engine._runs._lanes is not None
         asks_until(large, 1)
-        assert running.engine._lanes is None
+        assert running.engine._runs._lanes is None
         asks_until(small, 2)
     # The next start begins with it.
     with serving(tmp_path, monkeypatch, source=running.source, lanes=None) as running:

@@ -235,11 +235,11 @@ def test_a_tenant_without_compute_once_is_computed_for_by_itself(tmp_path: Path)
     for second in (shares, alone):
         with bench(tmp_path, shares, alone) as made:
             made.hold(shares, "a")
-            before = made.engine._counts.stages
+            before = made.engine._runs.counts.stages
             for number in range(2):
                 made.ask(shares if number else second, "b", 5.0)
             made.let_go(3)
-            counts.append(made.engine._counts.stages - before)
+            counts.append(made.engine._runs.counts.stages - before)
     assert counts == [2, 3]
 
 
@@ -299,11 +299,11 @@ def test_what_has_become_late_is_not_computed_to_its_end(tmp_path: Path) -> None
     with bench(tmp_path, one) as made:
         made.hold(one, "a")
         fine, late = made.ask(one, "b"), made.ask(one, "b", 1.0, deadline_s=10.0)
-        before = made.engine._counts.stages
+        before = made.engine._runs.counts.stages
         # Both are taken up, and while the first of them is computed the second one's time is over.
         made.later_s = 100.0
         made.let_go(3)
-        assert made.engine._counts.stages - before == 2
+        assert made.engine._runs.counts.stages - before == 2
     assert fine.outcome == "answered"
     assert isinstance(late.outcome, DeadlineExceeded)
     assert "while the request was being computed" in late.outcome.message

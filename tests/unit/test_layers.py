@@ -91,6 +91,7 @@ LAYERS = {
         "mover",
         "ports",
         "rivals",
+        "runs",
         "shortage",
         "streams",
         "sweeps",

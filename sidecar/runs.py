@@ -1,0 +1,362 @@
+"""Runs: stages on their way through the device, in the engine thread or in lanes, and what becomes of what they give.
+
+With one lane the engine thread runs stages itself; with several (``sidecar.lanes``) it hands them over, goes on with its inbox,
+and finds there what they gave. While a lane computes for a request, its inputs and weights must stay, whatever becomes of it:
+what would give them back waits until that run has ended (``when_ended``). Part of the engine thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError
+from trunkline.signature import Signature
+
+from sidecar.catalog import Deployed, Step
+from sidecar.costs import BatchCosts
+from sidecar.lanes import Lanes, Outcome, attempt
+from sidecar.loads import Loads
+from sidecar.ports import Device, Work
+from sidecar.shortage import Shortage, Splits
+from sidecar.streams import Streams
+from sidecar.turns import Turns
+from sidecar.wavefront import Group, Ticket, Wavefront
+
+log = logging.getLogger("trunkline.engine")
+
+
+@dataclass(slots=True)
+class Counts:
+    """Stages run, the rows they were run on, and the requests that each stage was run for: what nobody shares has one of each."""
+
+    stages: int = 0
+    stage_rows: int = 0
+    stage_requests: int = 0
+    # Stages that were run within another's run, their weights stacked.
+    stacked: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A request in the wavefront: one ticket for each of its models, and the results that are there already."""
+
+    work: Work
+    parts: tuple[Deployed, ...]
+    signature: Signature
+    tickets: list[Ticket[Call]] = field(default_factory=list)
+    results: dict[Ticket[Call], list[Any]] = field(default_factory=dict)
+    # Runs in lanes that read its inputs and need its weights.
+    run_count: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A stage on its way through the device: of one group, or of several whose weights are ``stacked``.
+
+    What is noted of it is of when it began: meanwhile tickets come and go, and nobody may be left in its groups.
+    """
+
+    groups: tuple[Group[Call], ...]
+    step: Step
+    extent: int
+    cost_key: tuple[object, ...]
+    structure: tuple[object, ...]
+    # The groups as they were: who left meanwhile is charged, too.
+    seen: tuple[Group[Call], ...]
+    stacked: bool = False
+    splits: Splits = field(default_factory=Splits)
+    # In a lane: whose inputs and weights it needs, and whether other lanes computed at the same time.
+    calls: tuple[Call, ...] = ()
+    beside: bool = False
+    # In device time: where several lanes compute at the same time, each has its part of that.
+    began_s: float = 0.0
+
+
+class Runs:
+    """What the device does. Before each choice ``look`` is called, after a run ``advance`` with a group and what it gave, or
+    ``failed`` with the tickets that fail and why.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        wavefront: Wavefront[Call],
+        turns: Turns[Call],
+        loads: Loads,
+        streams: Streams,
+        shortage: Shortage,
+        costs: BatchCosts,
+        post: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float],
+        *,
+        stacking: bool,
+        look: Callable[[], None],
+        advance: Callable[[Group[Call], Sequence[Any]], None],
+        failed: Callable[[Sequence[Ticket[Call]], Exception], None],
+    ) -> None:
+        self.counts = Counts()
+        # Set while everything in the wavefront waits, for weights or for a lane; whatever is posted may end that.
+        self.stalled = False
+        self.running: list[_Run] = []
+        # A request that had no room beside what other lanes computed: it is run while none does.
+        self.alone: Group[Call] | None = None
+        self._device = device
+        self._wavefront = wavefront
+        self._turns = turns
+        self._loads = loads
+        self._streams = streams
+        self._shortage = shortage
+        self._costs = costs
+        self._post = post
+        self._clock = clock
+        self._stacking = stacking
+        self._look = look
+        self._advance = advance
+        self._failed = failed
+        # None while stages are run here.
+        self._lanes: Lanes | None = None
+        # Device time that has passed, and when that was reckoned.
+        self._device_s = 0.0
+        self._reckoned_s = 0.0
+        # What waits for runs to end, and for whose.
+        self._deferred: list[tuple[Sequence[Call], Callable[[], None]]] = []
+
+    def divide(self, count: int) -> int:
+        """Divide the device into so many lanes; return how many there are. Nothing is under way."""
+        self.stop()
+        if count > 1:
+            try:
+                self._lanes = Lanes(self._device, count, self._post, self._clock)
+            except TrunklineError as error:
+                log.error(
+                    "%s cannot be divided into %d lanes (%s); stages are run one at a time, until the sidecar is started again",
+                    *(self._device.name, count, error.message),
+                )
+        self._wavefront.lanes = 1 if self._lanes is None else self._lanes.count
+        return self._wavefront.lanes
+
+    def stop(self) -> None:
+        """End the lanes' threads. Nothing is under way."""
+        if self._lanes is not None:
+            self._lanes.stop()
+            self._lanes = None
+
+    def go_on(self) -> None:
+        """Run a stage, or have every idle lane run one."""
+        while True:
+            self.stalled = self._shortage.relieving or not self._idle_count()
+            if self.stalled:
+                return
+            self._look()
+            try:
+                group = self._choose()
+            except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
+                # It would be chosen again, for ever.
+                self._failed(self._wavefront.abandon(), error)
+                return
+            self.stalled = group is None
+            if group is None:
+                return
+            try:
+                run, compute = self._prepared(group)
+            except Exception as error:  # noqa: BLE001 - as above
+                self.fail(group, error)
+                return
+            if self._lanes is None:
+                outcome = attempt(compute, self._clock)
+                # It has weights; what comes now may let go of them.
+                del compute
+                self._ran(run, outcome, outcome.seconds)
+                # An error knows this frame, which must not know the error.
+                del outcome
+                return
+            self._hand_over(run, compute)
+
+    def _idle_count(self) -> int:
+        """Return how many stages may be begun now."""
+        if self._lanes is None:
+            return 1
+        return 0 if self.alone is not None and self.running else self._lanes.idle_count
+
+    def _choose(self) -> Group[Call] | None:
+        if self._lanes is None:
+            return self._turns.choose(self._wavefront, self._loads.is_ready, 1)
+        alone = self.alone
+        if alone is not None and alone in self._wavefront and self._is_ready(alone.step):
+            return alone
+        self.alone = None
+        return self._turns.choose(self._wavefront, self._is_ready, self._idle_count())
+
+    def _is_ready(self, step: Any) -> bool:
+        """Say whether a stage may be run: its weights are there, and if its model streams, no lane is at another stage of it."""
+        if not self._loads.is_ready(step):
+            return False
+        streams = self._streams.deployed
+        return streams is None or step not in streams.steps or not any(streams in call.parts for call in self.lanes_calls())
+
+    def _prepared(self, group: Group[Call]) -> tuple[_Run, Callable[[], Sequence[Sequence[Any]]]]:
+        """Return the next run of a group, and what computes the outputs of each group in it. Raises what a device raises."""
+        step = group.step
+        assert isinstance(step, Step)
+        # A lane must not look at what changes meanwhile.
+        seen = group if self._lanes is None else group.frozen()
+        structure = () if step.stacked is None else _structure(group, step)
+        run = _Run((group,), step, group.extent, group.cost_key(step), structure, (seen,))
+        if step.stacked is not None and (stacked := self._prepared_stacked(group, run)) is not None:
+            return run, stacked
+        weights, splits, program = self._loads.bind(step), run.splits, step.program
+        return run, lambda: [self._shortage.run(seen, program, weights, splits)]
+
+    def _prepared_stacked(self, group: Group[Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
+        """Have a stage of several models on one input run as one; None when there is nothing to stack, or it does not pay."""
+        step, structure = run.step, run.structure
+        if not self._stacking:
+            return None
+
+        def alike(one: Any, other: Any) -> bool:
+            return one.stacked is other.stacked and self._is_ready(other)
+
+        groups = (group, *self._wavefront.beside(group, alike))
+        # Measured one by one as well, or nobody knows whether it pays.
+        if len(groups) == 1 or not self._costs.is_known(structure, 1) or not self._costs.pays([structure], 1, len(groups)):
+            return None
+        try:
+            weights = self._loads.stack([each.step for each in groups])  # type: ignore[misc]
+        except DeviceFault as error:
+            self._unstack(groups, error)
+            return None
+        run.groups, run.stacked = groups, True
+        run.seen = groups if self._lanes is None else (*run.seen, *(each.frozen() for each in groups[1:]))
+        program, inputs = step.stacked, group.takes()
+        return lambda: self._device.run_stacked(program, weights, inputs, len(groups))
+
+    def _unstack(self, groups: Sequence[Group[Call]], error: DeviceFault) -> None:
+        log.warning("stages of one structure are run one by one: %s", error.message)
+        for each in groups:
+            assert isinstance(each.step, Step)
+            each.step.stacked = None
+
+    def _hand_over(self, run: _Run, compute: Callable[[], Sequence[Sequence[Any]]]) -> None:
+        """Have an idle lane run a stage."""
+        assert self._lanes is not None
+        run.calls = tuple(dict.fromkeys(ticket.call for group in run.groups for ticket in group.tickets()))
+        for group in run.groups:
+            group.running = True
+        for call in run.calls:
+            call.run_count += 1
+        run.began_s = self._reckon()
+        self.running.append(run)
+        if len(self.running) > 1:
+            for each in self.running:
+                each.beside = True
+        self._lanes.hand(compute, functools.partial(self._run_ended, run))
+
+    def _run_ended(self, run: _Run, outcome: Outcome) -> None:
+        """Take back what a lane was given. What others have waited for is done in any case."""
+        device_s = self._reckon() - run.began_s
+        self.running.remove(run)
+        for group in run.groups:
+            group.running = False
+        for call in run.calls:
+            call.run_count -= 1
+        try:
+            self._ran(run, outcome, device_s)
+        finally:
+            for each in [each for each in self._deferred if not any(call.run_count for call in each[0])]:
+                self._deferred.remove(each)
+                each[1]()
+
+    def _reckon(self) -> float:
+        """Return the device time that has passed; called whenever a run begins or ends."""
+        now = self._clock()
+        if self.running:
+            self._device_s += (now - self._reckoned_s) / len(self.running)
+        self._reckoned_s = now
+        return self._device_s
+
+    def when_ended(self, calls: Sequence[Call], act: Callable[[], None]) -> None:
+        """Do something as soon as no lane computes for any of these calls: now, or later."""
+        if any(call.run_count for call in calls):
+            self._deferred.append((calls, act))
+        else:
+            act()
+
+    def lanes_calls(self) -> Iterator[Call]:
+        return (call for run in self.running for call in run.calls)
+
+    def calls(self) -> list[Call]:
+        """Return the calls under way, those included that are over but for a run that needs what they have."""
+        return [*dict.fromkeys((*(ticket.call for ticket in self._wavefront.tickets()), *self.lanes_calls()))]
+
+    def _ran(self, run: _Run, outcome: Outcome, device_s: float) -> None:
+        """Go on after a run that took so much device time, with what it gave or without."""
+        group, error = run.groups[0], outcome.error
+        self._shortage.ran(group if error is None else None, run.splits)
+        if self.alone is group and not isinstance(error, DeviceOutOfMemory):
+            self.alone = None
+        if error is None:
+            self.counts.stages += 1
+            self._record_run(run, outcome.seconds)
+            for each in run.seen:
+                self._turns.charge(each, device_s / len(run.seen))
+            for each, outputs in zip(run.groups, outcome.given, strict=True):
+                self._go_on_with(each, outputs)
+        elif run.stacked and isinstance(error, DeviceFault):
+            # They are chosen again, and run one by one.
+            self._unstack([each for each in run.groups if next(each.tickets(), None) is not None], error)
+        elif next(group.tickets(), None) is None:
+            log.info("a stage that nobody waits for any more failed: %s", error)
+        elif isinstance(error, DeviceOutOfMemory):
+            self._has_no_room(group, error, run.beside)
+        else:
+            self.fail(group, error)
+
+    def _record_run(self, run: _Run, seconds: float) -> None:
+        """Note what a run has cost."""
+        if run.stacked:
+            self._costs.record(run.structure, len(run.groups), seconds)
+            self.counts.stacked += len(run.groups) - 1
+            return
+        self._costs.record(run.cost_key, run.extent, seconds)
+        if self._streams.deployed is not None:
+            self._streams.ran(run.step, seconds)
+        if run.step.stacked is not None:
+            self._costs.record(run.structure, 1, seconds)
+
+    def _go_on_with(self, group: Group[Call], outputs: Sequence[Any]) -> None:
+        if next(group.tickets(), None) is None:
+            return  # its calls failed with another stage of theirs, or their callers left
+        self.counts.stage_rows += len(group.rows)
+        self.counts.stage_requests += sum(1 for _ in group.tickets())
+        try:
+            self._advance(group, outputs)
+        except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
+            self.fail(group, error)
+
+    def _has_no_room(self, group: Group[Call], error: DeviceOutOfMemory, beside: bool) -> None:
+        if len(group.rows) > 1:
+            # Each by itself.
+            self.fail(group, error)
+        elif self._shortage.relieve(group, error):
+            pass
+        elif beside:
+            self.alone = group
+        else:
+            self.fail(group, self._shortage.refusal(group, error))
+
+    def fail(self, group: Group[Call], error: Exception) -> None:
+        self._failed(self._wavefront.fail(group), error)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when runs and what waits for them do not fit together."""
+        for call in self.calls():
+            assert call.run_count == sum(call in run.calls for run in self.running), "a call's runs are miscounted"
+        assert self.running or not self._deferred, "something waits for runs that have ended"
+
+
+def _structure(group: Group[Call], step: Step) -> tuple[object, ...]:
+    return ("stacked", id(step.stacked), group.extent, group.first.scale)
