@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
+from sidecar import segment as module
 from sidecar.hosttier import HostTier
 from sidecar.segment import SHARED_MEMORY, Segment, segment_name
 
 PAGE = 4096
 Make = Callable[..., Segment]
+# Of this process and those it forks: other tests may run at the same time.
+_PREFIX = f"{module._prefix()}{os.getpid()}-"
 
 
 def names() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.glob("trunkline-*")}
+    return {path.name for path in SHARED_MEMORY.glob(f"{_PREFIX}*")}
 
 
 @contextlib.contextmanager
 def segments(run_dir: Path) -> Iterator[Make]:
     """Yield what makes or adopts the segment of ``run_dir``, as a supervisor would; in the end, no name may be new."""
+    with mock.patch.object(module, "_prefix", return_value=_PREFIX):
+        yield from _segments(run_dir)
+
+
+def _segments(run_dir: Path) -> Iterator[Make]:
     before = names()
     open_segments: list[Segment] = []
 
