@@ -49,6 +49,9 @@ class Claims:
         if not self._limited:
             return ()
         claimed = self._plans.setdefault(tenant.name, {})
+        # Of a model that is no more, nothing has left memory if others have all of its weights.
+        for plan in [plan for plan in claimed if plan not in self._residency]:
+            del claimed[plan]
         leaving = [] if tenant.resident_limit_bytes == math.inf else self._choose(tenant, claimed, plans)
         # Others have use for what they claim.
         evicted = [plan for plan in leaving if sum(plan in others for others in self._plans.values()) == 1]

@@ -145,6 +145,17 @@ def test_what_left_or_was_removed_is_not_claimed_any_more() -> None:
     assert bench.claimed(small) == []
 
 
+def test_a_model_is_removed_of_which_others_have_all_weights() -> None:
+    small = tenant("small", 80)
+    bench = Bench({"a": {"trunk": 40}, "b": {"trunk": 40}, "c": {"c": 20}}, small)
+    for plan in "ab":
+        bench.use(small, plan)
+    # Nothing leaves memory, so that nobody is told to look through claims.
+    assert bench.residency.remove_plan("a") == ()
+    assert bench.use(small, "c") == set()
+    assert bench.claimed(small) == ["b", "c"]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_the_quota_holds_whatever_is_asked(seed: int) -> None:
     chance = random.Random(seed)
