@@ -57,7 +57,7 @@ from sidecar.scheduler import Scheduler
 from sidecar.shortage import Shortage
 from sidecar.streams import Streams
 from sidecar.sweeps import Sweeps
-from sidecar.tenants import Quotas, Tenant
+from sidecar.tenants import ANYONE, Quotas, Tenant
 from sidecar.traces import Lease, Recorder
 from sidecar.trials import Trials, Verdict
 from sidecar.turns import Turns
@@ -148,8 +148,8 @@ class Engine:
         self._aside: list[Work] = []
         # Calls about several models that do not fit together.
         self._in_turn: list[InTurn] = []
-        # Models that functions have named and not asked for yet.
-        self._ahead: dict[str, None] = {}
+        # Models that functions have named and not asked for yet, by whose functions they are.
+        self._ahead: dict[tuple[str, str], Tenant] = {}
         self._queue: Scheduler[Work] = Scheduler(queue_limit, quotas)
         # Enough of one tenant for the largest batch, and for another to form meanwhile; the others keep their deadlines.
         self._turns: Turns[Call] = Turns(self._queue, 2 * batch_limit)
@@ -259,12 +259,12 @@ class Engine:
         else:
             self._use_quotas(quotas)
 
-    def session_opened(self, models: Sequence[str] = ()) -> None:
+    def session_opened(self, models: Sequence[str] = (), tenant: Tenant = ANYONE) -> None:
         """Count a session, and load the models it is going to ask about: their weights are on their way before it asks."""
 
         def count() -> None:
             self._session_count += 1
-            self._prefetch(models)
+            self._prefetch(models, tenant)
 
         self._post(count)
 
@@ -490,10 +490,10 @@ class Engine:
             return 0.0
         return max(0.0, self._opened_s + self._batch_window_s - self._clock())
 
-    def _prefetch(self, models: Sequence[str]) -> None:
+    def _prefetch(self, models: Sequence[str], tenant: Tenant) -> None:
         for name in (each for joint in models for each in joint.split(JOINT)):
             if name in self._catalog.deployed:
-                self._ahead[name] = None
+                self._ahead[name, tenant.name] = tenant
 
     def _own_load(self, name: str) -> Work:
         """Return a load that nobody has asked for but the engine itself."""
@@ -502,19 +502,25 @@ class Engine:
     def _read_ahead(self) -> None:
         """Load the models that functions have named, while nobody waits for anything."""
         while self._ahead and not len(self._queue) and not self._is_shut():
-            name = next(iter(self._ahead))
-            del self._ahead[name]
+            name, _ = place = next(iter(self._ahead))
+            tenant = self._ahead.pop(place)
             deployed = self._catalog.deployed.get(name)
             if deployed is None or deployed.loaded or deployed in self._loads or self._draining:
                 continue
             try:
                 self._catalog.prepare(deployed)
+                # Of its quota, as if it had asked; or whoever names many models would push out those of others.
+                freed = self._claims.make_room(tenant, [deployed.plan])
+                if freed is None:
+                    continue
+                self._drop(freed)
                 grant = self._residency.lease(deployed.plan)
             except TrunklineError:
                 # Whoever asks for it is told, or has it streamed.
                 continue
             # Where there is no room just now it is read when it is asked for.
             if grant is not None:
+                self._claims.claim(tenant, [deployed.plan])
                 self._record(grant, (deployed,))
                 self._drop(grant.evict)
                 self._loads.want(self._own_load(name), (deployed,), None)

@@ -292,7 +292,7 @@ class Server:
     def welcomed(self, session: Session, models: Sequence[str]) -> None:
         """Note that a session has shaken hands, and named the models it is going to ask about."""
         self._greeting.pop(session.sock.fileno(), None)
-        self.engine.session_opened(models)
+        self.engine.session_opened(models, session.tenant)
 
     def release(self, session: Session) -> None:
         """Free what is left of an ended session. Any thread: it is done in the server's."""

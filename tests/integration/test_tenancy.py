@@ -216,7 +216,9 @@ def test_a_model_that_is_named_at_the_start_and_not_allowed_is_passed_over(
 ) -> None:
     ahead: list[Sequence[str]] = []
     opened = tenancy.running.engine.session_opened
-    monkeypatch.setattr(tenancy.running.engine, "session_opened", lambda models=(): (ahead.append(models), opened(models)))
+    monkeypatch.setattr(
+        tenancy.running.engine, "session_opened", lambda models, tenant: (ahead.append(models), opened(models, tenant))
+    )
     sizes = []
     for name in ("text", "none"):
         connection = tenancy.connect("v1", models=("age", name))

@@ -73,11 +73,10 @@ class Bench:
             self.device,
             source,
             Pins(directory / "pins.json"),
-            budget_bytes=1 << 20,
             queue_limit=64,
             quotas=Quotas({tenant.name: tenant for tenant in tenants}),
             clock=lambda: self.now,
-            **settings,
+            **{"budget_bytes": 1 << 20, **settings},
         )
         self.engine.deploy_stored()
         self.thread = threading.Thread(target=self.engine.run)
@@ -343,6 +342,24 @@ def test_who_asks_for_more_models_than_it_may_have_in_memory_pushes_out_its_own(
         refused = made.answered(made.ask(tenant("small", resident_limit_bytes=63), "a"))
     assert isinstance(refused.outcome, BudgetExceeded)
     assert "small may have 63 in memory" in refused.outcome.message
+
+
+def test_models_that_are_only_named_count_in_the_quota_as_well(tmp_path: Path) -> None:
+    small, other = tenant("small", resident_limit_bytes=64), tenant("other")
+    with bench(tmp_path, other, small, budget_bytes=128) as made:
+        made.free_running = True
+        for name in "abcd":
+            made.engine._post(lambda name=name: made.engine._drop(made.engine._residency.evict(plan_of(made, name))))  # type: ignore[misc]
+        made.answered(made.ask(other, "a"))
+        made.engine.session_opened(("b", "c", "d"), small)
+        made.answered(made.ask(small, "d"))
+        # Of its own models only one has room at a time, and another tenant's stays.
+        states = {name: made.engine._residency.is_ready(plan_of(made, name)) for name in "abcd"}
+    assert states == {"a": True, "b": False, "c": False, "d": True}
+
+
+def plan_of(made: Bench, name: str) -> str:
+    return made.engine._catalog.deployed[name].plan
 
 
 def test_other_quotas_hold_from_the_next_request_on(tmp_path: Path) -> None:
