@@ -4,10 +4,10 @@ Every tenant has an account of the seconds that the device worked for it, which 
 want some, whoever is within a *quantum* of the one that has had least is as good as any, and the oldest request goes first;
 whoever has had more waits. So tenants who ask for little never wait for those who ask for a lot, and equals are served in the
 order they came, not a stage each in turn, which would only make all of them late. Who asks for nothing saves up two quanta, and
-no more.
+no more; nor does who asks and cannot run, its weights being on their way.
 
 A higher priority goes first. But as long as somebody of a lower one wants some, a sixteenth is put by for it, and spent as soon
-as it is worth a quantum: nobody waits for ever.
+as it is worth a quantum: nobody waits for ever. What a stage takes beyond it is paid for before the next.
 
 This is start-time fair queueing (Goyal et al., 1996) with measured instead of announced costs, and the credit for newcomers of
 borrowed virtual time (Duda and Cheriton, 1999). A deficit round-robin would have to know what a request costs before it runs,
@@ -27,6 +27,8 @@ from sidecar.tenants import Tenant
 QUANTUM_S: Final = 0.05
 # The part of all device time that is put by for each lower priority.
 LEAST_SHARE: Final = 1 / 16
+# Quanta that are put by at most: who could not spend them in time must not have the device for itself afterwards.
+_MOST_CREDIT: Final = 4
 
 T = TypeVar("T")
 
@@ -118,7 +120,8 @@ class Shares:
                 self._move_on(account.priority)
             else:
                 level.served_s = max(level.served_s, account.served_s)
-                level.credit_s, level.spending = 0.0, False
+                # Not what is owed: who leaves and comes back gains nothing by it.
+                level.credit_s, level.spending = min(0.0, level.credit_s), False
 
     def charge(self, name: str, seconds: float) -> None:
         """Note that the device has worked for a tenant. Its request may be gone already."""
@@ -129,12 +132,20 @@ class Shares:
         if account.active_count:
             self._move_on(account.priority)
         for priority, level in self._levels.items():
-            if priority == account.priority:
-                level.credit_s = max(0.0, level.credit_s - seconds)
-                level.spending &= level.credit_s > 0
+            if priority == account.priority and level.spending:
+                level.credit_s -= seconds
+                level.spending = level.credit_s > 0
             elif priority < account.priority and level.active_count:
-                level.credit_s += LEAST_SHARE * seconds
+                level.credit_s = min(level.credit_s + LEAST_SHARE * seconds, _MOST_CREDIT * self._quantum_s)
                 level.spending |= level.credit_s >= self._quantum_s
+
+    def begin(self, tenants: Collection[str]) -> None:
+        """Note for whom the device is about to run. Who has had less, and wants some, could not run: it saves up two quanta."""
+        contender = Contender(tenants, 0, None)
+        priority, least_s = self._priority(contender), self._served_s(contender) - 2 * self._quantum_s
+        for account in self._accounts.values():
+            if account.active_count and account.priority == priority:
+                account.served_s = max(account.served_s, least_s)
 
     def _move_on(self, priority: int) -> None:
         """Bring up to date what the tenant of a priority has had that has had least, of those who want some."""

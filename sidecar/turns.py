@@ -36,7 +36,10 @@ class Turns(Generic[C]):
         """Return the group to run next, of those whose step ``is_ready``; None when there is none. ``idle`` lanes want one."""
         if not self._scheduler.contended:
             return wavefront.choose(is_ready, idle)
-        return wavefront.choose(is_ready, idle, self._first, self._equal)
+        chosen = wavefront.choose(is_ready, idle, self._first, self._equal)
+        if chosen is not None:
+            self._scheduler.shares.begin(_tenants(chosen))
+        return chosen
 
     def _first(self, groups: Sequence[Group[C]]) -> Group[C]:
         return self._scheduler.shares.first([Contender(_tenants(group), group.order, group) for group in groups]).what

@@ -58,10 +58,10 @@ class Bench:
         self.now = 0.0
         # How long the next run takes, and those after it.
         self.stage_s = self.later_s = STAGE_S
-        self.device, source = FakeDevice(), FakeSource()
+        self.device, self.source = FakeDevice(), FakeSource()
         for number, name in enumerate("abcd"):
             contents = [bytes([number + 1]) * 64]
-            source.put(bundle_of(name, contents), contents)
+            self.source.put(bundle_of(name, contents), contents)
         self.ran = threading.Semaphore(0)
         self.go = threading.Semaphore(0)
         self.free_running = False
@@ -71,7 +71,7 @@ class Bench:
         self.device.on_run = self._on_run
         self.engine = Engine(
             self.device,
-            source,
+            self.source,
             Pins(directory / "pins.json"),
             queue_limit=64,
             quotas=Quotas({tenant.name: tenant for tenant in tenants}),
@@ -356,6 +356,32 @@ def test_models_that_are_only_named_count_in_the_quota_as_well(tmp_path: Path) -
         # Of its own models only one has room at a time, and another tenant's stays.
         states = {name: made.engine._residency.is_ready(plan_of(made, name)) for name in "abcd"}
     assert states == {"a": True, "b": False, "c": False, "d": True}
+
+
+def test_who_waited_for_weights_has_not_saved_up_for_ever(tmp_path: Path) -> None:
+    stuck, busy = tenant("stuck"), tenant("busy")
+    with bench(tmp_path, stuck, busy, batch_limit=1) as made:
+        arrive = threading.Event()
+        made.source.before_read = lambda digest: arrive.wait(20)
+        made.free_running = True
+        made.engine._post(lambda: made.engine._drop(made.engine._residency.evict(plan_of(made, "d"))))
+        waiting = made.ask(stuck, "d", 99.0)
+        # Seconds of device time, for whoever has something to run.
+        made.stage_s = made.later_s = 0.06
+        for number in range(60):
+            made.answered(made.ask(busy, "a", number))
+        made.stage_s = made.later_s = STAGE_S
+        arrive.set()
+        made.answered(waiting)
+        made.hold_again()
+        made.hold(stuck, "b")
+        for number in range(40):
+            made.ask(stuck, "b", number)
+        for number in range(4):
+            made.ask(busy, "a", number)
+        ended = made.let_go(45)
+    # Three quanta and the latest stage, and then each in turn.
+    assert ended.index("busy0") <= 12
 
 
 def plan_of(made: Bench, name: str) -> str:

@@ -162,6 +162,7 @@ class Life:
             return
         contenders = [Contender((each.tenant.name,), self.scheduler.order(each), each) for each in self.running]
         request = self.scheduler.shares.first(contenders).what
+        self.scheduler.shares.begin((request.tenant.name,))
         seconds = request.stages_s[request.done] * self.random.uniform(0.8, 1.2)
         self.now += seconds
         self.scheduler.charge(request, seconds)

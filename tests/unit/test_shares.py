@@ -99,6 +99,38 @@ def test_what_nobody_wants_is_not_put_by() -> None:
     assert not shares.contended
 
 
+def test_a_lower_priority_pays_for_stages_that_take_more_than_was_put_by() -> None:
+    high, low = tenant("high", priority=9), tenant("low", priority=1)
+    shares = opened(high, low)
+    had = {"high": 0.0, "low": 0.0}
+    for _ in range(10_000):
+        name = first(shares, "high", "low")
+        seconds = 0.8 if name == "low" else 0.01
+        had[name] += seconds
+        shares.charge(name, seconds)
+        if name == "low":
+            # One request at a time: who leaves and comes back owes what it owed.
+            shares.leave("low")
+            shares.enter(low)
+    assert had["low"] / sum(had.values()) == pytest.approx(LEAST_SHARE, rel=0.2)
+
+
+def test_a_lower_priority_that_could_not_spend_its_part_does_not_spend_all_of_it_later() -> None:
+    shares = opened(tenant("high", priority=9), tenant("low", priority=1))
+    # Its weights are on their way for ten minutes.
+    shares.charge("high", 600.0)
+    assert run(shares, ["high", "low"], 100, 0.01)["low"] <= 4 * QUANTUM_S + 0.1
+
+
+def test_who_wants_some_and_cannot_run_does_not_save_up_either() -> None:
+    shares = opened(tenant("busy"), tenant("stuck"))
+    for _ in range(1000):
+        shares.begin(["busy"])
+        shares.charge("busy", 0.1)
+    had = run(shares, ["busy", "stuck"], 1000, 0.01)
+    assert had["stuck"] - had["busy"] <= 3 * QUANTUM_S + 0.12
+
+
 def test_a_batch_for_several_goes_when_one_of_them_would() -> None:
     shares = opened(tenant("a"), tenant("b"), tenant("c"))
     shares.charge("a", 1.0)
