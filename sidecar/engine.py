@@ -575,22 +575,22 @@ class Engine:
         excluded = self._turns.occupied(self._wavefront) | self._short
         return lambda tenant: tenant.name not in excluded
 
-    def _forecast(self, work: Work) -> tuple[object, float]:
-        """Return the kind of a request, by which its cost is known, and how long its weights take to be there, in seconds."""
+    def _forecast(self, work: Work) -> tuple[object, float, str]:
+        """Return the kind of a request, by which its cost is known, the seconds its weights take to be there, and their name."""
         if work.inputs is None or work.signature is None:
-            return None, 0.0
+            return None, 0.0, ""
         inputs: Sequence[Any] = work.inputs
         kind = (work.model, work.signature.version, *(tuple(value.shape) for value in inputs))
         parts = self._catalog.parts(work.model)
         if all(deployed.loaded for deployed in parts):
-            return kind, 0.0
+            return kind, 0.0, ""
         missing_bytes = sum(
             size_bytes
             for deployed in parts
             for digest, size_bytes in self._residency.weights(deployed.plan).items()
             if not self._residency.is_resident(digest)
         )
-        return kind, missing_bytes / self._mover.pace
+        return kind, missing_bytes / self._mover.pace, work.model
 
     def _follow_stream(self) -> None:
         deployed = self._streams.deployed

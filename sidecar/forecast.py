@@ -15,6 +15,12 @@ from typing import Final
 
 # How much the latest request counts in a running mean.
 _WEIGHT: Final = 0.2
+# How far it may be beyond the mean, as a factor and in seconds: a host that stood still for minutes says nothing of the next.
+_MOST_STEP: Final = 4.0
+_SMALL_S: Final = 0.1
+# Of those refused because one of their kind took too long by itself, every so manyth is let through: what is always refused is
+# never measured again, and may have been measured in a bad moment.
+_TRY_AGAIN: Final = 8
 # Kinds that are remembered.
 _MOST: Final = 4096
 # How far off predictions are is told by the worst but one of so many requests that were said to take about as long; it is looked
@@ -47,7 +53,11 @@ class Forecast:
 
     def __init__(self) -> None:
         self._seconds: dict[Hashable, float] = {}
-        self._errors: dict[int, _Errors] = {}
+        # Kinds of which one was seen: something is always set up for the first.
+        self._seen_once: set[Hashable] = set()
+        self._refused: dict[Hashable, int] = {}
+        # By who asked, whom others may not make late on paper, and by how long it was said to take.
+        self._errors: dict[tuple[Hashable, int], _Errors] = {}
         self._latest: deque[tuple[float, float]] = deque(maxlen=_LATEST)
 
     def learn(self, kind: Hashable, seconds: float) -> None:
@@ -55,25 +65,37 @@ class Forecast:
         known = self._seconds.get(kind)
         if known is None:
             if len(self._seconds) >= _MOST:
-                self._seconds.clear()
+                for kept in (self._seconds, self._seen_once, self._refused):
+                    kept.clear()
+            self._seconds[kind] = seconds
+            self._seen_once.add(kind)
+        elif kind in self._seen_once and seconds < known:
             self._seconds[kind] = seconds
         else:
-            self._seconds[kind] = known + _WEIGHT * (seconds - known)
+            self._seconds[kind] = known + _WEIGHT * (min(seconds, max(_MOST_STEP * known, _SMALL_S)) - known)
+        if known is not None:
+            self._seen_once.discard(kind)
+        self._refused.pop(kind, None)
+
+    def is_doubtful(self, kind: Hashable) -> bool:
+        """Say whether one is to be let through after all that is about to be refused for what its kind costs."""
+        self._refused[kind] = self._refused.get(kind, 0) + 1
+        return self._refused[kind] % _TRY_AGAIN == 0
 
     def cost_s(self, kind: Hashable) -> float | None:
         """Return what a request of this kind costs; None where none was seen."""
         return self._seconds.get(kind)
 
-    def raised_s(self, said_s: float) -> float:
-        """Return by when almost every request is answered that is said to take so long."""
-        errors = self._errors.get(math.frexp(said_s)[1])
+    def raised_s(self, said_s: float, who: Hashable = None) -> float:
+        """Return by when almost every request of somebody is answered that is said to take so long."""
+        errors = self._errors.get((who, math.frexp(said_s)[1]))
         return said_s if errors is None else said_s * errors.factor
 
-    def compare(self, said_s: float, actual_s: float) -> None:
-        """Note how long a request took of which was said how long it would."""
+    def compare(self, said_s: float, actual_s: float, who: Hashable = None) -> None:
+        """Note how long a request of somebody took of which was said how long it would."""
         self._latest.append((said_s, actual_s))
         # By powers of two: what is said to take a millisecond may well take three, and a queue of seconds hardly twice as long.
-        self._errors.setdefault(math.frexp(said_s)[1], _Errors()).note(actual_s / said_s)
+        self._errors.setdefault((who, math.frexp(said_s)[1]), _Errors()).note(actual_s / said_s)
 
     def percentiles(self, share: float) -> tuple[float, float]:
         """Return the seconds below which this share lies of what was said of the latest requests, and of what they took."""

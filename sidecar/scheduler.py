@@ -49,6 +49,8 @@ class _Record(Generic[R]):
     # When it was submitted, and how long it was said to take.
     submitted_s: float
     said_s: float | None
+    # Of which weights the time is reckoned in that they take to be there; "" for none.
+    loads: str = ""
     charged_s: float = 0.0
 
     @property
@@ -104,8 +106,8 @@ class Scheduler(Generic[R]):
         self._quotas = quotas
         self._shares.use(quotas.tenants.values())
 
-    def submit(self, request: R, now: float, kind: Hashable = None, load_s: float = 0.0) -> None:
-        """Append a request; ``load_s`` is how long its weights take to be there.
+    def submit(self, request: R, now: float, kind: Hashable = None, load_s: float = 0.0, loads: str = "") -> None:
+        """Append a request; ``load_s`` is how long its weights, which ``loads`` names, take to be there.
 
         Raises QueueFull and QuotaExceeded, which the caller may retry after the seconds that they say, and DeadlineUnreachable.
         """
@@ -115,12 +117,21 @@ class Scheduler(Generic[R]):
         said_s = None
         if cost_s is not None:
             # Whoever waits for it waits for its weights as well: where models push each other out, one is read after the other.
+            # But those of one model are read once.
+            if not load_s or (loads and self._is_loading(tenant, loads)):
+                loads, load_s = "", 0.0
             cost_s += load_s
             said_s = self._wait_s(tenant, cost_s)
-            self._check_deadline(request, now, self.forecast.raised_s(said_s))
+            # With nothing under way, what held up others says nothing of it.
+            needed_s = self.forecast.raised_s(said_s, tenant.name) if self._records else said_s
+            self._check_deadline(request, now, needed_s, kind, cost_s)
         self._order += 1
-        record = _Record(request, self._order, kind, cost_s, now, said_s)
+        record = _Record(request, self._order, kind, cost_s, now, said_s, "" if cost_s is None else loads)
         self._note(record).waiting.append(record)
+
+    def _is_loading(self, tenant: Tenant, loads: str) -> bool:
+        """Say whether the time that weights take is reckoned in with another request of a tenant."""
+        return any(record.loads == loads and record.request.tenant.name == tenant.name for record in self._records.values())
 
     def follow(self, request: R) -> None:
         """Put a request first in its tenant's queue, as a part of one that is under way; nothing is asked of it any more."""
@@ -171,10 +182,10 @@ class Scheduler(Generic[R]):
         # Until one of its requests is answered, about.
         return round(max(_SHORTEST_WAIT_S, tenancy.backlog_s / max(1, tenancy.count)), 3)
 
-    def _check_deadline(self, request: R, now: float, needed_s: float) -> None:
+    def _check_deadline(self, request: R, now: float, needed_s: float, kind: Hashable, cost_s: float) -> None:
         left_s = request.deadline - now
         # What is late already is told so when it is its turn.
-        if needed_s > left_s > 0:
+        if needed_s > left_s > 0 and not (cost_s > left_s and self.forecast.is_doubtful(kind)):
             raise DeadlineUnreachable(
                 f"the answer would take about {needed_s:.3f} s, the deadline is in {left_s:.3f} s and {self._waiting_count} "
                 "requests wait; try again later, or allow more time",
@@ -262,7 +273,7 @@ class Scheduler(Generic[R]):
             if record.kind is not None:
                 self.forecast.learn(record.kind, record.charged_s)
             if record.said_s:
-                self.forecast.compare(record.said_s, answered_s - record.submitted_s)
+                self.forecast.compare(record.said_s, answered_s - record.submitted_s, name)
         if not tenancy.count and name not in self._quotas.tenants:
             del self._tenancies[name]
 

@@ -221,6 +221,62 @@ def test_what_is_said_is_raised_by_how_wrong_such_predictions_were() -> None:
     assert forecast.raised_s(0.0) == 0.0
 
 
+def served(scheduler: Scheduler[Request], now: float, cost_s: float, *, deadline_s: float, took_s: float | None = None) -> bool:
+    """Have a request run by itself; return False when it was refused."""
+    request = Request("a", now + deadline_s)
+    try:
+        scheduler.submit(request, now, "kind")
+    except DeadlineUnreachable:
+        return False
+    scheduler.charge(taken(scheduler, now), cost_s)
+    scheduler.leave(request, now + (took_s or cost_s))
+    return True
+
+
+def test_a_host_that_stood_still_once_is_not_held_against_what_comes() -> None:
+    scheduler: Scheduler[Request] = Scheduler(9)
+    for number in range(10):
+        assert served(scheduler, number, 0.02, deadline_s=30.0)
+    assert served(scheduler, 20.0, 600.0, deadline_s=30.0)
+    assert all(served(scheduler, 700.0 + number, 0.02, deadline_s=1.0) for number in range(10))
+
+
+def test_a_first_run_that_took_long_does_not_keep_its_kind_out_for_ever() -> None:
+    scheduler: Scheduler[Request] = Scheduler(9)
+    assert served(scheduler, 0.0, 5.0, deadline_s=30.0)
+    outcomes = [served(scheduler, 10.0 + number, 0.02, deadline_s=1.0) for number in range(20)]
+    assert outcomes == [False] * 7 + [True] * 13
+
+
+def test_what_held_up_two_requests_is_not_held_against_one_that_has_the_device_for_itself() -> None:
+    scheduler: Scheduler[Request] = Scheduler(9)
+    for number in range(256):
+        assert served(scheduler, number, 0.02, deadline_s=30.0, took_s=0.3 if number in (3, 5) else None)
+    assert served(scheduler, 300.0, 0.02, deadline_s=0.1)
+    # But behind another it is.
+    scheduler.submit(Request("before", 400.0), 300.0, "another kind")
+    assert not served(scheduler, 300.0, 0.02, deadline_s=0.1)
+
+
+def test_weights_that_several_requests_wait_for_are_read_once() -> None:
+    scheduler: Scheduler[Request] = Scheduler(64)
+    assert served(scheduler, 0.0, 0.02, deadline_s=30.0)
+    for number in range(40):
+        scheduler.submit(Request(str(number), 30.0), 0.0, "kind", 2.0, "model")
+    assert scheduler.loads()["anyone"].wait_s == pytest.approx(2.0 + 40 * 0.02)
+    scheduler.submit(Request("other", 30.0), 0.0, "kind", 3.0, "another model")
+    assert scheduler.loads()["anyone"].wait_s == pytest.approx(5.0 + 41 * 0.02)
+
+
+def test_predictions_are_raised_by_how_late_ones_own_requests_were() -> None:
+    forecast = Forecast()
+    for _ in range(256):
+        forecast.compare(1.0, 100.0, "low")
+        forecast.compare(1.0, 1.0, "high")
+    assert forecast.raised_s(1.0, "low") == 8.0
+    assert forecast.raised_s(1.0, "high") == 1.0
+
+
 def test_percentiles_of_what_was_said_and_what_came() -> None:
     forecast = Forecast()
     assert forecast.percentiles(0.99) == (0.0, 0.0)
