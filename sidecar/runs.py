@@ -298,11 +298,12 @@ class Runs:
         self._shortage.ran(group if error is None else None, run.splits)
         if self.alone is group and not isinstance(error, DeviceOutOfMemory):
             self.alone = None
+        # What failed took its time as well.
+        for each in run.seen:
+            self._turns.charge(each, device_s / len(run.seen))
         if error is None:
             self.counts.stages += 1
             self._record_run(run, outcome.seconds)
-            for each in run.seen:
-                self._turns.charge(each, device_s / len(run.seen))
             for each, outputs in zip(run.groups, outcome.given, strict=True):
                 self._go_on_with(each, outputs)
         elif run.stacked and isinstance(error, DeviceFault):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trunkline.errors import BudgetExceeded, DeadlineExceeded, DeadlineUnreachable, QuotaExceeded, TrunklineError
+from trunkline.errors import BudgetExceeded, DeadlineExceeded, DeadlineUnreachable, DeviceFault, QuotaExceeded, TrunklineError
 
 from sidecar.engine import Engine
 from sidecar.pins import Pins
@@ -382,6 +382,23 @@ def test_who_waited_for_weights_has_not_saved_up_for_ever(tmp_path: Path) -> Non
         ended = made.let_go(45)
     # Three quanta and the latest stage, and then each in turn.
     assert ended.index("busy0") <= 12
+
+
+def test_runs_that_fail_are_charged_as_well(tmp_path: Path) -> None:
+    broken, other = tenant("broken"), tenant("other")
+    with bench(tmp_path, other, broken) as made:
+        made.free_running = True
+
+        def fail() -> None:
+            made.now += 3.0
+            raise DeviceFault("the input is of the wrong kind")
+
+        made.device.on_run, on_run = fail, made.device.on_run
+        asker = made.answered(made.ask(broken, "a"))
+        made.device.on_run = on_run
+        made.answered(made.ask(other, "b"))
+        assert made.engine._queue.loads()["broken"].device_s == pytest.approx(3.0)
+    assert isinstance(asker.outcome, DeviceFault)
 
 
 def plan_of(made: Bench, name: str) -> str:
