@@ -563,7 +563,7 @@ class Engine:
         if self._lane_choice is not None and self._lane_choice.count != self._lane_count:
             # What is under way is finished before the device is divided otherwise.
             return True
-        return self._blocked or self._streams.starved or len(self._aside) >= 2 * self._batch_limit
+        return self._blocked or self._streams.starved
 
     def _can_take_up(self) -> bool:
         if not len(self._queue) or self._is_shut():
@@ -572,7 +572,9 @@ class Engine:
 
     def _admission(self) -> Callable[[Tenant], bool]:
         """Return what says of a tenant whether one of its requests can be taken up now."""
-        excluded = self._turns.occupied(self._wavefront) | self._short
+        aside = Counter(work.tenant.name for work in self._aside)
+        patient = {name for name, count in aside.items() if count >= 2 * self._batch_limit}
+        excluded = self._turns.occupied(self._wavefront) | self._short | patient
         return lambda tenant: tenant.name not in excluded
 
     def _forecast(self, work: Work) -> tuple[object, float, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,15 @@ class Asker:
 class Bench:
     """An engine with models "a" to "d", which have nothing in common, and a device that waits for ``go`` before each run."""
 
-    def __init__(self, directory: Path, tenants: Sequence[Tenant], **settings: Any) -> None:
+    def __init__(self, directory: Path, tenants: Sequence[Tenant], more: Mapping[str, Sequence[bytes]], **settings: Any) -> None:
         self.now = 0.0
         # How long the next run takes, and those after it.
         self.stage_s = self.later_s = STAGE_S
         self.device, self.source = FakeDevice(), FakeSource()
         for number, name in enumerate("abcd"):
             contents = [bytes([number + 1]) * 64]
+            self.source.put(bundle_of(name, contents), contents)
+        for name, contents in more.items():
             self.source.put(bundle_of(name, contents), contents)
         self.ran = threading.Semaphore(0)
         self.go = threading.Semaphore(0)
@@ -132,8 +134,8 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench(directory: Path, *tenants: Tenant, **settings: Any) -> Iterator[Bench]:
-    made = Bench(directory, tenants, **settings)
+def bench(directory: Path, *tenants: Tenant, more: Mapping[str, Sequence[bytes]] = {}, **settings: Any) -> Iterator[Bench]:
+    made = Bench(directory, tenants, more, **settings)
     try:
         yield made
     finally:
@@ -399,6 +401,29 @@ def test_runs_that_fail_are_charged_as_well(tmp_path: Path) -> None:
         made.answered(made.ask(other, "b"))
         assert made.engine._queue.loads()["broken"].device_s == pytest.approx(3.0)
     assert isinstance(asker.outcome, DeviceFault)
+
+
+def test_requests_for_a_model_that_streams_keep_only_their_own_tenant_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1)
+    streams, other = tenant("streams"), tenant("other")
+    large = {"large": [bytes([number + 1]) * 100 for number in range(20)]}
+    with bench(tmp_path, other, streams, more=large, budget_bytes=4 * 64 + 250, batch_limit=2) as made:
+        # Else the run takes its room.
+        made.engine._post(lambda: made.engine._residency.pin(plan_of(made, "b")))
+        made.hold(streams, "large")
+        made.go.release()
+        assert made.ran.acquire(timeout=20)
+        # Its run has begun; whoever asks for the same now waits for the next one.
+        for number in range(12):
+            made.ask(streams, "large", number)
+        made.go.release()
+        assert made.ran.acquire(timeout=20)
+        for number in range(2):
+            made.ask(other, "b", number)
+        ended = made.let_go(15)
+    assert set(ended[:2]) == {"other0", "other1"}
 
 
 def plan_of(made: Bench, name: str) -> str:
