@@ -105,6 +105,7 @@ class Scheduler(Generic[R]):
         """Take up other quotas. What was accepted under the old ones is finished."""
         self._quotas = quotas
         self._shares.use(quotas.tenants.values())
+        self._tenancies = {name: own for name, own in self._tenancies.items() if own.count or name in quotas.tenants}
 
     def submit(self, request: R, now: float, kind: Hashable = None, load_s: float = 0.0, loads: str = "") -> None:
         """Append a request; ``load_s`` is how long its weights, which ``loads`` names, take to be there.

@@ -426,6 +426,28 @@ def test_requests_for_a_model_that_streams_keep_only_their_own_tenant_waiting(
     assert set(ended[:2]) == {"other0", "other1"}
 
 
+@pytest.mark.xfail(strict=True, reason="whoever waits for a lease to end has all others wait, whatever they ask for")
+def test_who_waits_for_room_in_memory_keeps_nobody_waiting_for_a_model_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1)
+    greedy, other = tenant("greedy"), tenant("other")
+    large = {"large": [bytes([number + 1]) * 100 for number in range(20)]}
+    with bench(tmp_path, other, greedy, more=large, budget_bytes=2000 + 64) as made:
+        made.engine._post(lambda: made.engine._residency.pin(plan_of(made, "c")))
+        made.free_running = True
+        made.answered(made.ask(greedy, "large"))
+        made.hold_again()
+        made.hold(greedy, "large")
+        # It has no room beside the large one, which has twenty stages.
+        made.ask(greedy, "d", 1.0)
+        made.go.release()
+        assert made.ran.acquire(timeout=20)
+        made.ask(other, "c")
+        ended = made.let_go(3)
+    assert ended[0] == "other0"
+
+
 def plan_of(made: Bench, name: str) -> str:
     return made.engine._catalog.deployed[name].plan
 

@@ -192,6 +192,9 @@ def test_other_quotas_hold_for_what_comes_and_what_is_under_way_ends() -> None:
         scheduler.leave(taken(scheduler), 1.0)
     scheduler.check_invariants()
     assert set(scheduler.loads()) == {"other"}
+    # Nor is anything kept of one that has nothing under way when it goes.
+    scheduler.use(quotas(one))
+    assert not scheduler._tenancies
 
 
 def test_what_is_said_follows_what_happens() -> None:
