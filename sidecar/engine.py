@@ -187,10 +187,13 @@ class Engine:
             advance=self._advance,
             failed=self._calls_failed,
         )
-        # Set while the next request waits for a lease of somebody else to end, or to be the only one.
+        # Set while a request waits to be the only one.
         self._blocked = False
-        # Tenants whose next request waits for room to compute, or in their quota.
+        # The tenant that waits for a lease of somebody else to end; until then, nobody else gets memory that it needs.
+        self._first_in_line: str | None = None
+        # Tenants whose next request waits for room to compute, and those that wait for something else to be given back.
         self._short: set[str] = set()
+        self._patient: set[str] = set()
         self._untrimmed = False
         self._audited_s = -math.inf
         # Commands and requests taken from the inbox since a stage was last run.
@@ -501,7 +504,7 @@ class Engine:
 
     def _read_ahead(self) -> None:
         """Load the models that functions have named, while nobody waits for anything."""
-        while self._ahead and not len(self._queue) and not self._is_shut():
+        while self._ahead and not len(self._queue) and not self._is_shut() and self._first_in_line is None:
             name, _ = place = next(iter(self._ahead))
             tenant = self._ahead.pop(place)
             deployed = self._catalog.deployed.get(name)
@@ -573,9 +576,13 @@ class Engine:
     def _admission(self) -> Callable[[Tenant], bool]:
         """Return what says of a tenant whether one of its requests can be taken up now."""
         aside = Counter(work.tenant.name for work in self._aside)
-        patient = {name for name, count in aside.items() if count >= 2 * self._batch_limit}
-        excluded = self._turns.occupied(self._wavefront) | self._short | patient
-        return lambda tenant: tenant.name not in excluded
+        full = {name for name, count in aside.items() if count >= 2 * self._batch_limit}
+        excluded = self._turns.occupied(self._wavefront) | self._short | self._patient | full
+        first = self._first_in_line
+        if first is None:
+            return lambda tenant: tenant.name not in excluded
+        shares = self._queue.shares
+        return lambda tenant: tenant.name not in excluded and shares.is_before(tenant.name, first)
 
     def _forecast(self, work: Work) -> tuple[object, float, str]:
         """Return the kind of a request, by which its cost is known, the seconds its weights take to be there, and their name."""
@@ -633,6 +640,10 @@ class Engine:
             message = f"{work.model} became version {signature.version} while the request was waiting"
             self._turn_away(work, SignatureMismatch(message))
             return
+        if self._first_in_line is not None and not all(deployed.loaded for deployed in parts):
+            # Somebody waits for memory: what it waits for must not go to others, whose turn it may be.
+            self._wait(work)
+            return
         if not self._has_room_to_compute(work, parts, joint):
             return
         try:
@@ -657,8 +668,8 @@ class Engine:
             self._turn_away(work, error)
             return
         if grant is None:
-            self._queue.put_back(work)
-            self._blocked = True
+            self._first_in_line = self._first_in_line or work.tenant.name
+            self._wait(work)
             return
         self._claims.claim(work.tenant, plans)
         self._record(grant, parts)
@@ -695,7 +706,8 @@ class Engine:
             # It goes alone, and so that it ever does, all others wait for it.
             self._blocked = any(taken.values())
         elif not reserves.fits(work.tenant.name, work.activation_bytes, taken, waiting=bool(self._short)):
-            self._put_back(work)
+            self._queue.put_back(work)
+            self._short.add(work.tenant.name)
             return False
         if self._blocked:
             self._queue.put_back(work)
@@ -722,15 +734,15 @@ class Engine:
             return False
         if freed is None:
             # Until one of its own requests is answered.
-            self._put_back(work)
+            self._wait(work)
             return False
         self._drop(freed)
         return True
 
-    def _put_back(self, work: Work) -> None:
+    def _wait(self, work: Work) -> None:
         """Have a tenant wait until something is given back."""
         self._queue.put_back(work)
-        self._short.add(work.tenant.name)
+        self._patient.add(work.tenant.name)
 
     def _stream(self, work: Work, parts: tuple[Deployed, ...]) -> None:
         """Take up a request for a model that does not fit, or put it aside until the run of one has ended."""
@@ -871,7 +883,9 @@ class Engine:
 
     def _unblock(self) -> None:
         self._blocked = False
+        self._first_in_line = None
         self._short.clear()
+        self._patient.clear()
 
     def _drop(self, digests: Sequence[str]) -> None:
         if not digests:

@@ -178,6 +178,13 @@ class Shares:
         enough_s = min(served) + self._quantum_s
         return min((each for each, has_s in zip(rivals, served, strict=True) if has_s <= enough_s), key=lambda each: each.order)
 
+    def is_before(self, name: str, other: str) -> bool:
+        """Say whether it is rather a tenant's turn than another's, which cannot run: so far may others overtake it."""
+        one, two = self._accounts[name], self._accounts[other]
+        if one.priority != two.priority:
+            return one.priority > two.priority and not self._levels[two.priority].spending
+        return one.served_s + self._quantum_s < two.served_s
+
     def equal(self, one: Collection[str], other: Collection[str]) -> bool:
         """Say whether what runs for ``other`` takes nothing from ``one``: neither has had more than the other, to a quantum."""
         if one == other:

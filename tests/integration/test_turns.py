@@ -426,7 +426,6 @@ def test_requests_for_a_model_that_streams_keep_only_their_own_tenant_waiting(
     assert set(ended[:2]) == {"other0", "other1"}
 
 
-@pytest.mark.xfail(strict=True, reason="whoever waits for a lease to end has all others wait, whatever they ask for")
 def test_who_waits_for_room_in_memory_keeps_nobody_waiting_for_a_model_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,20 @@ def test_what_others_get_first_is_told_by_shares() -> None:
     assert shares.ahead_s("b", tenant("new"), 4.0) == pytest.approx((4.0 + QUANTUM_S - 2.0 + shares.served_s("a")) / 2)
 
 
+def test_who_cannot_run_is_overtaken_as_far_as_shares_go() -> None:
+    shares = opened(tenant("a"), tenant("b"), tenant("high", priority=9))
+    assert not shares.is_before("a", "b")
+    shares.charge("b", 2 * QUANTUM_S)
+    assert shares.is_before("a", "b")
+    shares.charge("a", QUANTUM_S)
+    assert not shares.is_before("a", "b")
+    assert shares.is_before("high", "a")
+    assert not shares.is_before("a", "high")
+    # Until what is put by for the lower one is to be spent.
+    shares.charge("high", QUANTUM_S / LEAST_SHARE)
+    assert not shares.is_before("high", "a")
+
+
 def test_other_tenants_begin_anew_and_what_is_under_way_counts() -> None:
     a, b = tenant("a"), tenant("b")
     shares = opened(a, b)
