@@ -37,3 +37,10 @@ def nothing_leaks() -> Iterator[None]:
             return
         assert time.monotonic() < deadline, f"descriptors, threads: {before} before, {after} after"
         time.sleep(0.05)
+
+
+def pytest_sessionfinish() -> None:
+    """Wait for threads of engines that have ended: an interpreter must not end while torch is in the middle of an operator."""
+    for thread in threading.enumerate():
+        if thread.name in ("trials", "dry runs"):
+            thread.join(20)
