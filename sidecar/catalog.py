@@ -14,7 +14,6 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from trunkline.errors import BudgetExceeded, InvalidInput, ModelCorrupt, TrunklineError, UnknownModel
@@ -32,7 +31,7 @@ from sidecar.pins import Pins
 from sidecar.ports import Device, Source
 from sidecar.residency import Residency
 from sidecar.stages import Key, Stage, Staged
-from sidecar.tenants import OPEN, as_asked, qualified, unqualified
+from sidecar.tenants import OPEN, as_asked, matches, qualified, unqualified
 from sidecar.together import Interface, join
 from sidecar.trials import Verdict
 from sidecar.wavefront import Layouts, Padding
@@ -129,6 +128,11 @@ class Joint:
     bundles: tuple[Bundle, ...]
     interface: Interface
     signature: Signature
+
+    def inputs_of(self, deployed: Deployed, inputs: Sequence[Any]) -> list[Any]:
+        """Return those of a call's inputs that one of its models takes, in the order of its graph."""
+        named = dict(zip(self.interface.values, inputs, strict=True))
+        return [named[key] for key in deployed.staged.inputs]
 
 
 @dataclass(slots=True)
@@ -256,7 +260,7 @@ class Catalog:
         return [qualified(model, domain) for domain in self.domains if self._may_use(domain, model)]
 
     def _may_use(self, domain: str, model: str) -> bool:
-        return any(fnmatchcase(model, pattern) for pattern in self.domains.get(domain, ()))
+        return matches(model, self.domains.get(domain, ()))
 
     def deploy(self, model: str) -> Sequence[str]:
         """Deploy the version of a model that the store has now, in every domain that may use it.

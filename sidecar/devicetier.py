@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from trunkline.errors import TrunklineError
 
 from sidecar.compaction import plan
-from sidecar.errors import NoRoom
+from sidecar.errors import NoRoom, anew
 from sidecar.extents import Extent, Extents, Remains
 from sidecar.ir import Weight
 
@@ -150,7 +150,7 @@ class DeviceTier:
             try:
                 self._span.move(move.source.offset, move.offset, move.source.size_bytes)
             except TrunklineError as error:
-                moved[key] = type(error)(error.message, **error.details)
+                moved[key] = anew(error)
                 held.handle = None
                 self.free(key)
                 continue

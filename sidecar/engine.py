@@ -57,7 +57,7 @@ from sidecar.scheduler import Scheduler
 from sidecar.shortage import Shortage
 from sidecar.streams import Streams
 from sidecar.sweeps import Sweeps
-from sidecar.tenants import ANYONE, Quotas, Tenant
+from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant
 from sidecar.traces import Lease, Recorder
 from sidecar.trials import Trials, Verdict
 from sidecar.turns import Turns
@@ -109,7 +109,7 @@ class Engine:
         compute_once: bool = True,
         packing: bool = True,
         stacking: bool = True,
-        quotas: Quotas = Quotas(),  # noqa: B008 - it is frozen
+        quotas: Quotas = OPEN,
         lanes: int | None = 1,
         verdicts: Verdicts | None = None,
         memory: Memory | None = None,
@@ -129,17 +129,15 @@ class Engine:
         self._memory = DeviceMemory(device, source) if memory is None else memory
         self._mover = Mover(self._memory, self._post, self._moved)
         self._residency = open_residency(budget_bytes, eviction_policy, clock)
-        self._catalog = Catalog(source, device, self._memory, self._residency, pins, self._forget_weights, quotas.domains())
+        self._catalog = Catalog(source, device, self._memory, self._residency, pins, self._forget_weights)
         self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
         self._claims = Claims(self._residency)
-        self._claims.use(quotas.tenants.values())
         self._recorder = Recorder()
         self._started_s = clock()
         # Without a budget nothing is reckoned.
         self._activations: Activations | None = None
         if activation_budget_bytes is not None:
             self._activations = Activations(device, activation_budget_bytes, self._post, self._unblock)
-            self._activations.reserves.use(quotas.tenants.values())
         self._streams = Streams(self._residency, self._loads, self._drop, lambda: self._mover.pace, clock)
         self._shortage = Shortage(
             device, self._residency, self._loads, self._mover, self._drop, gives_back=self._memory.gives_back
@@ -150,7 +148,7 @@ class Engine:
         self._in_turn: list[InTurn] = []
         # Models that functions have named and not asked for yet, by whose functions they are.
         self._ahead: dict[tuple[str, str], Tenant] = {}
-        self._queue: Scheduler[Work] = Scheduler(queue_limit, quotas)
+        self._queue: Scheduler[Work] = Scheduler(queue_limit)
         # Enough of one tenant for the largest batch, and for another to form meanwhile; the others keep their deadlines.
         self._turns: Turns[Call] = Turns(self._queue, 2 * batch_limit)
         self._costs = BatchCosts()
@@ -223,6 +221,7 @@ class Engine:
             started_s=self._started_s,
             clock=clock,
         )
+        self._use_quotas(quotas)
 
     # --- called from other threads -----------------------------------------------------------------------------------
 
@@ -238,10 +237,10 @@ class Engine:
         """Queue a request; its session is told the outcome."""
         self._inbox.put(work)
 
-    def check_room(self, tenant: Tenant, input_bytes: int) -> None:
+    def check_room(self, tenant: Tenant) -> None:
         """Raise QueueFull or QuotaExceeded while requests would only be refused. For the server's thread: a flood ends there."""
         try:
-            self._queue.check_room(tenant, input_bytes)
+            self._queue.check_room(tenant)
         except CapacityError:
             self._turned_away += 1
             raise
@@ -307,7 +306,7 @@ class Engine:
 
     def run(self) -> None:
         """Serve until drained. The engine thread's body."""
-        self._turns.most = 2 * max(self._batch_limit, self._runs.divide(self._lane_count))
+        self._divide()
         threading.Thread(target=self._mover.run, name="mover", daemon=True).start()
         if self._trials is not None:
             threading.Thread(target=self._trials.run, name="trials", daemon=True).start()
@@ -331,6 +330,10 @@ class Engine:
             self._activations.stop()
         if self._drained is not None:
             self._drained()
+
+    def _divide(self) -> None:
+        """Divide the device into as many lanes as there are to be. Nothing is under way."""
+        self._turns.most = 2 * max(self._batch_limit, self._runs.divide(self._lane_count))
 
     def _scrub(self) -> None:
         while not self._ended.wait(_SCRUB_EVERY_S):
@@ -479,7 +482,7 @@ class Engine:
             return
         log.info("%s is divided into %d lanes instead of %d from now on", self._device.name, count, self._lane_count)
         self._lane_count = count
-        self._turns.most = 2 * max(self._batch_limit, self._runs.divide(self._lane_count))
+        self._divide()
         self._trials.then(functools.partial(self._sweeps.keep_count, count))
 
     def _forget_weights(self, digests: Collection[str]) -> None:
@@ -681,10 +684,9 @@ class Engine:
         if self._activations is None or work.inputs is None:
             return True
         reserves = self._activations.reserves
-        named = dict(zip(joint.interface.values, work.inputs, strict=True)) if joint is not None else {}
         needed = [
             self._activations.needed_bytes(
-                deployed.bundle, work.inputs if joint is None else [named[key] for key in deployed.staged.inputs]
+                deployed.bundle, work.inputs if joint is None else joint.inputs_of(deployed, work.inputs)
             )
             for deployed in parts
         ]

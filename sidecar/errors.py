@@ -7,8 +7,16 @@ they reach publishers and operators through the command line and the admin endpo
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from trunkline.errors import Detail, TrunklineError
+
+E = TypeVar("E", bound=TrunklineError)
+
+
+def anew(error: E) -> E:
+    """Return an error as another object, which does not hold on to the frames that it came through, nor to what is in them."""
+    return type(error)(error.message, **error.details)
 
 
 class ConfigError(TrunklineError):

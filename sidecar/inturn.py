@@ -8,6 +8,7 @@ of the engine thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from trunkline.errors import TrunklineError
@@ -39,21 +40,8 @@ class InTurn:
         """Submit the next part."""
         work, deployed = self.work, self._left.pop(0)
         assert work.inputs is not None
-        named = dict(zip(self._joint.interface.values, work.inputs, strict=True))
-        inputs = [named[key] for key in deployed.staged.inputs]
-        self._submit(
-            Work(
-                self,
-                work.request_id,
-                deployed.name,
-                work.deadline,
-                work.call_id,
-                inputs,
-                deployed.signature,
-                work.tenant,
-                work.input_bytes,
-            )
-        )
+        inputs = self._joint.inputs_of(deployed, work.inputs)
+        self._submit(replace(work, session=self, model=deployed.name, inputs=inputs, signature=deployed.signature))
 
     def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None:
         self._specs += [(dtype, shape) for _, dtype, shape in specs]

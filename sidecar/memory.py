@@ -19,7 +19,7 @@ from trunkline.errors import ModelCorrupt, SidecarFault, TrunklineError
 
 from sidecar.blockfiles import Entry
 from sidecar.bundle import Weight
-from sidecar.errors import BlobCorrupt, BlobMissing
+from sidecar.errors import BlobCorrupt, BlobMissing, anew
 from sidecar.ir import Graph
 from sidecar.lowering import Recipe
 from sidecar.ports import Device, Source
@@ -134,7 +134,7 @@ def outcome_of(wanted: Wanted, bring: Callable[[Wanted], object]) -> object:
         message = f"weight {weight.blob[:12]} is damaged or missing in the store; push the model again"
         failed = ModelCorrupt(message, digest=weight.blob)
     except TrunklineError as error:
-        failed = type(error)(error.message, **error.details)
+        failed = anew(error)
     except OSError as error:
         failed = SidecarFault(f"the store cannot be read ({os.strerror(error.errno or 0)})", digest=weight.blob)
     failed.__context__ = None

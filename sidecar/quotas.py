@@ -17,7 +17,8 @@ from typing import Any, Final, NoReturn
 
 from sidecar.config import parse_size
 from sidecar.errors import ConfigError
-from sidecar.tenants import ANYONE, HIGHEST_PRIORITY, MOST_TOKENS, NAME, Quotas, Tenant
+from sidecar.keeping import HIGHEST_PRIORITY
+from sidecar.tenants import ANYONE, MOST_TOKENS, NAME, Quotas, Tenant
 
 # What is before the hash in the file: another kind of hash could stand beside it one day.
 HASHED: Final = "sha256:"

@@ -12,7 +12,9 @@ import queue
 from collections.abc import Callable
 from pathlib import Path
 
+from sidecar.disk import write_at
 from sidecar.errors import ConfigError
+from sidecar.quotaedit import replaced
 from sidecar.quotas import parse_quotas, read_quotas, read_text
 from sidecar.tenants import Quotas
 
@@ -34,12 +36,9 @@ class QuotaFile:
         """Return what the file says. Raises ConfigError."""
         text = read_text(self._path)
         quotas = parse_quotas(text, self._path.name)
-        temporary = self._in_force.with_suffix(".new")
         try:
-            temporary.write_text(text, encoding="utf-8")
-            # Else a lax umask would make it one that is refused.
-            temporary.chmod(0o600)
-            temporary.replace(self._in_force)
+            with replaced(self._in_force, 0o600) as descriptor:
+                write_at(descriptor, memoryview(text.encode()), 0)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             log.warning("the quotas in force cannot be kept (%s); an engine that is started again reads %s", reason, self._path)

@@ -18,7 +18,7 @@ from trunkline.errors import DeadlineUnreachable, QueueFull, QuotaExceeded
 
 from sidecar.forecast import Forecast
 from sidecar.shares import Contender, Shares
-from sidecar.tenants import Quotas, Tenant
+from sidecar.tenants import OPEN, Quotas, Tenant
 
 # What a refused request is told to wait at least, where nothing better is known.
 _SHORTEST_WAIT_S: Final = 0.05
@@ -87,16 +87,16 @@ class Load(NamedTuple):
 class Scheduler(Generic[R]):
     """Waiting requests, and the books on those that run. At most ``limit`` wait for each tenant; a full queue refuses."""
 
-    def __init__(self, limit: int, quotas: Quotas = Quotas(), shares: Shares | None = None) -> None:  # noqa: B008 - it is frozen
+    def __init__(self, limit: int, quotas: Quotas = OPEN) -> None:
         self.forecast = Forecast()
+        self.shares = Shares()
         self._limit = limit
-        self._shares = Shares() if shares is None else shares
         self._quotas = quotas
         self._tenancies: dict[str, _Tenancy[R]] = {}
         self._records: dict[int, _Record[R]] = {}
         self._waiting_count = 0
         self._order = 0
-        self._shares.use(quotas.tenants.values())
+        self.shares.use(quotas.tenants.values())
 
     def __len__(self) -> int:
         return self._waiting_count
@@ -104,7 +104,7 @@ class Scheduler(Generic[R]):
     def use(self, quotas: Quotas) -> None:
         """Take up other quotas. What was accepted under the old ones is finished."""
         self._quotas = quotas
-        self._shares.use(quotas.tenants.values())
+        self.shares.use(quotas.tenants.values())
         self._tenancies = {name: own for name, own in self._tenancies.items() if own.count or name in quotas.tenants}
 
     def submit(self, request: R, now: float, kind: Hashable = None, load_s: float = 0.0, loads: str = "") -> None:
@@ -147,7 +147,7 @@ class Scheduler(Generic[R]):
         tenancy.backlog_s += record.left_s
         self._waiting_count += 1
         self._records[id(request)] = record
-        self._shares.enter(request.tenant)
+        self.shares.enter(request.tenant)
         return tenancy
 
     def check_room(self, tenant: Tenant, input_bytes: int = 0) -> None:
@@ -200,12 +200,12 @@ class Scheduler(Generic[R]):
         """Return how long it is until a request of a tenant that costs so much would be computed, if no others came."""
         own = self._tenancies.get(tenant.name)
         own_s = cost_s + (own.backlog_s if own is not None else 0.0)
-        if not self._shares.contended and ((own is not None and own.count) or not self._records):
+        if not self.shares.contended and ((own is not None and own.count) or not self._records):
             return own_s
         wait_s = own_s
         for name, other in self._tenancies.items():
             if name != tenant.name and other.count:
-                wait_s += min(other.backlog_s, self._shares.ahead_s(name, tenant, own_s))
+                wait_s += min(other.backlog_s, self.shares.ahead_s(name, tenant, own_s))
         return wait_s
 
     def put_back(self, request: R) -> None:
@@ -229,7 +229,7 @@ class Scheduler(Generic[R]):
                 contenders.append(Contender((head.request.tenant.name,), head.order, tenancy))
         if not contenders:
             return expired, None
-        chosen = contenders[0] if len(contenders) == 1 else self._shares.first(contenders)
+        chosen = contenders[0] if len(contenders) == 1 else self.shares.first(contenders)
         return expired, self._pop(chosen.what).request
 
     def _pop(self, tenancy: _Tenancy[R]) -> _Record[R]:
@@ -248,7 +248,7 @@ class Scheduler(Generic[R]):
     def charge(self, request: R, seconds: float) -> None:
         """Note that the device has worked for a request."""
         name = request.tenant.name
-        self._shares.charge(name, seconds)
+        self.shares.charge(name, seconds)
         if name in self._tenancies:
             self._tenancies[name].device_s += seconds
         record = self._records.get(id(request))
@@ -269,7 +269,7 @@ class Scheduler(Generic[R]):
         tenancy.input_bytes -= request.input_bytes
         # Sums of floats drift; with nothing there, there is nothing to do.
         tenancy.backlog_s = tenancy.backlog_s - record.left_s if tenancy.count else 0.0
-        self._shares.leave(name)
+        self.shares.leave(name)
         if answered_s is not None:
             if record.kind is not None:
                 self.forecast.learn(record.kind, record.charged_s)
@@ -290,15 +290,6 @@ class Scheduler(Generic[R]):
             self.leave(request)
         return len(dropped)
 
-    @property
-    def contended(self) -> bool:
-        """Return whether several tenants want device time."""
-        return self._shares.contended
-
-    @property
-    def shares(self) -> Shares:
-        return self._shares
-
     def loads(self) -> Mapping[str, Load]:
         """Return how much every tenant waits for."""
         found = {}
@@ -317,7 +308,7 @@ class Scheduler(Generic[R]):
 
     def check_invariants(self) -> None:
         """Raise AssertionError when the books do not balance."""
-        self._shares.check_invariants()
+        self.shares.check_invariants()
         waiting = sum(len(tenancy.waiting) for tenancy in self._tenancies.values())
         assert waiting == self._waiting_count, f"{waiting} requests wait, {self._waiting_count} were counted"
         for name, tenancy in self._tenancies.items():

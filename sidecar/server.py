@@ -595,7 +595,7 @@ class Session:
 
     def _infer(self, message: Infer) -> None:
         engine = self._server.engine
-        engine.check_room(self.tenant, 0)
+        engine.check_room(self.tenant)
         signature = self._signature(message.model)
         layout = self._layout
         # What was checked of a layout once holds again; the coder gives equal placements as one object.

@@ -25,6 +25,8 @@ from sidecar.tenants import Tenant
 
 # Seconds of device time that tenants may differ by and still count as equal.
 QUANTUM_S: Final = 0.05
+# What who asks for nothing saves up at most.
+_SAVED_S: Final = 2 * QUANTUM_S
 # The part of all device time that is put by for each lower priority.
 LEAST_SHARE: Final = 1 / 16
 # Quanta that are put by at most: who could not spend them in time must not have the device for itself afterwards.
@@ -61,12 +63,15 @@ class _Level:
     credit_s: float = 0.0
     spending: bool = False
 
+    def entering_s(self, account: _Account) -> float:
+        """Return what a tenant that wants some again is reckoned to have had: of what it did not want, it has saved up little."""
+        return max(account.served_s, self.served_s - _SAVED_S)
+
 
 class Shares:
-    """The accounts of all tenants. ``quantum_s`` in seconds."""
+    """The accounts of all tenants."""
 
-    def __init__(self, quantum_s: float = QUANTUM_S) -> None:
-        self._quantum_s = quantum_s
+    def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
         self._levels: dict[int, _Level] = {}
         self._heaviest = 1.0
@@ -80,18 +85,17 @@ class Shares:
 
     def use(self, tenants: Iterable[Tenant]) -> None:
         """Take up what an operator says of all tenants. What they have had so far is forgotten, what they want is not."""
-        wanted = {name: account.active_count for name, account in self._accounts.items() if account.active_count}
+        before = {name: account for name, account in self._accounts.items() if account.active_count}
         known = {tenant.name: tenant for tenant in tenants}
-        priorities = {name: self._accounts[name].priority for name in wanted}
         self._heaviest = max((tenant.weight for tenant in known.values()), default=1.0)
         self._accounts, self._levels, self._active_count = {}, {}, 0
         for tenant in known.values():
             self._accounts[tenant.name] = _Account(self._heaviest / tenant.weight, tenant.priority)
-        for name, count in wanted.items():
+        for name, old in before.items():
             # Of one that is no more, what is under way comes to an end.
-            account = self._accounts.setdefault(name, _Account(1.0, priorities[name]))
+            account = self._accounts.setdefault(name, _Account(1.0, old.priority))
             self._activate(account)
-            account.active_count = count
+            account.active_count = old.active_count
 
     def enter(self, tenant: Tenant) -> None:
         """Note that a tenant has one request more."""
@@ -104,7 +108,7 @@ class Shares:
 
     def _activate(self, account: _Account) -> None:
         level = self._levels.setdefault(account.priority, _Level())
-        account.served_s = max(account.served_s, level.served_s - 2 * self._quantum_s)
+        account.served_s = level.entering_s(account)
         level.active_count += 1
         self._active_count += 1
 
@@ -136,13 +140,13 @@ class Shares:
                 level.credit_s -= seconds
                 level.spending = level.credit_s > 0
             elif priority < account.priority and level.active_count:
-                level.credit_s = min(level.credit_s + LEAST_SHARE * seconds, _MOST_CREDIT * self._quantum_s)
-                level.spending |= level.credit_s >= self._quantum_s
+                level.credit_s = min(level.credit_s + LEAST_SHARE * seconds, _MOST_CREDIT * QUANTUM_S)
+                level.spending |= level.credit_s >= QUANTUM_S
 
     def begin(self, tenants: Collection[str]) -> None:
         """Note for whom the device is about to run. Who has had less, and wants some, could not run: it saves up two quanta."""
         contender = Contender(tenants, 0, None)
-        priority, least_s = self._priority(contender), self._served_s(contender) - 2 * self._quantum_s
+        priority, least_s = self._priority(contender), self._served_s(contender) - _SAVED_S
         for account in self._accounts.values():
             if account.active_count and account.priority == priority:
                 account.served_s = max(account.served_s, least_s)
@@ -165,17 +169,17 @@ class Shares:
         served_s, factor = level.served_s, 1.0
         if own is not None:
             factor = own.factor
-            served_s = own.served_s if own.active_count else max(own.served_s, level.served_s - 2 * self._quantum_s)
+            served_s = own.served_s if own.active_count else level.entering_s(own)
         if other.priority != tenant.priority:
             return math.inf if other.priority > tenant.priority else LEAST_SHARE * seconds
-        return max(0.0, served_s + seconds * factor + self._quantum_s - other.served_s) / other.factor
+        return max(0.0, served_s + seconds * factor + QUANTUM_S - other.served_s) / other.factor
 
     def first(self, contenders: Sequence[Contender[T]]) -> Contender[T]:
         """Return what is to run next, of what could."""
         priority = self._level_of(contenders)
         rivals = [each for each in contenders if self._priority(each) == priority]
         served = [self._served_s(each) for each in rivals]
-        enough_s = min(served) + self._quantum_s
+        enough_s = min(served) + QUANTUM_S
         return min((each for each, has_s in zip(rivals, served, strict=True) if has_s <= enough_s), key=lambda each: each.order)
 
     def is_before(self, name: str, other: str) -> bool:
@@ -183,7 +187,7 @@ class Shares:
         one, two = self._accounts[name], self._accounts[other]
         if one.priority != two.priority:
             return one.priority > two.priority and not self._levels[two.priority].spending
-        return one.served_s + self._quantum_s < two.served_s
+        return one.served_s + QUANTUM_S < two.served_s
 
     def equal(self, one: Collection[str], other: Collection[str]) -> bool:
         """Say whether what runs for ``other`` takes nothing from ``one``: neither has had more than the other, to a quantum."""
@@ -191,7 +195,7 @@ class Shares:
             return True
         accounts = [self._accounts[name] for name in {*one, *other}]
         served = [account.served_s for account in accounts]
-        return len({account.priority for account in accounts}) == 1 and max(served) - min(served) <= self._quantum_s
+        return len({account.priority for account in accounts}) == 1 and max(served) - min(served) <= QUANTUM_S
 
     def _level_of(self, contenders: Sequence[Contender[T]]) -> int:
         found = {self._priority(each) for each in contenders}

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from trunkline.errors import Detail, DeviceOutOfMemory
 
+from sidecar.errors import anew
 from sidecar.loads import Loads
 from sidecar.mover import Mover
 from sidecar.ports import Device
@@ -97,7 +98,7 @@ class Shortage:
             return outputs
         if length == 1 or not group.is_divisible:
             # Not the same: this frame would hold on to an error that holds on to this frame.
-            raise _anew(outputs)
+            raise anew(outputs)
         splits.count += 1
         half = length // 2
         first = self._run(group, program, weights, splits, start, half)
@@ -111,7 +112,7 @@ class Shortage:
         try:
             return self._device.run(program, weights, inputs)
         except DeviceOutOfMemory as error:
-            return _anew(error)
+            return anew(error)
 
     def _part(self, group: Group[Any], key: Key, start: int, length: int) -> Any:
         value = group.values[key]
@@ -169,7 +170,3 @@ class Shortage:
             "less at a time, try again when fewer requests are under way, or start the sidecar with a smaller --memory-budget",
             **(error.details | details),
         )
-
-
-def _anew(error: DeviceOutOfMemory) -> DeviceOutOfMemory:
-    return DeviceOutOfMemory(error.message, **error.details)

@@ -19,7 +19,7 @@ from trunkline.errors import DeviceFault, TrunklineError
 
 from sidecar.bundle import Weight
 from sidecar.devicetier import DeviceTier, Span, aligned
-from sidecar.errors import NoRoom
+from sidecar.errors import NoRoom, anew
 from sidecar.hostcache import HostCache
 from sidecar.ir import Graph
 from sidecar.lowering import Recipe
@@ -138,8 +138,8 @@ class SwapMemory:
                 try:
                     self._span.write(self._tier.offset(each.weight.digest), content)
                 except DeviceFault as error:
-                    # Without the frames that it came through: they hold what is not theirs from here on.
-                    self._fail(batch, each, type(error)(error.message, **error.details))
+                    # The frames that it came through hold what is not theirs from here on.
+                    self._fail(batch, each, anew(error))
             self._host.let_go(each.weight.digest)
 
     def _fail(self, batch: _Swap, wanted: Wanted, error: TrunklineError) -> None:

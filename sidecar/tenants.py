@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Final
@@ -18,17 +18,14 @@ from typing import Final
 from trunkline.protocol import JOINT
 
 from sidecar.bundle import MODEL_NAME
+from sidecar.keeping import DEFAULT_PRIORITY
 
-DEFAULT_PRIORITY: Final = 5
-HIGHEST_PRIORITY: Final = 9
 # A token that is valid, and one that is about to be.
 MOST_TOKENS: Final = 2
 # Of tenants and domains: what can also stand in a model's full name, and in the name of a secret.
 NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # Between the name of a model and that of a domain; no name of either has it.
 _IN: Final = "@"
-
-
 # The name of a model that is deployed: as it was published, and in which domain it is.
 DEPLOYED_NAME: Final = re.compile(f"{MODEL_NAME.pattern}({_IN}{NAME.pattern})?")
 
@@ -55,6 +52,11 @@ def unqualified(name: str) -> tuple[str, str]:
 def as_known_to(domain: str, text: str) -> str:
     """Return a text with the names of models as those of ``domain`` know them."""
     return text.replace(f"{_IN}{domain}", "") if domain else text
+
+
+def matches(model: str, patterns: Iterable[str]) -> bool:
+    """Say whether one of the patterns an operator named models by is of this model."""
+    return any(fnmatchcase(model, pattern) for pattern in patterns)
 
 
 def hash_of(token: bytes) -> str:
@@ -90,7 +92,7 @@ class Tenant:
 
     def allows(self, model: str) -> bool:
         """Say whether the operator lets this tenant use a model."""
-        return any(fnmatchcase(model, pattern) for pattern in self.models)
+        return matches(model, self.models)
 
     def to_plain(self) -> dict[str, object]:
         """Return what an operator may see, as JSON has it: of tokens how many are valid, and None where there is no limit."""

@@ -307,7 +307,7 @@ class _Trial:
         self.forms: dict[int, dict[str, Any]] = {}
         self.run_us: list[int] = []
         random = np.random.default_rng(0)
-        sizes = {symbol.name: min(max(size, symbol.minimum), symbol.maximum) for symbol in bundle.graph.symbols}
+        sizes = _sizes(bundle, size)
         self._inputs: list[dict[str, NDArray[Any]]] = []
         for spec in bundle.graph.inputs:
             shape = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape]
@@ -446,8 +446,7 @@ def example_rows(bundle: Bundle) -> Iterator[list[NDArray[Any]]]:
         if size > _SIZES[0] and _input_bytes(bundle, size) > _LARGEST_INPUT_BYTES:
             return
         random = np.random.default_rng(0)
-        sizes = {symbol.name: min(max(size, symbol.minimum), symbol.maximum) for symbol in bundle.graph.symbols}
-        sizes |= {bundle.batch: 1} if bundle.batch else {}
+        sizes = _sizes_of_a_row(bundle, size)
         shapes = [[axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape] for spec in bundle.graph.inputs]
         yield [
             _values("random", np.dtype(spec.dtype), shape, (spec.minimum, spec.maximum), random)
@@ -472,10 +471,18 @@ def _masked(bundle: Bundle) -> str:
     return ""
 
 
+def _sizes(bundle: Bundle, size: int) -> dict[str, int]:
+    """Return the sizes of the axes that may vary, all ``size`` as far as they may be."""
+    return {symbol.name: min(max(size, symbol.minimum), symbol.maximum) for symbol in bundle.graph.symbols}
+
+
+def _sizes_of_a_row(bundle: Bundle, size: int) -> dict[str, int]:
+    return _sizes(bundle, size) | ({bundle.batch: 1} if bundle.batch else {})
+
+
 def _input_bytes(bundle: Bundle, size: int) -> int:
     """Return the bytes of one row of a model's inputs, where axes that may vary have ``size`` if they may."""
-    sizes = {symbol.name: min(max(size, symbol.minimum), symbol.maximum) for symbol in bundle.graph.symbols}
-    sizes |= {bundle.batch: 1} if bundle.batch else {}
+    sizes = _sizes_of_a_row(bundle, size)
     return sum(
         math.prod(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape) * np.dtype(spec.dtype).itemsize
         for spec in bundle.graph.inputs

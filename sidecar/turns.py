@@ -34,7 +34,7 @@ class Turns(Generic[C]):
 
     def choose(self, wavefront: Wavefront[C], is_ready: Callable[[Any], bool], idle: int) -> Group[C] | None:
         """Return the group to run next, of those whose step ``is_ready``; None when there is none. ``idle`` lanes want one."""
-        if not self._scheduler.contended:
+        if not self._scheduler.shares.contended:
             return wavefront.choose(is_ready, idle)
         chosen = wavefront.choose(is_ready, idle, self._first, self._equal)
         if chosen is not None:
