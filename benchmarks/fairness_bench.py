@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from benchmarks.harness import Sidecar
 from benchmarks.models import resnet
 from benchmarks.report import summary
 from benchmarks.siblings import Family
-from benchmarks.tenancy_bench import TenancyBench
+from benchmarks.tenancy_bench import TenancyBench, closed_loop
 
 TOKENS = {"victim": "victim-of-the-benchmark", "flood": "flood-of-the-benchmark"}
 DOMAIN = "shared"
@@ -67,35 +66,28 @@ def _paced(ask: Callable[[], object], per_second: float, seconds: float, seed: i
 
 def _closed(ask: Callable[[], object], seconds: float) -> float:
     """Ask again and again; return answers per second."""
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() < started + seconds:
-        ask()
-        count += 1
-    return count / (time.perf_counter() - started)
+    count, elapsed_s = closed_loop([ask], seconds)
+    return count / elapsed_s
 
 
 def neighbours(bench: TenancyBench) -> None:
     """A tenant that wants a little beside one that wants all it can get, with tenants told apart and without."""
-    seconds = 4.0 if bench.report.quick else 20.0
+    seconds = 1.0 if bench.report.quick else 20.0
     figures, raw = bench.report.figures, bench.report.raw.setdefault("neighbours", {})
     family = bench.families["conv0"]
+    other = Family(resnet(bench.scale.width, bench.scale.units), family.example, bench.seed + 40)
     array = family.example.numpy()
     told_apart = bench.sidecar("told-apart", bench.threads, TRUNKLINE_QUOTA_FILE=_quota_file(bench))
     as_one = bench.sidecar("as-one", bench.threads)
-    for sidecar, domain in ((told_apart, f"@{DOMAIN}"), (as_one, "")):
-        for name in ("conv0", "conv1"):
-            folder = bench.folder / f"bundle-{sidecar.socket.parts[-4]}-{name}"
-            bench.families[name].write(folder, name, bench.families[name].base)
-            sidecar.admin.push(folder)
-            bench.until(partial(_is_tried, sidecar, f"{name}{domain}"))
+    bench.push({"quiet": family, "loud": other}, {told_apart: DOMAIN, as_one: ""})
     for variant, sidecar in (("told_apart", told_apart), ("as_one", as_one)):
         tenants = ("victim", "flood") if sidecar is told_apart else (None, None)
-        victim_pool, victim = _asking(sidecar, "conv0", array, tenants[0])
+        victim_pool, victim = _asking(sidecar, "quiet", array, tenants[0])
         victim()
         rate = _closed(victim, seconds / 4)
         alone = _paced(victim, QUIET_SHARE * rate, seconds, bench.seed)
         stopped = threading.Event()
-        loud = [_asking(sidecar, "conv1", array + number, tenants[1]) for number in range(LOUD[bench.report.quick])]
+        loud = [_asking(sidecar, "loud", array + number, tenants[1]) for number in range(LOUD[bench.report.quick])]
 
         def flood(ask: Callable[[], object], stopped: threading.Event = stopped) -> None:
             while not stopped.is_set():
@@ -139,11 +131,7 @@ def deadlines(bench: TenancyBench) -> None:
     model_bytes = sum(parameter.nbytes for parameter in families[names[0]].base.parameters())
     budget_bytes = max(int(len(names) * model_bytes / OVERSUBSCRIBED), int(1.5 * model_bytes))
     sidecar = bench.sidecar("deadlines", bench.threads, TRUNKLINE_MEMORY_BUDGET_BYTES=str(budget_bytes))
-    for name, family in families.items():
-        folder = bench.folder / f"bundle-{name}"
-        family.write(folder, name, family.base)
-        sidecar.admin.push(folder)
-        bench.until(partial(_is_tried, sidecar, name))
+    bench.push(families, {sidecar: ""})
     array = image.numpy()
     pools = {name: Pool(lambda path, **options: Connection(str(sidecar.socket), **options)) for name in names}
     # What one client gets, of all models in turn: about what can be answered.
@@ -176,7 +164,7 @@ def deadlines(bench: TenancyBench) -> None:
             with lock:
                 outcomes[outcome] += 1
 
-    for seconds in (3, 6) if quick else (20, 60):  # the first time warms up
+    for seconds in (1, 3) if quick else (20, 60):  # the first time warms up
         outcomes.clear()
         with ThreadPoolExecutor(8) as threads:
             for future in [threads.submit(client, number, seconds) for number in range(8)]:
@@ -192,7 +180,3 @@ def deadlines(bench: TenancyBench) -> None:
     for pool in pools.values():
         pool.close()
     bench.stop(sidecar.process)
-
-
-def _is_tried(sidecar: Sidecar, name: str) -> bool:
-    return bool(sidecar.admin.get(f"models/{name}")["tried"])

@@ -19,6 +19,7 @@ from benchmarks.harness import Bench, Sidecar
 from benchmarks.models import encoder, resnet
 from benchmarks.report import Report
 from benchmarks.siblings import Family
+from sidecar.tenants import qualified
 
 MOST_CLIENTS = 16
 _TOKENS = 32
@@ -75,16 +76,22 @@ class TenancyBench(Bench):
         """Have sidecars hold all the models, tried and in memory, and compare each one's first answer with torch's."""
         for sidecar in sidecars:
             self.until(partial(sidecar.admin.get, "status"))
+        self.push(self.families, dict.fromkeys(sidecars, ""))
         for model, family in self.families.items():
+            for sidecar in sidecars:
+                _check(sidecar.model(model)(self.inputs[model][0]), family.base, self.inputs[model][0])
+
+    def push(self, families: Mapping[str, Family], sidecars: Mapping[Sidecar, str]) -> None:
+        """Have sidecars hold models, and wait until they are tried in the domain that is named beside each; "" for none."""
+        for model, family in families.items():
             folder = self.folder / "bundle"
             family.write(folder, model, family.base)
             for sidecar in sidecars:
                 sidecar.admin.push(folder)
             shutil.rmtree(folder)
-        for model, family in self.families.items():
-            for sidecar in sidecars:
-                self.until(partial(_is_tried, sidecar, model))
-                _check(sidecar.model(model)(self.inputs[model][0]), family.base, self.inputs[model][0])
+        for model in families:
+            for sidecar, domain in sidecars.items():
+                self.until(partial(_is_tried, sidecar, qualified(model, domain)))
 
     def rates(self, variants: Mapping[str, Sequence[Callable[[], object]]]) -> dict[str, float]:
         """Return the answers per second of each variant, whose clients ask again and again. Variants take turns."""
