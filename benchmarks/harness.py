@@ -132,14 +132,16 @@ class Bench:
             process.wait()
         self._started.remove(process)
 
-    def start_sidecar(self, name: str = "ours", threads: int = 1, *, store: str | None = None, **environment: str) -> Sidecar:
+    def start_sidecar(
+        self, name: str = "ours", threads: int = 1, *, store: str | None = None, device: str = "", **environment: str
+    ) -> Sidecar:
         """Start a sidecar without waiting for it. ``environment`` holds settings: TRUNKLINE_PACKING="off".
 
         Sidecars of one ``store`` have their models in common, what was found out about them, and their block files.
         """
         folder = self.folder / name
         run = ["--run-dir", str(folder / "run"), "--store-dir", str(self.folder / (store or name) / "store"), "--admin-port", "0"]
-        chosen = ["--threads", str(threads), "--device", self.report.device]
+        chosen = ["--threads", str(threads), "--device", device or self.report.device]
         process = self.start([sys.executable, "-m", "sidecar", "serve", *run, *chosen], **environment)
         sidecar = Sidecar(folder, process)
         self._sidecars.append(sidecar)

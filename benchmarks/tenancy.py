@@ -1,4 +1,4 @@
-"""Many functions on one box: what several lanes are worth, what tenants can take from each other, and what is in time.
+"""Many functions on one box: what several lanes and devices are worth, what tenants can take from each other, what is in time.
 
 Every time is taken through the public interface: a `trunkline serve` for each variant, clients in this process that ask again and
 again. Variants take turns in short blocks.
@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from benchmarks.devices_bench import devices
 from benchmarks.fairness_bench import deadlines, neighbours
 from benchmarks.lanes_bench import lanes
 from benchmarks.report import Report, arguments
 from benchmarks.tenancy_bench import TenancyBench
 
 # In the order in which they are measured.
-SECTIONS: Mapping[str, Callable[[TenancyBench], None]] = {"neighbours": neighbours, "deadlines": deadlines, "lanes": lanes}
+SECTIONS: Mapping[str, Callable[[TenancyBench], None]] = {
+    "neighbours": neighbours,
+    "deadlines": deadlines,
+    "lanes": lanes,
+    "devices": devices,
+}
 
 
 def main() -> None:

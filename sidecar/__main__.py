@@ -119,7 +119,7 @@ def size(size_bytes: float) -> str:
 @click.option("--run-dir", help="Where the sockets are made.")
 @click.option("--store-dir", help="Where models are stored.")
 @click.option("--quotas", "quota_file", help="TOML file with tenants and their limits; without one nobody needs a token.")
-@click.option("--device", help="auto, cpu or cuda:N.")
+@click.option("--device", help="auto, cpu, cpu:N-M or cuda:N; several with commas.")
 @click.option("--threads", help="CPU threads one operator may use.")
 @click.option("--memory-budget", "memory_budget_bytes", help="Memory for weights, e.g. 2GiB.")
 @click.option("--host-budget", "host_budget_bytes", help="Memory of the host for weights that are not on the GPU, e.g. 8GiB.")
@@ -362,6 +362,51 @@ def model_keep(ctx: click.Context, name: str, priority: int | None, keep_alive: 
         raise click.UsageError("give --priority, --keep-alive, or both")
     found = _client(ctx).post(f"models/{name}/keep", asked)
     console.print(f"{found['name']}: {_keeping(found)}")
+
+
+@model.command("place")
+@click.argument("name", callback=_deployed_name)
+@click.option("--pin", metavar="DEVICE", help="Only there, whatever is asked.")
+@click.option("--allow", metavar="DEVICE", multiple=True, help="Only on this device and others allowed; may be repeated.")
+@click.option("--forbid", metavar="DEVICE", multiple=True, help="Not on this device; may be repeated.")
+@click.option("--anywhere", is_flag=True, help="Wherever it is answered soonest.")
+@click.pass_context
+def model_place(
+    ctx: click.Context, name: str, pin: str | None, allow: tuple[str, ...], forbid: tuple[str, ...], anywhere: bool
+) -> None:
+    """Say on which of several devices a model may be. What was said before is forgotten."""
+    if [pin is not None, bool(allow or forbid), anywhere].count(True) != 1:
+        raise click.UsageError("give --pin, --anywhere, or --allow and --forbid")
+    asked: dict[str, object] = {"allow": [pin] if pin is not None else list(allow), "forbid": list(forbid)}
+    found = _client(ctx).post(f"models/{name}/place", asked)
+    console.print(f"{found['name']}: on {' and '.join(found['devices'])}")
+
+
+@main.command()
+@as_json
+@click.pass_context
+def placement(ctx: click.Context, as_json: bool) -> None:
+    """Show where models are asked on a node with several devices, and how much is asked of each."""
+    found = _client(ctx).get("placement")
+    if as_json:
+        _print_json(found)
+        return
+    for device, told in found["devices"].items():
+        console.print(f"{device}: {100 * told['load']:.0f} % of its time is asked for, {told['under_way']} requests under way")
+    table = Table(box=SIMPLE, pad_edge=False)
+    for heading in ("model", "devices", "requests/s", "ms on each device", "may be"):
+        table.add_column(heading, no_wrap=True)
+    for entry in found["models"]:
+        limits = [f"only {', '.join(entry['allow'])}"] if entry["allow"] else []
+        limits += [f"not {', '.join(entry['forbid'])}"] if entry["forbid"] else []
+        table.add_row(
+            entry["name"],
+            ", ".join(entry["devices"]) + (f" > {', '.join(entry['moving_to'])}" if entry["moving_to"] else ""),
+            f"{entry.get('rate', 0.0):.1f}",
+            ", ".join(f"{device} {1000 * seconds:.1f}" for device, seconds in entry.get("seconds", {}).items()),
+            "; ".join(limits) or "anywhere",
+        )
+    console.print(table)
 
 
 @model.command("rm")

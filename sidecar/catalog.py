@@ -181,6 +181,10 @@ class Catalog:
         around = (unqualified(each) for each in self._published)
         raise _unknown(model, sorted(known for known, where in around if where == domain))
 
+    def served(self) -> list[str]:
+        """Return the names of the deployed models that can be served."""
+        return [name for name, found in self._published.items() if isinstance(found, Signature)]
+
     def check_deployed(self, name: str) -> None:
         """Raise UnknownModel, naming what there is in all domains, or ModelCorrupt. For operators."""
         published = self._published
@@ -250,6 +254,10 @@ class Catalog:
     def all(self) -> Iterator[Deployed]:
         """Yield every version there is, retired ones too."""
         return itertools.chain(self.deployed.values(), self.retired.values())
+
+    def has_all(self, name: str) -> bool:
+        """Say whether all models are deployed that ``name`` stands for."""
+        return all(each in self.deployed for each in name.split(JOINT))
 
     def parts(self, name: str) -> tuple[Deployed, ...]:
         """Return the models that ``name`` stands for, one or several. Raises KeyError for one that is not deployed."""

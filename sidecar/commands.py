@@ -72,6 +72,8 @@ class Commands:
             "pin": self._pin,
             "unpin": self._unpin,
             "keep": self._keep,
+            "place": self._place,
+            "placement": self._place,
             "model_changed": self._model_changed,
             "model_removed": self._model_removed,
         }
@@ -263,6 +265,10 @@ class Commands:
         pins.keep(work.model, pins.kept(work.model).changed(asked))
         self._catalog.keep(deployed)
         return self.describe(deployed)
+
+    def _place(self, work: Work, arguments: dict[str, Any]) -> object:
+        name = self._catalog.device.name
+        raise InvalidInput(f"this sidecar has one device, {name}; start it with --device DEVICE,DEVICE to have several")
 
     def _model_changed(self, work: Work, arguments: dict[str, Any]) -> object:
         self._drop(self._catalog.deploy(work.model))

@@ -33,6 +33,7 @@ _UNITS: Final = {
     "TIB": 2**40,
 }
 _SHORTER: Final = {"quota_file": "--quotas"}
+_DEVICE: Final = re.compile(r"auto|cuda(?::\d{1,3})?|cpu(?::(\d{1,4})(?:-(\d{1,4}))?)?", re.ASCII)
 _SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
 
 
@@ -60,8 +61,10 @@ class Settings:
     run_dir: Path = Path("/run/trunkline")
     store_dir: Path = Path("/var/lib/trunkline")
     quota_file: Path | None = None
+    # One, or several with commas in between.
     device: str = "auto"
     threads: int = 1
+    # Of each device. 0: as much as the device has room for, and of a CPU beside GPUs what each of those has of the host.
     memory_budget_bytes: int = 0
     host_budget_bytes: int = 0
     activation_budget_bytes: int = 0
@@ -84,11 +87,19 @@ class Settings:
     log_level: str = "info"
 
     @property
-    def segment_budget_bytes(self) -> int:
-        """Return how much of the host's memory is for weights. What ``auto`` is, only the engine finds out."""
-        if self.device == "cpu" or (self.device == "auto" and not has_gpu_driver()):
-            return self.memory_budget_bytes
-        return max(self.memory_budget_bytes, self.host_budget_bytes) if self.device == "auto" else self.host_budget_bytes
+    def devices(self) -> tuple[str, ...]:
+        """Return the names of the devices."""
+        return tuple(self.device.split(","))
+
+    def budget_bytes(self, device: str) -> int:
+        """Return the memory for weights on a device; 0: as much as it has room for."""
+        return self.memory_budget_bytes or (self.host_budget_bytes if device.startswith("cpu") else 0)
+
+    def segment_bytes(self, device: str) -> int:
+        """Return how much of the host's memory is for weights of a device. What ``auto`` is, only the engine finds out."""
+        if device.startswith("cpu") or (device == "auto" and not has_gpu_driver()):
+            return self.budget_bytes(device)
+        return max(self.memory_budget_bytes, self.host_budget_bytes) if device == "auto" else self.host_budget_bytes
 
 
 def flag_of(key: str) -> str:
@@ -121,6 +132,22 @@ def _size(minimum: int) -> Callable[[object], int]:
         return size_bytes
 
     return check
+
+
+def _devices(value: object) -> str:
+    names = [name.strip() for name in str(value).split(",")]
+    matches = [_DEVICE.fullmatch(name) for name in names]
+    if not all(matches) or (len(names) > 1 and "auto" in names):
+        raise ValueError("auto, or one or several of cpu, cpu:N, cpu:N-M, cuda:N, with commas in between")
+    cores: set[int] = set()
+    for name, match in zip(names, matches, strict=True):
+        assert match is not None
+        # All cores are in the way of any.
+        own = range(10_000) if name == "cpu" else range(int(match[1] or 0), int(match[2] or match[1] or -1) + 1)
+        if (match[1] and not own) or not cores.isdisjoint(own) or names.count(name) > 1:
+            raise ValueError("a list of devices that have nothing in common, such as cpu:0-1,cpu:2-3")
+        cores.update(own)
+    return ",".join(names)
 
 
 def _integer(minimum: int, maximum: int) -> Callable[[object], int]:
@@ -184,7 +211,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "run_dir": _path,
     "store_dir": _path,
     "quota_file": _path,
-    "device": _match(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N"),
+    "device": _devices,
     "threads": _integer(1, 1024),
     "memory_budget_bytes": _size(1),
     "host_budget_bytes": _size(1),
@@ -221,11 +248,13 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
     for key, value in flags.items():
         if value is not None:
             values[key] = _checked(flag_of(key), key, value)
-    if not values.get("device", "").startswith("cuda"):
+    devices = values.get("device", "auto").split(",")
+    on_host = [name for name in devices if not name.startswith("cuda")]
+    if len(on_host) == len(devices):
         # Else the engine looks how much the device has.
-        values.setdefault("memory_budget_bytes", _default_budget_bytes())
-    values.setdefault("host_budget_bytes", _default_host_bytes())
-    values.setdefault("activation_budget_bytes", _default_activation_bytes())
+        values.setdefault("memory_budget_bytes", _default_budget_bytes() // len(on_host))
+    values.setdefault("host_budget_bytes", _default_host_bytes() // len(devices))
+    values.setdefault("activation_budget_bytes", _default_activation_bytes() // len(devices))
     values.setdefault("threads", _default_threads())
     return Settings(**values)
 

@@ -38,15 +38,16 @@ from sidecar.stacked import Stack, StackedProgram, stack, stackable
 _DTYPE_NAMES = {getattr(torch, name): name for name in ITEM_BYTES}
 _FIRST_BYTES = 4096
 _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
+_CORES = re.compile(r"cpu:(\d{1,4})(?:-(\d{1,4}))?")
 # Held by who sets the process's number of threads for a moment.
 _thread_count_lock = threading.Lock()
 
 
 def open_device(name: str = "auto", threads: int | None = None) -> TorchDevice:
-    """Return the device called ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is CUDA where there is one.
+    """Return the device called ``auto``, ``cpu``, ``cpu:N``, ``cpu:N-M``, ``cuda`` or ``cuda:N``.
 
-    ``threads`` is how many CPU threads one operator may use, None for torch's choice. It holds for the process.
-    Raises ConfigError when there is no such device.
+    ``auto`` is CUDA where there is one; with numbers, a CPU device has these of the cores. ``threads`` is how many CPU threads
+    one operator may use, None for torch's choice. It holds for the process. Raises ConfigError when there is no such device.
     """
     if threads is not None:
         if threads < 1:
@@ -57,9 +58,11 @@ def open_device(name: str = "auto", threads: int | None = None) -> TorchDevice:
         name = "cuda" if count else "cpu"
     if name == "cpu":
         return TorchDevice(torch.device("cpu"))
+    if cores := _CORES.fullmatch(name):
+        return TorchDevice(torch.device("cpu"), _usable_cores(name, int(cores[1]), int(cores[2] or cores[1])))
     cuda = _CUDA.fullmatch(name)
     if not cuda:
-        raise ConfigError(f"device {name[:40]!r} is none of auto, cpu, cuda, cuda:N", device=name[:40])
+        raise ConfigError(f"device {name[:40]!r} is none of auto, cpu, cpu:N, cpu:N-M, cuda, cuda:N", device=name[:40])
     number = int(cuda[1] or 0)
     if number >= count:
         raise ConfigError(f"there is no device {name}: torch finds {count} CUDA devices", device=name, found=count)
@@ -69,28 +72,48 @@ def open_device(name: str = "auto", threads: int | None = None) -> TorchDevice:
     return TorchDevice(torch.device("cuda", number))
 
 
+def _usable_cores(name: str, first: int, last: int) -> list[int]:
+    wanted, usable = range(first, last + 1), os.sched_getaffinity(0)
+    if not wanted or not usable.issuperset(wanted):
+        found = ", ".join(map(str, sorted(usable)))
+        raise ConfigError(f"there is no device {name}: the cores that this process may use are {found}", device=name)
+    return list(wanted)
+
+
 class TorchDevice:
     """One torch device. Handles it gives out are torch tensors; callers pass them back and look at nothing inside."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cores: Sequence[int] = ()) -> None:
+        """``cores`` are those of a CPU that is one of several devices; without, it has what the process has."""
         self._device = device
         self._is_cpu = device.type == "cpu"
+        self._cores = cores
         # Bytes of the span, once there is one.
         self._span_bytes = 0
-        self._threads = torch.get_num_threads()
+        self._process_threads = torch.get_num_threads()
+        self._threads = min(self._process_threads, len(cores)) if cores else self._process_threads
         # Sizes of the weights alive. Entries go when handles do, in whichever thread that happens.
         self._sizes: dict[object, int] = {}
 
     @property
     def name(self) -> str:
-        """Return ``cpu`` or ``cuda:N``."""
-        return str(self._device)
+        """Return ``cpu``, ``cpu:N``, ``cpu:N-M`` or ``cuda:N``."""
+        if not self._cores:
+            return str(self._device)
+        first, last = self._cores[0], self._cores[-1]
+        return f"cpu:{first}" if first == last else f"cpu:{first}-{last}"
 
     def facts(self) -> dict[str, object]:
         """Return what an operator wants to know of this device: threads per operator and the version of torch."""
         return {"threads": self._threads, "torch": torch.__version__}
 
     # --- lanes: threads that run programs at the same time ------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Have the calling thread compute on this device's cores, with as many threads; threads that it starts stay there."""
+        if self._cores:
+            os.sched_setaffinity(0, self._cores)
+            self._use_threads(self._threads)
 
     @property
     def lane_counts(self) -> tuple[int, ...]:
@@ -113,12 +136,16 @@ class TorchDevice:
             except FAILURES as error:
                 raise failure(f"beginning a lane on {self.name}", error) from error
             return
+        self._use_threads(max(1, self._threads // count))
+
+    def _use_threads(self, count: int) -> None:
+        """Have operators of the calling thread use so many threads."""
         with _thread_count_lock:
             # A thread takes over the process's number when it first needs it; what is set before that would be lost.
             torch.get_num_threads()
-            torch.set_num_threads(max(1, self._threads // count))
+            torch.set_num_threads(count)
             # That was the process's number, too, for threads that are to come: put right by one that ends with that.
-            other = threading.Thread(target=torch.set_num_threads, args=(self._threads,))
+            other = threading.Thread(target=torch.set_num_threads, args=(self._process_threads,))
             other.start()
             other.join()
 

@@ -48,6 +48,7 @@ from sidecar.logs import RateLimit
 from sidecar.memory import Memory
 from sidecar.mover import Mover
 from sidecar.pins import Pins
+from sidecar.placement import Cost
 from sidecar.policies import Either
 from sidecar.ports import Device, OutputSpecs, Session, Source, Work
 from sidecar.residency import Grant
@@ -76,8 +77,12 @@ _AUDIT_EVERY_S: Final = 60.0
 # Commands and requests that are taken from the inbox before a stage must be run: mostly all that came meanwhile, or whose turn it
 # is would depend on who was the first to send a lot.
 _MOST_TAKEN: Final = 64
-# How long the models pinned before a restart may take to come back.
-_PIN_LOAD_S = 600.0
+# How much the latest request counts in what requests for a model take, how long that is believed, and of how many models.
+_WEIGHT: Final = 0.1
+_MEASURED_FOR_S: Final = 600.0
+_MOST_MEASURED: Final = 1024
+# How long a load may take that nobody has asked for over a connection: of models that were pinned before a restart, say.
+_OWN_LOAD_S: Final = 600.0
 # What is on disk is read through once in so long, a MiB and then a pause: 20 MB/s at most.
 _SCRUB_EVERY_S: Final = 24 * 3600.0
 _SCRUB_PAUSE_S: Final = 0.05
@@ -118,6 +123,7 @@ class Engine:
         facts: dict[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.budget_bytes = budget_bytes
         self._device = device
         self._clock = clock
         self._batch_limit = batch_limit
@@ -204,6 +210,10 @@ class Engine:
         self._finished = False
         self._ended = threading.Event()
         self._counts = Counts()
+        # Device seconds that a request for a model took of late, and when; what was measured long ago may have been a bad moment.
+        self._request_s: dict[str, tuple[float, float]] = {}
+        # Device seconds that are reckoned to be needed for what waits and runs.
+        self._backlog_s = 0.0
         self._session_count = 0
         # Written by the server's thread alone.
         self._turned_away = 0
@@ -233,6 +243,35 @@ class Engine:
         """Return private bytes as the device takes its inputs and gives its outputs; they share the memory."""
         return self._device.view(buffer, dtype, shape)
 
+    @property
+    def device_name(self) -> str:
+        return self._device.name
+
+    def names(self) -> list[str]:
+        """Return the names of the deployed models that can be served."""
+        return self._catalog.served()
+
+    def check_deployed(self, name: str) -> None:
+        """Raise UnknownModel, naming what there is in all domains, or ModelCorrupt. For operators."""
+        self._catalog.check_deployed(name)
+
+    @property
+    def pace(self) -> float:
+        """Return the bytes of weights that are read in a second, about."""
+        return self._mover.pace
+
+    def answered_in_s(self, seconds: float) -> float:
+        """Return in how long a request is answered that takes the device so many seconds, about, beside what is there already."""
+        return self._backlog_s + (self._inbox.qsize() + 1) * seconds
+
+    def tell_costs(self, names: Sequence[str], told: Callable[[Mapping[str, Cost]], None]) -> None:
+        """Have somebody told what models cost here, alone or several together; in the engine's thread."""
+        self._post(lambda: told(self.costs(names)))
+
+    def bring(self, name: str, over: Callable[[TrunklineError | None], None]) -> None:
+        """Have a model loaded, or several together; somebody is told when it is over, in the engine's thread."""
+        self._post(lambda: self._accept(self._own_load(name, _Awaited(over))))
+
     def submit(self, work: Work) -> None:
         """Queue a request; its session is told the outcome."""
         self._inbox.put(work)
@@ -244,6 +283,14 @@ class Engine:
         except CapacityError:
             self._turned_away += 1
             raise
+
+    def has_room(self, tenant: Tenant) -> bool:
+        """Say whether requests of a tenant would be taken. For the server's thread."""
+        try:
+            self._queue.check_room(tenant)
+        except CapacityError:
+            return False
+        return True
 
     def command(self, session: Session, request_id: int, name: str, arguments: dict[str, Any], deadline: float) -> None:
         """Run an administrator's command; its session gets the answer as a document."""
@@ -304,8 +351,29 @@ class Engine:
             kept -= deployed.weights.keys()
         self._memory.free(kept)
 
+    def costs(self, names: Sequence[str]) -> dict[str, Cost]:
+        """Return what those of some models cost that are deployed, alone or several together. While the engine does not run."""
+        return {name: self._cost(name) for name in names if self._catalog.has_all(name)}
+
+    def _cost(self, name: str) -> Cost:
+        parts = self._catalog.parts(name)
+        weights = tuple(self._residency.weights(deployed.plan) for deployed in parts)
+        seconds, measured_s = self._request_s.get(name, (None, -math.inf))
+        resident_bytes = sum(
+            size_bytes for part in weights for digest, size_bytes in part.items() if self._residency.is_resident(digest)
+        )
+        return Cost(
+            seconds if self._clock() < measured_s + _MEASURED_FOR_S else None,
+            sum(sum(deployed.run_s) for deployed in parts) if all(deployed.run_s for deployed in parts) else None,
+            tuple(deployed.plan for deployed in parts),
+            weights,
+            resident_bytes,
+            any(self._residency.is_pinned(deployed.plan) for deployed in parts),
+        )
+
     def run(self) -> None:
         """Serve until drained. The engine thread's body."""
+        self._device.enter()
         self._divide()
         threading.Thread(target=self._mover.run, name="mover", daemon=True).start()
         if self._trials is not None:
@@ -501,9 +569,9 @@ class Engine:
             if name in self._catalog.deployed:
                 self._ahead[name, tenant.name] = tenant
 
-    def _own_load(self, name: str) -> Work:
-        """Return a load that nobody has asked for but the engine itself."""
-        return Work(_Nobody(), 0, name, self._clock() + _PIN_LOAD_S)
+    def _own_load(self, name: str, session: Session | None = None) -> Work:
+        """Return a load that nobody has asked for over a connection."""
+        return Work(session or _Awaited(), 0, name, self._clock() + _OWN_LOAD_S)
 
     def _read_ahead(self) -> None:
         """Load the models that functions have named, while nobody waits for anything."""
@@ -561,6 +629,7 @@ class Engine:
         if self._wavefront:
             self._runs.go_on()
         self._follow_stream()
+        self._backlog_s = self._queue.backlog_s()
         self._choose_lanes()
         self._finish_if_drained()
 
@@ -836,12 +905,19 @@ class Engine:
         call.work.session.answer(call.work.request_id, specs, outputs, self._device.read_output)
         self._counts.answered += 1
         now = self._clock()
-        self._queue.leave(call.work, now)
+        self._measured(call.work.model, self._queue.leave(call.work, now), now)
         for deployed in call.parts:
             deployed.request_count += 1
             deployed.last_used_s = now
             if self._lane_choice is not None:
                 self._lane_choice.answered(deployed.name, self._breadth)
+
+    def _measured(self, name: str, seconds: float, now: float) -> None:
+        """Note the device seconds that a request took."""
+        if name not in self._request_s and len(self._request_s) >= _MOST_MEASURED:
+            self._request_s.clear()
+        known, _ = self._request_s.get(name, (seconds, 0.0))
+        self._request_s[name] = known + _WEIGHT * (seconds - known), now
 
     def _conclude(self, work: Work, parts: tuple[Deployed, ...], tell: Callable[[], None]) -> None:
         """Tell a request's session the outcome, whatever happens on the way, and return its leases."""
@@ -958,15 +1034,14 @@ class Engine:
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
         try:
             answer = self._commands.run(work, name, arguments)
+            if answer is not None:
+                work.session.document(work.request_id, answer)
         except TrunklineError as error:
             work.session.fail(work.request_id, error)
             return
         except Exception as error:  # noqa: BLE001 - _incident logs it
             # A bug in one command is answered like any other failure; whoever asked must not wait for ever.
             work.session.fail(work.request_id, _incident(name[:64], error))
-            return
-        if answer is not None:
-            work.session.document(work.request_id, answer)
 
     def _request_counts(self) -> dict[str, object]:
         return {
@@ -1021,20 +1096,23 @@ class Engine:
             assert found == expected, f"{deployed.plan}: {found} leases, {expected} requests under way"
 
 
-class _Nobody:
-    """The session of work the engine gives itself."""
+class _Awaited:
+    """The session of a load that nobody has asked for over a connection. ``over`` is told when it is, and what was wrong."""
+
+    def __init__(self, over: Callable[[TrunklineError | None], None] = lambda error: None) -> None:
+        self._over = over
 
     def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None:
         raise AssertionError("the engine asks itself for loads only")
 
     def document(self, request_id: int, plain: object) -> None:
-        pass
+        self._over(None)
 
     def fail(self, request_id: int, error: TrunklineError) -> None:
-        pass
+        self._over(error)
 
     def released(self) -> None:
-        pass
+        raise AssertionError("a load has no connection")
 
 
 def _incident(what: str, error: Exception) -> SidecarFault:

@@ -258,11 +258,14 @@ class Scheduler(Generic[R]):
             record.charged_s += seconds
             tenancy.backlog_s += record.left_s - before_s
 
-    def leave(self, request: R, answered_s: float | None = None) -> None:
-        """Note that a request is over; ``answered_s``: when it was answered. One that was never submitted is no matter."""
+    def leave(self, request: R, answered_s: float | None = None) -> float:
+        """Note that a request is over; ``answered_s``: when it was answered. Return the device seconds it was charged.
+
+        One that was never submitted is no matter.
+        """
         record = self._records.pop(id(request), None)
         if record is None:
-            return
+            return 0.0
         name = request.tenant.name
         tenancy = self._tenancies[name]
         tenancy.count -= 1
@@ -277,6 +280,11 @@ class Scheduler(Generic[R]):
                 self.forecast.compare(record.said_s, answered_s - record.submitted_s, name)
         if not tenancy.count and name not in self._quotas.tenants:
             del self._tenancies[name]
+        return record.charged_s
+
+    def backlog_s(self) -> float:
+        """Return the device seconds that are reckoned to be needed for what waits and runs."""
+        return sum(tenancy.backlog_s for tenancy in self._tenancies.values())
 
     def drop(self, belongs: Callable[[R], bool]) -> int:
         """Forget the waiting requests of which ``belongs`` says so; return how many."""

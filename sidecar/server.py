@@ -60,9 +60,8 @@ from trunkline.protocol import (
 )
 from trunkline.signature import Signature
 
-from sidecar.engine import Engine
 from sidecar.logs import RateLimit
-from sidecar.ports import OutputSpecs, Work
+from sidecar.ports import OutputSpecs, Serving, Work
 from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant, as_known_to, hash_of, qualified
 
 log = logging.getLogger("trunkline.server")
@@ -94,7 +93,7 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        engine: Engine,
+        engine: Serving,
         *,
         admin_token: bytes,
         arena_limit_bytes: int,

@@ -14,10 +14,11 @@ import gc
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -61,8 +62,21 @@ class RunDirectory:
         return self.root / "admin.token"
 
     @property
-    def pins(self) -> Path:
-        return self.root / "pins.json"
+    def constraints(self) -> Path:
+        return self.root / "placement.json"
+
+    def pins(self, number: int) -> Path:
+        """Return where it is kept which models an operator pinned on a device."""
+        return self.device_folder(number) / "pins.json"
+
+    def device_folder(self, number: int) -> Path:
+        """Return the folder of what belongs to one device; all there is lies in it where there is but one."""
+        return self.root / f"device-{number}" if number else self.root
+
+    def device_folders(self, count: int) -> list[Path]:
+        """Return the folders there are of devices beyond so many."""
+        own = {self.device_folder(number) for number in range(count)}
+        return [folder for folder in sorted(self.root.glob("device-*")) if folder not in own]
 
     @property
     def quotas(self) -> Path:
@@ -135,14 +149,14 @@ class Supervisor:
         run: RunDirectory,
         *,
         preload: Callable[[], None],
-        engine: Callable[[socket.socket, bytes, int, int], None],
+        engine: Callable[[socket.socket, bytes, int, Sequence[int]], None],
         http: Callable[[], None],
         drain_timeout_s: float,
-        memory_budget_bytes: int,
+        segment_bytes: Sequence[int],
     ) -> None:
-        """``preload`` imports what the engine needs; ``engine(listener, token, generation, segment)`` is the engine process.
+        """``preload`` imports what the engine needs; ``engine(listener, token, generation, segments)`` is the engine process.
 
-        ``segment`` is the descriptor of the memory for weights that outlives the engine.
+        ``segments`` are the descriptors of the memory for weights that outlives the engine, of ``segment_bytes`` each.
 
         ``http()`` is the process of the admin endpoint.
         """
@@ -151,7 +165,8 @@ class Supervisor:
         self._engine = engine
         self._http_main = http
         self._drain_timeout_s = drain_timeout_s
-        self._memory_budget_bytes = memory_budget_bytes
+        self._segment_bytes = segment_bytes
+        self._segments: list[Segment] = []
         self._engine_pid = 0
         self._engine_started_s = 0.0
         self._generation = 0
@@ -168,20 +183,30 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             # Before any fork: what a parent imports later would take apart what it shares with its child.
             self._preload()
-            self._segment = Segment.create_or_adopt(self._run.root, self._memory_budget_bytes)
             try:
+                self._open_segments()
                 self._start_http(listener)
                 self._start_engine(listener, token)
                 log.info("listening on %s", self._run.socket)
                 self._keep_alive(listener, token)
             finally:
                 self._stop_children()
-                self._segment.unlink()
-                self._segment.close()
+                for segment in self._segments:
+                    segment.unlink()
+                    segment.close()
                 listener.close()
                 for path in (self._run.socket, self._run.token, self._run.admin_socket, self._run.quotas):
                     path.unlink(missing_ok=True)
         return 0
+
+    def _open_segments(self) -> None:
+        """Make or adopt a segment for each device. What there is for devices that are no more goes with their folders."""
+        for folder in self._run.device_folders(len(self._segment_bytes)):
+            shutil.rmtree(folder, ignore_errors=True)
+        for number, size_bytes in enumerate(self._segment_bytes):
+            folder = self._run.device_folder(number)
+            folder.mkdir(exist_ok=True)
+            self._segments.append(Segment.create_or_adopt(folder, size_bytes))
 
     def _keep_alive(self, listener: socket.socket, token: bytes) -> None:
         while True:
@@ -208,13 +233,15 @@ class Supervisor:
     def _start_engine(self, listener: socket.socket, token: bytes) -> None:
         self._engine_started_s = time.monotonic()
         self._generation += 1
-        self._engine_pid = _fork("engine", lambda: self._engine(listener, token, self._generation, self._segment.descriptor))
+        segments = [segment.descriptor for segment in self._segments]
+        self._engine_pid = _fork("engine", lambda: self._engine(listener, token, self._generation, segments))
 
     def _start_http(self, listener: socket.socket) -> None:
         def serve() -> None:
             # Functions are the engine's; a second holder would keep their socket open beyond the supervisor's death.
             listener.close()
-            self._segment.close()
+            for segment in self._segments:
+                segment.close()
             self._http_main()
 
         self._http_pid = _fork("HTTP server", serve)

@@ -127,6 +127,7 @@ class Trials:
         self._jobs.put(None)
 
     def run(self) -> None:
+        self._device.enter()
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while (job := self._jobs.get()) is not None:
             job()

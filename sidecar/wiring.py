@@ -8,7 +8,9 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from sidecar.config import Settings
 from sidecar.http.server import AdminServer, listen_tcp, listen_unix
@@ -18,7 +20,11 @@ from sidecar.quotas import read_quotas
 from sidecar.reloading import QuotaFile
 from sidecar.store import Store
 from sidecar.supervisor import RunDirectory, Supervisor
-from sidecar.tenants import OPEN
+from sidecar.tenants import OPEN, Quotas
+
+if TYPE_CHECKING:
+    # Not before the supervisor is asked to: looking and pushing have to be quick.
+    from sidecar.engine import Engine
 
 log = logging.getLogger("trunkline")
 
@@ -43,10 +49,10 @@ def serve(settings: Settings) -> int:
     # Opened here as well, so that a folder that cannot be written to is told at once, and not by each engine.
     Store(settings.store_dir)
 
-    def engine(functions: socket.socket, token: bytes, generation: int, segment: int) -> None:
+    def engine(functions: socket.socket, token: bytes, generation: int, segments: Sequence[int]) -> None:
         if tcp:
             tcp.close()
-        _engine_process(settings, run, functions, token, generation, segment)
+        _engine_process(settings, run, functions, token, generation, segments)
 
     supervisor = Supervisor(
         run,
@@ -54,7 +60,7 @@ def serve(settings: Settings) -> int:
         engine=engine,
         http=lambda: AdminServer(settings, [listen_unix(run.admin_socket), *([tcp] if tcp else [])]).run(),
         drain_timeout_s=settings.drain_timeout_s,
-        memory_budget_bytes=settings.segment_budget_bytes,
+        segment_bytes=[settings.segment_bytes(device) for device in settings.devices],
     )
     with contextlib.closing(tcp) if tcp else contextlib.nullcontext():
         return supervisor.run()
@@ -67,6 +73,7 @@ def _preload() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import sidecar.devices
     import sidecar.engine
+    import sidecar.engines
     import sidecar.memories
     import sidecar.server
     import sidecar.store
@@ -74,13 +81,11 @@ def _preload() -> None:
 
 
 def _engine_process(
-    settings: Settings, run: RunDirectory, listener: socket.socket, token: bytes, generation: int, segment: int
+    settings: Settings, run: RunDirectory, listener: socket.socket, token: bytes, generation: int, segments: Sequence[int]
 ) -> None:
-    from sidecar.devices import open_device
-    from sidecar.engine import Engine
-    from sidecar.memories import budget_of, memory_of
+    from sidecar.constraints import Constraints
+    from sidecar.engines import Engines
     from sidecar.server import Server
-    from sidecar.verdicts import Verdicts
 
     quota_file = None if settings.quota_file is None else QuotaFile(settings.quota_file, run.quotas)
     quotas = OPEN
@@ -91,30 +96,12 @@ def _engine_process(
             # What an earlier sidecar went by, which was killed perhaps, is not in force any more.
             run.quotas.unlink(missing_ok=True)
         quotas = quota_file.read_or_keep()
-    device = open_device(settings.device, settings.threads)
     store = Store(settings.store_dir)
-    verdicts = Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values()), *device.layout_facts())
-    budget_bytes = budget_of(device, settings.memory_budget_bytes, is_fixed=settings.device != "auto")
-    engine = Engine(
-        device,
-        store,
-        Pins(run.pins),
-        budget_bytes=budget_bytes,
-        activation_budget_bytes=settings.activation_budget_bytes,
-        eviction_policy=settings.eviction_policy,
-        queue_limit=settings.queue_limit,
-        batch_limit=settings.batch_limit,
-        batch_window_s=settings.batch_window_s,
-        compute_once=settings.compute_once,
-        packing=settings.packing,
-        stacking=settings.stacking,
-        quotas=quotas,
-        lanes=settings.lanes,
-        verdicts=verdicts,
-        memory=memory_of(device, store, segment, settings.store_dir / "blocks", budget_bytes, settings.host_budget_bytes),
-        generation=generation,
-        facts=device.facts(),
-    )
+    engines = [_engine(settings, run, store, quotas, generation, number, segment) for number, segment in enumerate(segments)]
+    engine: Engine | Engines = engines[0]
+    if len(engines) > 1:
+        by_device = {each.device_name: each for each in engines}
+        engine = Engines(by_device, Constraints(run.constraints, list(by_device)))
     server = Server(
         listener,
         engine,
@@ -140,3 +127,40 @@ def _engine_process(
     if quota_file is not None:
         threading.Thread(target=quota_file.run, args=(server.use_quotas,), name="quotas", daemon=True).start()
     server.run()
+
+
+def _engine(
+    settings: Settings, run: RunDirectory, store: Store, quotas: Quotas, generation: int, number: int, segment: int
+) -> Engine:
+    """Return the engine of one of the devices."""
+    from sidecar.devices import open_device
+    from sidecar.engine import Engine
+    from sidecar.memories import budget_of, memory_of
+    from sidecar.verdicts import Verdicts
+
+    name = settings.devices[number]
+    device = open_device(name, settings.threads)
+    budget_bytes = budget_of(device, settings.budget_bytes(name), is_fixed=name != "auto")
+    # Files of one layout are in one folder, and what was tried on a device is true there.
+    blocks = settings.store_dir / (f"blocks-{number}" if number else "blocks")
+    verdicts = Verdicts(settings.store_dir / "verdicts", device.name, *map(str, device.facts().values()), *device.layout_facts())
+    return Engine(
+        device,
+        store,
+        Pins(run.pins(number)),
+        budget_bytes=budget_bytes,
+        activation_budget_bytes=settings.activation_budget_bytes,
+        eviction_policy=settings.eviction_policy,
+        queue_limit=settings.queue_limit,
+        batch_limit=settings.batch_limit,
+        batch_window_s=settings.batch_window_s,
+        compute_once=settings.compute_once,
+        packing=settings.packing,
+        stacking=settings.stacking,
+        quotas=quotas,
+        lanes=settings.lanes,
+        verdicts=verdicts,
+        memory=memory_of(device, store, segment, blocks, budget_bytes, settings.host_budget_bytes),
+        generation=generation,
+        facts=device.facts(),
+    )

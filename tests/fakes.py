@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import socket
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from trunkline.errors import DeviceFault, UnknownModel
 from trunkline.protocol import TensorSpec
 
 from sidecar.bundle import Bundle, Graph, Node, Symbol, Value, Weight
+from sidecar.constraints import Constraints
 from sidecar.engine import Engine
+from sidecar.engines import Engines
 from sidecar.errors import BlobCorrupt, BlobMissing
 from sidecar.pins import Pins
 from sidecar.server import Reload, Server
@@ -94,11 +97,11 @@ class FakeSource:
 class FakeDevice:
     """Computes y = x + the sum of all weight bytes, for every output. ``on_run`` is called first, where programs are run."""
 
-    name = "fake"
     can_pack = False
     lane_counts: tuple[int, ...] = (1, 2)
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "fake") -> None:
+        self.name = name
         self.allocated_bytes = 0
         self.peak_bytes = 0
         self.trim_count = 0
@@ -133,6 +136,9 @@ class FakeDevice:
         self.on_run()
         total = sum(int(np.frombuffer(weight.memory, np.uint8).sum()) for weight in weights)
         return [inputs[0] + inputs[0].dtype.type(total) for _ in program.outputs]
+
+    def enter(self) -> None:
+        pass
 
     def begin_lane(self, count: int) -> None:
         self.lanes_begun += 1
@@ -196,14 +202,17 @@ class FakeWeight:
 
 
 class Running:
-    """A server and its engine, running in threads of this process."""
+    """A server and its engine, or those of several devices, running in threads of this process."""
 
-    def __init__(self, path: Path, device: Any, source: Any, engine: Engine, server: Server) -> None:
+    def __init__(
+        self, path: Path, device: Any, source: Any, engine: Engine, server: Server, engines: Engines | None = None
+    ) -> None:
         self.path = str(path)
         self.device = device
         self.source = source
         self.engine = engine
         self.server = server
+        self.engines = engines
 
 
 @contextlib.contextmanager
@@ -212,6 +221,8 @@ def running_server(
     source: Any,
     *,
     device: Any = None,
+    beside: Sequence[Any] = (),
+    clock: Callable[[], float] = time.monotonic,
     budget_bytes: int = 1 << 20,
     queue_limit: int = 64,
     arena_limit_bytes: int = 1 << 22,
@@ -224,7 +235,8 @@ def running_server(
 ) -> Iterator[Running]:
     """Serve ``source`` on a socket in ``directory`` until the block ends; check that nothing was left behind.
 
-    ``source`` is a ``FakeSource`` or a real store, ``device`` a real one or, where there is none, a ``FakeDevice``.
+    ``source`` is a ``FakeSource`` or a real store, ``device`` a real one or, where there is none, a ``FakeDevice``. Devices
+    ``beside`` it have engines of their own; models are placed by ``clock``.
     """
     path = directory / "trunkline.sock"
     path.unlink(missing_ok=True)
@@ -232,18 +244,26 @@ def running_server(
     listener.bind(str(path))
     listener.listen(64)
     device = device or FakeDevice()
-    engine = Engine(
-        device,
-        source,
-        Pins(directory / "pins.json"),
-        budget_bytes=budget_bytes,
-        queue_limit=queue_limit,
-        quotas=quotas,
-        **engine_settings,
-    )
+    all_engines = [
+        Engine(
+            each,
+            source,
+            Pins(directory / f"pins{number or ''}.json"),
+            budget_bytes=budget_bytes,
+            queue_limit=queue_limit,
+            quotas=quotas,
+            **engine_settings,
+        )
+        for number, each in enumerate((device, *beside))
+    ]
+    engine, engines = all_engines[0], None
+    if beside:
+        by_device = {each.device_name: each for each in all_engines}
+        engines = Engines(by_device, Constraints(directory / "placement.json", list(by_device)), clock)
+    serving = engines or engine
     server = Server(
         listener,
-        engine,
+        serving,
         admin_token=ADMIN_TOKEN,
         arena_limit_bytes=arena_limit_bytes,
         arena_total_bytes=arena_total_bytes,
@@ -252,19 +272,20 @@ def running_server(
         reload=reload,
         transport=transport,
     )
-    engine.deploy_stored()
-    threads = [threading.Thread(target=engine.run), threading.Thread(target=server.run)]
+    serving.deploy_stored()
+    threads = [threading.Thread(target=serving.run), threading.Thread(target=server.run)]
     for thread in threads:
         thread.start()
     try:
-        yield Running(path, device, source, engine, server)
+        yield Running(path, device, source, engine, server, engines)
     finally:
-        engine.drain(server.stop)
+        serving.drain(server.stop)
         for thread in threads:
             thread.join(20)
         listener.close()
         path.unlink(missing_ok=True)
     assert not any(thread.is_alive() for thread in threads), "engine or server did not stop"
-    engine.check_invariants()
-    if isinstance(device, FakeDevice):
-        assert device.peak_bytes <= budget_bytes, "the budget was exceeded"
+    for each in all_engines:
+        each.check_invariants()
+    for each in (device, *beside):
+        assert getattr(each, "peak_bytes", 0) <= budget_bytes, "the budget was exceeded"

@@ -30,6 +30,7 @@ from trunkline.errors import (
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from sidecar.bundle import MODEL_NAME
+from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError
 from sidecar.keeping import Keep
 from sidecar.store import DIGEST, Store
@@ -95,7 +96,7 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
             "offset": _number("offset", 0, 10**9),
             "limit": min(_number("limit", 100, 10**9), 1000),
         }
-        return jsonify(engine.command("blocks", arguments))
+        return jsonify(engine.command("blocks", arguments | _device()))
 
     @app.get("/admin/v1/queues")
     def queues() -> Response:
@@ -105,12 +106,12 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
     @app.get("/admin/v1/trace")
     def trace() -> Response:
         """Return the latest leases, at most ``limit`` (10,000), and the models in them: who was asked for when, and its cost."""
-        return jsonify(engine.command("trace", {"limit": _number("limit", 10_000, 10_000)}))
+        return jsonify(engine.command("trace", {"limit": _number("limit", 10_000, 10_000)} | _device()))
 
     @app.get("/admin/v1/graph")
     def graph() -> Response:
         """Return the fused DAG: every block once, the block it follows, and the models that run through it."""
-        return jsonify(engine.command("graph"))
+        return jsonify(engine.command("graph", _device()))
 
     @app.get("/admin/v1/models")
     def models() -> Response:
@@ -152,6 +153,19 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
         # Looked at here, too: not every number of JSON can be sent on.
         Keep().changed(body)
         return jsonify(engine.command("keep", {"name": _deployed_name(name), **body}))
+
+    @app.get("/admin/v1/placement")
+    def placement() -> Response:
+        """Return where models are asked, on a node with several devices, and what that was decided by."""
+        return jsonify(engine.command("placement"))
+
+    @app.post("/admin/v1/models/<name>/place")
+    def place(name: str) -> Response:
+        """Say on which devices a model may be; answered when it is there. A pin is to ``allow`` one."""
+        body = _json_object(optional=("allow", "forbid"))
+        # Looked at here, too, as above.
+        check_constraint(body)
+        return jsonify(engine.command("place", {"name": _deployed_name(name), **body}))
 
     @app.get("/admin/v1/tenants")
     def tenants() -> Response:
@@ -199,6 +213,12 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
         return jsonify(count=count, size_bytes=size_bytes, dry_run=dry_run)
 
     return app
+
+
+def _device() -> dict[str, object]:
+    """Return the argument of a command that is for one device, where one is named."""
+    device = request.args.get("device")
+    return {} if device is None else {"device": device[:64]}
 
 
 def _guard(blob_limit_bytes: int) -> None:

@@ -195,6 +195,28 @@ def test_a_bad_way_to_keep_a_model_does_not_reach_the_engine(
     assert engine.asked == []
 
 
+def test_where_a_model_may_be_is_told_to_the_engine(http: flask.testing.FlaskClient, engine: FakeEngine) -> None:
+    for body in ({"allow": ["cpu:0"]}, {"forbid": []}, {"allow": [], "forbid": ["cuda:0"]}):
+        assert http.post("/admin/v1/models/m/place", json=body).json == {"name": "m"}
+        assert engine.asked[-1] == ("place", {"name": "m", **body})
+    engine.answers["placement"] = {"devices": {}, "models": []}
+    assert http.get("/admin/v1/placement").json == {"devices": {}, "models": []}
+
+
+@pytest.mark.parametrize("body", ["{}", '{"allow": "cpu:0"}', '{"forbid": [1%s]}' % ("0" * 40), '{"name": "other"}', "[]"])
+def test_a_bad_place_does_not_reach_the_engine(http: flask.testing.FlaskClient, engine: FakeEngine, body: str) -> None:
+    assert http.post("/admin/v1/models/m/place", data=body, content_type="application/json").status_code == 400
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("name", ["blocks", "graph", "trace"])
+def test_one_device_can_be_asked(http: flask.testing.FlaskClient, engine: FakeEngine, name: str) -> None:
+    http.get(f"/admin/v1/{name}?device=cpu:1")
+    assert engine.asked[-1][1]["device"] == "cpu:1"
+    http.get(f"/admin/v1/{name}")
+    assert "device" not in engine.asked[-1][1]
+
+
 def test_a_model_is_pushed_and_removed(http: flask.testing.FlaskClient, engine: FakeEngine, store: Store) -> None:
     body, blobs = body_of()
     (digest,) = blobs

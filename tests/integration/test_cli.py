@@ -218,6 +218,9 @@ def test_a_bad_address_is_told() -> None:
         ["model", "keep", "m", "--keep-alive", "nan"],
         ["model", "keep", "m", "--keep-alive", "31536001"],
         ["model", "keep", "m", "--keep-alive", "never"],
+        ["model", "place", "m"],
+        ["model", "place", "m", "--anywhere", "--pin", "cpu:0"],
+        ["model", "place", "m", "--pin", "cpu:0", "--forbid", "cpu:1"],
     ],
 )
 def test_wrong_usage_has_its_own_exit_code(answers: Answers, words: list[str]) -> None:
@@ -239,6 +242,35 @@ def test_only_what_was_said_of_keeping_a_model_is_sent(answers: Answers, words: 
     result = run("model", "keep", "m", *words)
     assert result.output == "m: priority 9, kept for 2.5 s without a request\n"
     assert (answers.asked, answers.sent) == ([("POST", "models/m/keep")], [sent])
+
+
+@pytest.mark.parametrize(
+    ("words", "sent"),
+    [
+        (["--pin", "cpu:1"], {"allow": ["cpu:1"], "forbid": []}),
+        (["--allow", "cpu:1", "--allow", "cpu:0"], {"allow": ["cpu:1", "cpu:0"], "forbid": []}),
+        (["--forbid", "cuda:0"], {"allow": [], "forbid": ["cuda:0"]}),
+        (["--anywhere"], {"allow": [], "forbid": []}),
+    ],
+)
+def test_where_a_model_may_be_is_said_anew_each_time(answers: Answers, words: list[str], sent: dict[str, object]) -> None:
+    answers.table["models/m/place"] = {"name": "m", "devices": ["cpu:0", "cpu:1"]}
+    result = run("model", "place", "m", *words)
+    assert result.output == "m: on cpu:0 and cpu:1\n"
+    assert (answers.asked, answers.sent) == ([("POST", "models/m/place")], [sent])
+
+
+def test_placement_tells_where_models_are_and_why(answers: Answers) -> None:
+    entry = {"name": "m", "devices": ["cpu:0"], "moving_to": ["cpu:1"], "allow": [], "forbid": ["cuda:0"]}
+    asked = {"rate": 57.53, "under_way": 1.2, "seconds": {"cpu:0": 0.0091, "cpu:1": 0.02}}
+    pinned = {"name": "n", "devices": ["cpu:1"], "moving_to": [], "allow": ["cpu:1"], "forbid": []}
+    devices = {"cpu:0": {"load": 0.634, "budget_bytes": 1, "under_way": 3}}
+    answers.table["placement"] = {"devices": devices, "models": [entry | asked, pinned]}
+    lines = [" ".join(line.split()) for line in run("placement").output.splitlines()]
+    assert lines[0] == "cpu:0: 63 % of its time is asked for, 3 requests under way"
+    assert "m cpu:0 > cpu:1 57.5 cpu:0 9.1, cpu:1 20.0 not cuda:0" in lines
+    assert "n cpu:1 0.0 only cpu:1" in lines
+    assert json.loads(run("placement", "--json").output)["devices"] == devices
 
 
 def test_every_setting_has_the_flag_it_is_documented_with() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import Any
 
@@ -66,7 +68,7 @@ def test_auto_is_a_device() -> None:
     assert open_device("auto").name == ("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:-1", "cuda:9999", "CPU", "cpu:0", "meta"])
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:-1", "cuda:9999", "CPU", "cpu:", "cpu:x", "cpu:0-", "meta"])
 def test_a_device_that_is_none_is_refused(name: str) -> None:
     with pytest.raises(ConfigError):
         open_device(name)
@@ -75,6 +77,43 @@ def test_a_device_that_is_none_is_refused(name: str) -> None:
 def test_a_missing_cuda_device_is_refused_with_the_number_there_is() -> None:
     with pytest.raises(ConfigError, match=r"there is no device cuda:64: torch finds \d+ CUDA devices"):
         open_device("cuda:64")
+
+
+def test_a_device_of_some_cores_computes_there_with_as_many_threads() -> None:
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    first = min(cores)
+    made = open_device(f"cpu:{first}", threads=max(2, threads))
+    assert made.name == f"cpu:{first}"
+    assert made.facts()["threads"] == 1
+    assert made.lane_counts == (1,)
+
+    def entered() -> tuple[set[int], int, set[int]]:
+        made.enter()
+        with ThreadPoolExecutor(1) as pool:
+            return os.sched_getaffinity(0), torch.get_num_threads(), pool.submit(os.sched_getaffinity, 0).result()
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(entered).result() == ({first}, 1, {first})
+        with ThreadPoolExecutor(1) as pool:
+            # Other threads are not concerned.
+            assert pool.submit(torch.get_num_threads).result() == max(2, threads)
+            assert pool.submit(os.sched_getaffinity, 0).result() == cores
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_device_of_all_cores_changes_nothing() -> None:
+    cores = os.sched_getaffinity(0)
+    made = open_device("cpu")
+    made.enter()
+    assert os.sched_getaffinity(0) == cores
+
+
+@pytest.mark.parametrize("name", ["cpu:9999", "cpu:0-9999", "cpu:1-0"])
+def test_cores_that_are_not_there_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"there is no device {name}: the cores that this process may use are "):
+        open_device(name)
 
 
 def test_threads_are_set_and_checked() -> None:

@@ -54,8 +54,25 @@ def test_of_the_hosts_memory_weights_have_what_the_device_may_call_for(
 ) -> None:
     monkeypatch.setattr("sidecar.config.has_gpu_driver", lambda: has_driver)
     settings = load_settings({"device": device, "memory_budget_bytes": budget_bytes, "host_budget_bytes": 7}, {})
-    assert settings.segment_budget_bytes == segment_bytes
+    assert settings.segment_bytes(device) == segment_bytes
     assert load_settings({}, {}).host_budget_bytes > 2**20
+
+
+def test_devices_of_one_kind_share_what_the_host_has() -> None:
+    one, two = load_settings({"device": "cpu"}, {}), load_settings({"device": "cpu:0, cpu:1"}, {})
+    assert two.devices == ("cpu:0", "cpu:1")
+    assert [two.segment_bytes(device) for device in two.devices] == [two.memory_budget_bytes] * 2
+    assert 2 * two.memory_budget_bytes == pytest.approx(one.memory_budget_bytes, rel=0.2)
+    assert 2 * two.activation_budget_bytes == pytest.approx(one.activation_budget_bytes, rel=0.2)
+
+
+def test_a_cpu_beside_a_gpu_has_as_much_of_the_host_as_the_gpu() -> None:
+    found = load_settings({"device": "cuda:0,cpu", "host_budget_bytes": 7}, {})
+    assert [found.budget_bytes(device) for device in found.devices] == [0, 7]
+    assert [found.segment_bytes(device) for device in found.devices] == [7, 7]
+    given = load_settings({"device": "cuda:0,cpu", "host_budget_bytes": 7, "memory_budget_bytes": 5}, {})
+    assert [given.budget_bytes(device) for device in given.devices] == [5, 5]
+    assert [given.segment_bytes(device) for device in given.devices] == [7, 5]
 
 
 def test_a_gpu_is_looked_for_by_its_drivers_device(tmp_path: Path) -> None:
@@ -93,6 +110,14 @@ def test_sizes(text: object, size: int) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("device", "tpu"),
+        ("device", "auto,cpu"),
+        ("device", "cpu,cpu"),
+        ("device", "cpu,cpu:1"),
+        ("device", "cpu:0-2,cpu:2-3"),
+        ("device", "cpu:3-1"),
+        ("device", "cuda:0,cuda:0"),
+        ("device", "cpu:0;cpu:1"),
         ("memory_budget_bytes", "lots"),
         ("memory_budget_bytes", "-1"),
         ("memory_budget_bytes", "0"),

@@ -49,6 +49,9 @@ LAYERS = {
         "forecast",
         "reserves",
         "pins",
+        "constraints",
+        "placement",
+        "gathered",
         "logs",
         "machine",
         "probe",
@@ -76,6 +79,9 @@ LAYERS = {
     4: {
         "activations",
         "engine",
+        "engines",
+        "placing",
+        "relays",
         "catalog",
         "claims",
         "commands",
@@ -104,8 +110,8 @@ LAYERS = {
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 MAY_IMPORT_TORCH = LAYERS[3]
-# Two modules that build what they run, each in a process of its own.
-BUILDERS = {("http.server", "http.admin"), ("server", "engine")}
+# It builds what it runs in a process of its own.
+BUILDERS = {("http.server", "http.admin")}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,179 @@
+"""The engines of a node with several devices, one for each, as one: to the server it is an engine.
+
+A request goes where the table says (``sidecar.placing``), to that one of a model's devices that is said to answer first. A
+command goes to every device that it concerns, and what they tell is made one document. Tenants have their shares, queues and
+quotas of weights and of room to compute on each device by itself. All of this happens in the server's thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from trunkline.errors import InvalidInput, TrunklineError
+from trunkline.protocol import JOINT
+from trunkline.signature import Signature
+
+from sidecar import gathered
+from sidecar.constraints import Constraints
+from sidecar.engine import Engine
+from sidecar.placing import MOST_NAMES, Placing, Tally
+from sidecar.ports import Session, Work
+from sidecar.relays import Relay
+from sidecar.tenants import ANYONE, Quotas, Tenant
+
+# What a request is taken to cost before anything is known, in seconds.
+_UNKNOWN_S: Final = 0.01
+
+
+class Engines:
+    """Engines by the names of their devices, in the order in which an operator named them. For the server, one engine."""
+
+    def __init__(
+        self, engines: Mapping[str, Engine], constraints: Constraints, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engines = dict(engines)
+        self._devices = list(engines)
+        self._first = engines[self._devices[0]]
+        self._relays: dict[Session, Relay] = {}
+        self._tallies = {device: Tally() for device in engines}
+        self._placing = Placing(engines, self._tallies, constraints, clock)
+        self._undrained = set(engines)
+        self._drain_lock = threading.Lock()
+
+    # --- the server's thread, as with one engine ---------------------------------------------------------------------
+
+    def signature(self, name: str) -> Signature:
+        """Return the signature of a deployed model. Raises UnknownModel, ModelCorrupt, InvalidInput."""
+        return self._first.signature(name)
+
+    def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:
+        """Return private bytes as devices take inputs and give outputs; they share the memory."""
+        return self._first.view(buffer, dtype, shape)
+
+    def check_room(self, tenant: Tenant) -> None:
+        """Raise QueueFull or QuotaExceeded while requests would only be refused, on whichever device."""
+        if not any(engine.has_room(tenant) for engine in self._engines.values()):
+            self._first.check_room(tenant)
+
+    def submit(self, work: Work) -> None:
+        """Send a request to the device that is said to answer it first."""
+        try:
+            device = self._chosen(work.model)
+        except TrunklineError as error:
+            work.session.fail(work.request_id, error)
+            return
+        begun = self._tallies[device].begun
+        # What is asked together can be combined in more ways than are worth counting.
+        counted_as = work.model if work.model in self._placing.table or len(begun) < MOST_NAMES else ""
+        begun[counted_as] += 1
+        work.session = self._relay(work.session).begin(device, counted_as)
+        self._engines[device].submit(work)
+
+    def _relay(self, session: Session) -> Relay:
+        relay = self._relays.get(session)
+        if relay is None:
+            relay = self._relays[session] = Relay(session, self._devices, self._is_over)
+        return relay
+
+    def _is_over(self, device: str, model: str) -> None:
+        self._tallies[device].ended[model] += 1
+
+    def _chosen(self, name: str) -> str:
+        """Return the device for a request. Raises InvalidInput where there is none for models that are asked together."""
+        where = self._placing.table.get(name) or self._until_placed(name)
+        if len(where) == 1:
+            return next(iter(where))
+        seconds = self._placing.seconds.get(name, {})
+        return min(sorted(where), key=lambda device: self._engines[device].answered_in_s(seconds.get(device, _UNKNOWN_S)))
+
+    def _until_placed(self, name: str) -> frozenset[str]:
+        """Return where something may be asked that has no place yet: where its models are, if they are together."""
+        parts = name.split(JOINT)
+        allowed = self._placing.allowed(name)
+        if not allowed:
+            raise InvalidInput(
+                f"{', '.join(parts)[:200]} may not be on one device; ask them one by one, or allow all of them the same one"
+            )
+        known = [self._placing.table[part] for part in parts if part in self._placing.table]
+        return frozenset.intersection(allowed, *known) or allowed
+
+    def command(self, session: Session, request_id: int, name: str, arguments: dict[str, Any], deadline: float) -> None:
+        """Run an administrator's command, on all devices that it concerns; the session gets the answer as a document."""
+        model = str(arguments.get("name", ""))
+        relay = self._relay(session)
+        if name == "placement":
+            self._placing.describe(relay.hold(), request_id)
+            return
+        if name == "place":
+            asked = {key: value for key, value in arguments.items() if key != "name"}
+            self._placing.constrain(relay.hold(), request_id, model, asked)
+            return
+        devices: Sequence[str] = self._devices
+        merge = gathered.MERGES.get(name, gathered.model)
+        if name in ("load", "pin"):
+            devices = sorted(self._placing.table.get(model, self._devices[:1]))
+        elif name in ("blocks", "graph", "trace"):
+            # What one device has, the first unless another is named.
+            device = arguments.pop("device", self._devices[0])
+            if device not in self._engines:
+                session.fail(
+                    request_id, InvalidInput(f"there is no device {str(device)[:64]!r} here: {', '.join(self._devices)}")
+                )
+                return
+            devices, merge = [device], lambda found: next(iter(found.values()))
+        relay.gather(devices, merge)
+        for device in devices:
+            self._engines[device].command(relay.lines[device], request_id, name, dict(arguments), deadline)
+
+    def use_quotas(self, quotas: Quotas) -> None:
+        """Take up what an operator says of tenants, on every device."""
+        for engine in self._engines.values():
+            engine.use_quotas(quotas)
+
+    def session_opened(self, models: Sequence[str] = (), tenant: Tenant = ANYONE) -> None:
+        """Count a session, and load the models it is going to ask about, where they will be asked."""
+        for device, engine in self._engines.items():
+            engine.session_opened([name for name in models if device in self._placing.table.get(name, ())], tenant)
+
+    def session_closed(self, session: Session) -> None:
+        """Drop everything a session has queued anywhere; it is told ``released`` when nothing of it is left."""
+        relay = self._relay(session)
+        del self._relays[session]
+        for device, engine in self._engines.items():
+            engine.session_closed(relay.lines[device])
+
+    def drain(self, drained: Callable[[], None]) -> None:
+        """Refuse new requests from now on, finish the accepted ones, then call ``drained`` and end ``run``."""
+
+        def one(device: str) -> None:
+            with self._drain_lock:
+                self._undrained.discard(device)
+                if self._undrained:
+                    return
+            self._placing.stop()
+            drained()
+
+        for device, engine in self._engines.items():
+            engine.drain(lambda device=device: one(device))  # type: ignore[misc]
+
+    # --- before and while they run -----------------------------------------------------------------------------------
+
+    def deploy_stored(self) -> None:
+        """Deploy every model of the store on every device, and place it. Call once, before ``run`` starts."""
+        for engine in self._engines.values():
+            engine.deploy_stored()
+        self._placing.begin()
+
+    def run(self) -> None:
+        """Serve until drained: in a thread for each engine; this one moves models."""
+        threads = [
+            threading.Thread(target=engine.run, name=f"engine {device}", daemon=True) for device, engine in self._engines.items()
+        ]
+        for thread in threads:
+            thread.start()
+        self._placing.run()
+        for thread in threads:
+            thread.join()

@@ -1,0 +1,100 @@
+"""What the engines of several devices tell, as one document: counts are added up, models are described once. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+Documents = Mapping[str, Any]
+
+# What every device of a machine tells of the same memory.
+_SAME: Final = ("total_bytes",)
+# What one model is described by is the same on all devices, but for these.
+_STATES: Final = ("resident", "loading", "stored")
+
+
+def added(found: Sequence[Any]) -> Any:
+    """Return documents of one form as one: numbers are added, objects field by field; of all else, the first counts."""
+    first = found[0]
+    if isinstance(first, dict):
+        keys = dict.fromkeys(key for each in found for key in each)
+        return {
+            key: first[key] if key in _SAME and key in first else added([each[key] for each in found if key in each])
+            for key in keys
+        }
+    if isinstance(first, (int, float)) and not isinstance(first, bool):
+        return sum(found)
+    return first
+
+
+def models(found: Documents) -> list[dict[str, Any]]:
+    """Return the models of several devices, each once; ``resident_on`` names the devices that have all of one in memory."""
+    by_name: dict[str, dict[str, dict[str, Any]]] = {}
+    for device, described in found.items():
+        for each in described:
+            by_name.setdefault(each["name"], {})[device] = each
+    return [model(each) for each in by_name.values()]
+
+
+def model(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what several devices tell of one model."""
+    first, each = next(iter(found.values())), found.values()
+    if any("leases" not in one for one in each):
+        # It cannot be served, or is deployed in several domains.
+        return first
+    used = [one["last_used_s"] for one in each if one.get("last_used_s") is not None]
+    states = [one["state"] for one in each]
+    return first | {
+        "state": min(states, key=lambda state: _STATES.index(state) if state in _STATES else len(_STATES)),
+        "pinned": any(one.get("pinned", False) for one in each),
+        "leases": sum(one.get("leases", 0) for one in each),
+        "requests": sum(one.get("requests", 0) for one in each),
+        "last_used_s": min(used, default=None),
+        "resident_on": [device for device, one in found.items() if one["state"] == "resident"],
+        **({"freed_bytes": sum(one["freed_bytes"] for one in each)} if "freed_bytes" in first else {}),
+    }
+
+
+def status(found: Documents) -> dict[str, Any]:
+    """Return the node's status; ``devices`` has what is told of each."""
+    by_device = {
+        device: {key: value for key, value in each.items() if key not in ("engine", "models", "sessions")}
+        for device, each in found.items()
+    }
+    first = next(iter(found.values()))
+    return {
+        "engine": first["engine"] | {"device": ", ".join(found)},
+        **added(
+            [
+                {key: value for key, value in each.items() if key not in ("engine", "models", "sessions")}
+                for each in found.values()
+            ]
+        ),
+        "sessions": first["sessions"],
+        "models": models({device: each["models"] for device, each in found.items()}),
+        "devices": by_device,
+    }
+
+
+def memory(found: Documents) -> dict[str, Any]:
+    """Return the memory of all devices together; ``devices`` has that of each."""
+    return {**added(list(found.values())), "devices": dict(found)}
+
+
+def queues(found: Documents) -> dict[str, Any]:
+    """Return what waits on all devices; one request more would go where it waits least."""
+    tenants = {}
+    for name in dict.fromkeys(name for each in found.values() for name in each["tenants"]):
+        own = [each["tenants"][name] for each in found.values() if name in each["tenants"]]
+        tenants[name] = added(own) | {"wait_s": min(each["wait_s"] for each in own)}
+    worst = max((each["forecast"] for each in found.values()), key=lambda each: each["actual_p99_s"])
+    return {"forecast": worst, "tenants": tenants, "devices": dict(found)}
+
+
+# By command: what makes one document of those that the devices give.
+MERGES: Final[Mapping[str, Callable[[Documents], Any]]] = {
+    "status": status,
+    "models": lambda found: {"models": models({device: each["models"] for device, each in found.items()})},
+    "memory": memory,
+    "queues": queues,
+}

@@ -1,0 +1,321 @@
+"""Placing: a thread that looks once a second at what is asked of the engines of several devices, and moves models between them.
+
+Every engine has all models deployed and fetches weights that are not there, so where a model is asked is a matter of speed, never
+of whether it is answered. To move one is to have it loaded on the other device, and then to change the *table* that says where
+each is asked, which is replaced as a whole: requests under way are answered where they are, and nothing is lost.
+
+Decisions are those of ``sidecar.placement``. All state belongs to this thread; others read the table, and post what they have to
+say.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from trunkline.errors import TrunklineError
+from trunkline.protocol import JOINT
+
+from sidecar.constraints import Constraints
+from sidecar.engine import Engine
+from sidecar.placement import Cost, Placement, Profile, Site, condensed, seconds_of
+from sidecar.relays import Line
+
+log = logging.getLogger("trunkline.engine")
+
+LOOK_EVERY_S: Final = 1.0
+# How much the latest second counts in the rate of requests, and in how many are under way, as a part of 1.
+_WEIGHT: Final = 0.3
+# Models that are asked together less often in a second are placed anew when they are.
+_FEWEST: Final = 0.001
+# What is asked for by name, single models and several together, is remembered up to so many names.
+MOST_NAMES: Final = 1024
+
+
+class Tally:
+    """Requests that were sent to one device, which the server's thread counts, and those that are over, which its engine does."""
+
+    def __init__(self) -> None:
+        self.begun: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()
+
+    @property
+    def under_way(self) -> int:
+        return self.begun.total() - self.ended.total()
+
+
+class _Demand:
+    """What is asked for under one name: requests in a second, and how many are under way, as running means."""
+
+    __slots__ = ("counted", "rate", "under_way")
+
+    def __init__(self) -> None:
+        self.counted = 0
+        self.rate = 0.0
+        self.under_way = 0.0
+
+    def note(self, count: int, under_way: int, seconds: float) -> None:
+        weight = 1 - (1 - _WEIGHT) ** seconds
+        self.rate += weight * ((count - self.counted) / seconds - self.rate)
+        self.under_way += weight * (under_way - self.under_way)
+        self.counted = count
+
+
+@dataclass(slots=True)
+class _Move:
+    """Where a model is to be asked, the devices that have not loaded it yet, and those that could not."""
+
+    where: frozenset[str]
+    coming: set[str]
+    missed: set[str] = field(default_factory=set)
+
+
+class Placing:
+    """``run`` is the thread's body. ``table`` has the devices by what is asked for, ``seconds`` what a request takes on each."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        tallies: Mapping[str, Tally],
+        constraints: Constraints,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.table: Mapping[str, frozenset[str]] = {}
+        self.seconds: Mapping[str, Mapping[str, float]] = {}
+        self._engines = engines
+        self._first = next(iter(engines.values()))
+        self._tallies = tallies
+        self._constraints = constraints
+        self._clock = clock
+        self._placement = Placement(Site(name, engine.budget_bytes, engine.pace) for name, engine in engines.items())
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._demands: dict[str, _Demand] = {}
+        self._profiles: dict[str, Profile] = {}
+        self._looked_s = clock()
+        # What is served, or asked together, and what it costs on each device, as told last.
+        self._names: list[str] = []
+        self._costs: dict[str, Mapping[str, Cost]] = {device: {} for device in engines}
+        # The plans that models had at the last look, and the bytes of their weights, those in common as one.
+        self._plans: dict[str, tuple[str, ...]] = {}
+        self._weights: dict[str, dict[str, int]] = {}
+        # Models on their way to other devices.
+        self._moving: dict[str, _Move] = {}
+        # Operators that wait until a model is where it may be.
+        self._awaiting: list[tuple[str, Callable[[object], None]]] = []
+
+    # --- any thread --------------------------------------------------------------------------------------------------
+
+    def allowed(self, name: str) -> frozenset[str]:
+        """Return the devices where a model, or several together, may be."""
+        return frozenset.intersection(*(frozenset(self._constraints.devices_of(part)) for part in name.split(JOINT)))
+
+    def describe(self, line: Line, request_id: int) -> None:
+        """Tell what is asked where, and why."""
+        self._inbox.put(lambda: line.conclude(request_id, self._described()))
+
+    def constrain(self, line: Line, request_id: int, model: str, asked: Mapping[str, Any]) -> None:
+        """Have a model be where an operator wants it; it is told when that is so."""
+        self._inbox.put(lambda: self._constrain(line, request_id, model, asked))
+
+    def stop(self) -> None:
+        """End ``run``."""
+        self._inbox.put(None)
+
+    # --- the thread --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Place what is deployed. Before any engine runs."""
+        self._names = self._first.names()
+        self._costs = {device: engine.costs(self._names) for device, engine in self._engines.items()}
+        self._take()
+
+    def run(self) -> None:
+        """Look and move until told to stop."""
+        while self._step():
+            pass
+
+    def _step(self) -> bool:
+        try:
+            job = self._inbox.get(timeout=self._pause_s())
+        except queue.Empty:
+            job = self._look
+        if job is not None:
+            try:
+                job()
+            except Exception:
+                # A bug here leaves models where they are; requests go on.
+                log.exception("models could not be placed")
+        return job is not None
+
+    def _pause_s(self) -> float:
+        return max(0.0, self._looked_s + LOOK_EVERY_S - self._clock())
+
+    def _look(self) -> None:
+        """See what was asked since the last look, and have models moved that should be elsewhere."""
+        now = self._clock()
+        seconds, self._looked_s = max(now - self._looked_s, 1e-3), now
+        # First those that are over: what ends meanwhile is under way, and not fewer than none.
+        ended = [dict(each.ended) for each in self._tallies.values()]
+        begun = [dict(each.begun) for each in self._tallies.values()]
+        served = self._first.names()
+        names = [*dict.fromkeys((*served, *(name for each in begun for name in each)))]
+        for name in names:
+            count = sum(each.get(name, 0) for each in begun)
+            under_way = count - sum(each.get(name, 0) for each in ended)
+            self._demands.setdefault(name, _Demand()).note(count, under_way, seconds)
+        self._demands = {name: self._demands[name] for name in names}
+        # What is asked together and was not for a while has no place; there may be a lot of that.
+        names = [*served, *(name for name in names[len(served) :] if self._demands[name].rate > _FEWEST)]
+        self._names = names
+        self._choose()
+        # For the next look: an engine that is busy now holds up nothing here.
+        for device, engine in self._engines.items():
+            engine.tell_costs(names, functools.partial(self._costs_told, device))
+
+    def _costs_told(self, device: str, costs: Mapping[str, Cost]) -> None:
+        """Take note of what models cost on a device; for engines."""
+        self._inbox.put(lambda: self._costs.__setitem__(device, costs))
+
+    def _choose(self) -> None:
+        """Have models moved that should be elsewhere, by what is known."""
+        self._take()
+        for name, where in self._placement.look(self._clock(), self._profiles).items():
+            if name not in self._moving:
+                self._move(name, where)
+        self._tell_awaiting()
+
+    def _take(self) -> None:
+        """Take up what models cost, place those that have no place yet, and forget those that are gone."""
+        for device, engine in self._engines.items():
+            self._placement.sites[device] = Site(device, engine.budget_bytes, engine.pace)
+        # Packed weights may be of other sizes on other devices, but not by much.
+        self._weigh(self._costs[next(iter(self._engines))])
+        self._profiles = {name: made for name in self._names if (made := self._profile(name)) is not None}
+        for gone in [name for name in self._placement.placed if name not in self._profiles]:
+            self._placement.forget(gone)
+        for name, profile in self._profiles.items():
+            if name not in self._placement.placed:
+                self._placement.place(name, {self._placement.first(profile, self._profiles)}, self._clock())
+        self.seconds = {name: profile.seconds for name, profile in self._profiles.items()}
+        self._publish()
+
+    def _weigh(self, costs: Mapping[str, Cost]) -> None:
+        """Find out which weights models have in common, when they are not those of the last look."""
+        plans = {name: cost.plans for name, cost in costs.items()}
+        if plans != self._plans:
+            self._plans = plans
+            self._weights = condensed({name: cost.weights for name, cost in costs.items()})
+
+    def _profile(self, name: str) -> Profile | None:
+        found = {device: self._costs[device][name] for device in self.allowed(name) if name in self._costs[device]}
+        pinned = {device: cost for device, cost in found.items() if cost.is_pinned}
+        if not found or name not in self._weights:
+            return None
+        seconds = seconds_of(found)
+        demand = self._demands.get(name) or _Demand()
+        return Profile(
+            # In whose memory an operator keeps it, there it stays.
+            {device: seconds[device] for device in pinned or found},
+            self._weights[name],
+            demand.rate,
+            demand.under_way,
+            {device: cost.resident_bytes for device, cost in found.items()},
+        )
+
+    def _publish(self) -> None:
+        self.table = dict(self._placement.placed)
+
+    def _move(self, name: str, where: frozenset[str]) -> None:
+        """Have a model loaded where it is to be asked and is not yet; then it is asked there."""
+        now = self._placement.placed[name]
+        log.info("%s is to be asked on %s instead of %s", name, _listed(where), _listed(now))
+        self._moving[name] = _Move(where, set(where - now))
+        for device in where - now:
+            self._engines[device].bring(name, functools.partial(self._load_ended, name, device))
+        self._end_move(name)
+
+    def _load_ended(self, name: str, device: str, error: TrunklineError | None) -> None:
+        """Take note of a load; for engines."""
+        self._inbox.put(lambda: self._arrived(name, device, error))
+
+    def _arrived(self, name: str, device: str, error: TrunklineError | None) -> None:
+        move = self._moving[name]
+        move.coming.discard(device)
+        if error is not None:
+            log.info("%s could not be loaded on %s: %s", name, device, error.message)
+            move.missed.add(device)
+        self._end_move(name)
+
+    def _end_move(self, name: str) -> None:
+        """Have a model asked where it is now, when nothing of it is on its way any more."""
+        move = self._moving[name]
+        if move.coming:
+            return
+        del self._moving[name]
+        if name in self._placement.placed:
+            now, allowed = self._placement.placed[name], self.allowed(name)
+            # Where it could not be loaded it is asked only if it may be nowhere else: there it streams, or is told why not.
+            where = (move.where - move.missed) & allowed or now & allowed or move.where & allowed
+            if where:
+                self._placement.place(name, where, self._clock())
+                self._publish()
+        self._tell_awaiting()
+
+    def _constrain(self, line: Line, request_id: int, model: str, asked: Mapping[str, Any]) -> None:
+        try:
+            self._first.check_deployed(model)
+            self._constraints.change(model, asked)
+        except TrunklineError as error:
+            line.conclude(request_id, error)
+            return
+        self._awaiting.append((model, functools.partial(line.conclude, request_id)))
+        self._choose()
+
+    def _tell_awaiting(self) -> None:
+        """Tell operators of models that are now where they may be."""
+        for waiting in list(self._awaiting):
+            name, tell = waiting
+            if name in self._moving or not self._placement.placed.get(name, frozenset()) <= self.allowed(name):
+                continue
+            self._awaiting.remove(waiting)
+            tell(self._described_model(name))
+
+    def _described(self) -> dict[str, object]:
+        needed = self._placement.needed(self._profiles)
+        return {
+            "devices": {
+                device: {
+                    "load": round(needed[device], 3),
+                    "budget_bytes": engine.budget_bytes,
+                    "under_way": self._tallies[device].under_way,
+                }
+                for device, engine in self._engines.items()
+            },
+            "models": [self._described_model(name) for name in sorted(self._placement.placed)],
+        }
+
+    def _described_model(self, name: str) -> dict[str, object]:
+        profile = self._profiles.get(name)
+        described: dict[str, object] = {
+            "name": name,
+            "devices": sorted(self._placement.placed.get(name, ())),
+            "moving_to": sorted(self._moving[name].where) if name in self._moving else [],
+            **self._constraints.of(name).to_plain(),
+        }
+        if profile is not None:
+            described |= {
+                "rate": round(profile.rate, 3),
+                "under_way": round(profile.under_way, 3),
+                "seconds": {device: round(seconds, 6) for device, seconds in profile.seconds.items()},
+            }
+        return described
+
+
+def _listed(devices: frozenset[str]) -> str:
+    return " and ".join(sorted(devices))

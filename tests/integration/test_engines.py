@@ -1,0 +1,457 @@
+"""Several devices as one: requests go where they are answered soonest, models move, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from trunkline import client, model, models
+from trunkline.admin import AdminConnection
+from trunkline.errors import InvalidInput, QueueFull, TrunklineError, UnknownModel
+
+from sidecar import placing
+from sidecar.placement import REST_S
+from sidecar.placing import LOOK_EVERY_S, Placing
+from sidecar.tenants import ANYONE
+from tests.fakes import ADMIN_TOKEN, FakeDevice, FakeSource, Running, bundle_of, running_server
+from tests.integration.test_lanes import Gate
+from tests.nodes import until
+
+LATE = 30.0
+X = np.ones((1, 3), np.float32)
+
+
+class Device(FakeDevice):
+    """A device that counts its runs, and whose runs can be held."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.run_count = 0
+        self.gate: Gate | None = None
+        self.on_run = self._ran
+
+    def _ran(self) -> None:
+        self.run_count += 1
+        if self.gate is not None:
+            self.gate.pass_through()
+
+
+class Time:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Two:
+    """A sidecar with two devices, whose models are placed when a test says so."""
+
+    def __init__(self, running: Running, one: Device, other: Device, clock: Time) -> None:
+        self.running = running
+        self.one = one
+        self.other = other
+        self.clock = clock
+
+    @property
+    def placing(self) -> Placing:
+        assert self.running.engines is not None
+        return self.running.engines._placing
+
+    def command(self, command: str, **arguments: object) -> Any:
+        return AdminConnection(self.running.path, ADMIN_TOKEN).command(command, arguments)
+
+    def where(self, name: str) -> list[str]:
+        return sorted(self.placing.table[name])
+
+    def look(self, seconds: float = LOOK_EVERY_S) -> None:
+        """Have what was asked looked at, as after so long, and wait until that is done."""
+        self.clock.now += seconds
+        for _ in range(2):
+            # The first has engines tell what the second goes by.
+            self.placing._inbox.put(self.placing._look)
+            self.command("memory")
+            self.command("placement")
+
+    def rest(self) -> None:
+        """Let so much time pass that models may be moved again."""
+        self.look(REST_S)
+
+    def until_on(self, name: str, *devices: str) -> None:
+        """Wait until a model is asked on just these devices."""
+        until(lambda: self.where(name) == sorted(devices))
+
+    def asks(self, name: str, rate: float, under_way: float, **seconds: float) -> None:
+        """Have it seem as if so much was asked of a model, and its requests took so long on each device."""
+        made = Demand(rate, under_way)
+        self.placing._inbox.put(lambda: self.placing._demands.__setitem__(name, made))
+        for device, each in seconds.items():
+            self.placing._engines[device]._request_s[name] = each, time.monotonic()
+
+
+class Demand(placing._Demand):
+    """What is asked always."""
+
+    def __init__(self, rate: float, under_way: float) -> None:
+        super().__init__()
+        self.rate, self.under_way = rate, under_way
+
+    def note(self, count: int, under_way: int, seconds: float) -> None:
+        pass
+
+
+@pytest.fixture
+def clock() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def two(tmp_path: Path, source: FakeSource, clock: Time, monkeypatch: pytest.MonkeyPatch) -> Iterator[Two]:
+    # Looks are the test's: none comes of itself.
+    monkeypatch.setattr(Placing, "_pause_s", lambda self: 3600.0)
+    one, other = Device("one"), Device("other")
+    source.put(bundle_of("other", [b"other"]), [b"other"])
+    with running_server(tmp_path, source, device=one, beside=[other], clock=clock) as made:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
+        yield Two(made, one, other, clock)
+        for device in (one, other):
+            if device.gate is not None:
+                device.gate.leave.set()
+        client._pool.close()
+
+
+def check(name: str) -> None:
+    """Ask a model of one input and one output, and compare the answer: x and the sum of its weights' bytes."""
+    contents = b"t" * 100 + name.encode() if name in ("age", "gender") else name.encode()
+    assert model(name)(X).tolist() == [[1 + sum(contents)] * 3]
+
+
+def test_models_are_placed_at_the_start_and_asked_there(two: Two) -> None:
+    for name in ("age", "gender", "other"):
+        runs = {"one": two.one.run_count, "other": two.other.run_count}
+        check(name)
+        (where,) = two.where(name)
+        moved = {"one": two.one.run_count - runs["one"], "other": two.other.run_count - runs["other"]}
+        assert moved[where] > 0
+        assert moved[{"one": "other", "other": "one"}[where]] == 0
+
+
+def test_a_slower_device_is_left_for_a_faster_one(two: Two) -> None:
+    two.command("place", name="age", allow=["one"])
+    two.command("place", name="age", allow=[])
+    assert two.where("age") == ["one"]
+    two.asks("age", 20.0, 1.0, one=0.04, other=0.004)
+    two.rest()
+    two.until_on("age", "other")
+    runs = two.one.run_count
+    check("age")
+    assert two.one.run_count == runs
+
+
+def test_a_model_that_one_device_cannot_keep_up_with_is_asked_on_both(two: Two) -> None:
+    two.command("place", name="age", allow=["one"])
+    two.command("place", name="age", allow=[])
+    two.asks("age", 500.0, 12.0, one=0.01, other=0.01)
+    two.rest()
+    two.until_on("age", "one", "other")
+    # While one is held, the other answers.
+    two.one.gate, two.other.gate = Gate(), None
+    with ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(check, "age") for _ in range(2)]
+        assert two.one.gate.entered.wait(LATE)
+        until(lambda: sum(each.done() for each in asked) == 1)
+        two.one.gate.leave.set()
+        for each in asked:
+            each.result(LATE)
+
+
+def test_requests_under_way_are_answered_where_they_are_while_their_model_moves(two: Two) -> None:
+    two.command("place", name="age", allow=["one"])
+    two.one.gate = Gate()
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(check, "age")
+        assert two.one.gate.entered.wait(LATE)
+        assert two.command("place", name="age", allow=["other"])["devices"] == ["other"]
+        check("age")
+        assert not asked.done()
+        two.one.gate.leave.set()
+        asked.result(LATE)
+
+
+def test_nothing_is_lost_while_models_move_to_and_fro(two: Two) -> None:
+    stop = threading.Event()
+    counts: dict[str, int] = {}
+
+    def keep_asking(name: str) -> None:
+        while not stop.is_set():
+            check(name)
+            counts[name] = counts.get(name, 0) + 1
+
+    with ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(keep_asking, name) for name in ("age", "age", "gender", "other")]
+        try:
+            for name, device in itertools.islice(itertools.product(("age", "gender", "other") * 10, ("one", "other")), 60):
+                assert two.command("place", name=name, allow=[device])["devices"] == [device]
+        finally:
+            stop.set()
+        for each in asked:
+            each.result(LATE)
+    assert set(counts) == {"age", "gender", "other"}
+    found = two.command("status")["requests"]
+    assert found["failed"] == 0
+    assert found["answered"] == sum(counts.values())
+    placed = two.command("placement")
+    assert [each["under_way"] for each in placed["devices"].values()] == [0, 0]
+
+
+def test_a_model_that_cannot_be_loaded_elsewhere_stays(two: Two, source: FakeSource, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trunkline.engine")
+    two.command("place", name="age", allow=["one"])
+    two.command("place", name="age", allow=[])
+    check("age")
+    two.other.capacity_bytes = 0
+    two.asks("age", 20.0, 1.0, one=0.04, other=0.004)
+    two.rest()
+    until(lambda: "could not be loaded on other" in caplog.text)
+    two.look()
+    assert two.where("age") == ["one"]
+    check("age")
+    # It rests before that is tried again.
+    caplog.clear()
+    two.look()
+    assert "could not be loaded" not in caplog.text
+
+
+def test_a_model_that_may_be_nowhere_else_is_asked_where_it_cannot_be_loaded(two: Two) -> None:
+    two.command("place", name="age", allow=["one"])
+    two.other.capacity_bytes = 0
+    assert two.command("place", name="age", allow=["other"])["devices"] == ["other"]
+    with pytest.raises(TrunklineError, match="out of memory"):
+        model("age")(X)
+    two.other.capacity_bytes = 1 << 40
+    check("age")
+
+
+def test_models_asked_together_are_asked_on_one_device(two: Two) -> None:
+    for _ in range(3):
+        found = models("age", "gender")(X)
+        assert {name: each.tolist() for name, each in found.items()} == {
+            name: [[1 + sum(b"t" * 100 + name.encode())] * 3] for name in ("age", "gender")
+        }
+    two.look()
+    (together,) = [name for name in two.placing.table if "age" in name and "gender" in name]
+    assert len(two.where(together)) == 1
+    models("age", "gender")(X)
+    # Nobody asks for it any more.
+    for _ in range(60):
+        two.look()
+    assert together not in two.placing.table
+
+
+def test_models_that_may_not_be_together_cannot_be_asked_together(two: Two) -> None:
+    two.command("place", name="age", allow=["one"])
+    two.command("place", name="gender", forbid=["one"])
+    with pytest.raises(InvalidInput, match="age, gender may not be on one device"):
+        models("age", "gender")(X)
+    check("age")
+    check("gender")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "age", "allow": ["third"]}, "there is no device 'third' here; the devices are one, other"),
+        ({"name": "age", "allow": "one"}, "allow is 'one'; it must be a list of names of devices"),
+        ({"name": "age", "forbid": ["one", "other"]}, "that leaves none of the devices one, other"),
+        ({"name": "age"}, "allow and forbid: one of them, or both"),
+        ({"name": "age", "only": ["one"]}, "allow and forbid: one of them, or both"),
+    ],
+)
+def test_a_constraint_that_makes_no_sense_is_refused(two: Two, arguments: dict[str, object], message: str) -> None:
+    before = two.where("age")
+    with pytest.raises(InvalidInput, match=message):
+        two.command("place", **arguments)
+    assert two.where("age") == before
+    assert (
+        two.command("placement")["models"][0] | {"name": "age", "allow": [], "forbid": []}
+        == two.command("placement")["models"][0]
+    )
+
+
+def test_nobody_can_be_placed_who_is_not_there(two: Two) -> None:
+    with pytest.raises(UnknownModel):
+        two.command("place", name="nobody", allow=["one"])
+
+
+def test_constraints_outlive_the_engines(tmp_path: Path, source: FakeSource, clock: Time) -> None:
+    for device in ("one", "other"):
+        with running_server(tmp_path, source, device=Device("one"), beside=[Device("other")], clock=clock) as made:
+            AdminConnection(made.path, ADMIN_TOKEN).command("place", {"name": "age", "allow": [device]})
+        with running_server(tmp_path, source, device=Device("one"), beside=[Device("other")], clock=clock) as made:
+            assert made.engines is not None
+            assert made.engines._placing.table["age"] == {device}
+
+
+def test_a_pinned_model_stays(two: Two) -> None:
+    two.command("place", name="age", allow=["one"])
+    two.command("place", name="age", allow=[])
+    assert two.command("pin", name="age")["pinned"]
+    two.asks("age", 20.0, 1.0, one=0.04, other=0.004)
+    two.rest()
+    two.look()
+    assert two.where("age") == ["one"]
+    assert not two.command("unpin", name="age")["pinned"]
+    two.asks("age", 20.0, 1.0, one=0.04, other=0.004)
+    two.rest()
+    two.until_on("age", "other")
+
+
+def test_models_are_described_once_for_all_devices(two: Two) -> None:
+    two.command("place", name="age", allow=["one"])
+    check("age")
+    two.command("place", name="age", allow=["other"])
+    check("age")
+    status = two.command("status")
+    assert status["engine"]["device"] == "one, other"
+    (age,) = [each for each in status["models"] if each["name"] == "age"]
+    assert age["state"] == "resident"
+    assert age["resident_on"] == ["one", "other"]
+    assert age["requests"] == 2
+    assert status["memory"]["budget_bytes"] == 2 << 20
+    assert status["memory"]["resident_bytes"] == sum(each["memory"]["resident_bytes"] for each in status["devices"].values())
+    assert status["sessions"] == 2
+    assert two.command("memory")["devices"].keys() == {"one", "other"}
+    assert [each["name"] for each in two.command("models")["models"]] == [each["name"] for each in status["models"]]
+    assert two.command("model", name="age")["resident_on"] == ["one", "other"]
+    assert two.command("evict", name="age")["freed_bytes"] == 2 * 103
+    assert two.command("model", name="age")["resident_on"] == []
+
+
+def test_what_waits_is_added_up(two: Two) -> None:
+    two.command("place", name="age", allow=["one"])
+    two.command("place", name="gender", allow=["other"])
+    check("age")
+    check("gender")
+    found = two.command("queues")
+    device_s = [each["tenants"]["anyone"]["device_s"] for each in found["devices"].values()]
+    assert all(device_s)
+    assert found["tenants"]["anyone"]["device_s"] == pytest.approx(sum(device_s), abs=1e-5)
+
+
+@pytest.mark.parametrize("command", ["blocks", "graph", "trace"])
+def test_what_one_device_has_is_told_by_that_device(two: Two, command: str) -> None:
+    assert two.command(command) == two.command(command, device="one")
+    assert two.command(command, device="other")
+    with pytest.raises(InvalidInput, match="no device 'third' here: one, other"):
+        two.command(command, device="third")
+
+
+def test_a_new_version_serves_on_every_device(two: Two, source: FakeSource) -> None:
+    two.command("place", name="age", allow=["one"])
+    check("age")
+    source.put(bundle_of("age", [b"new"], version="2"), [b"new"])
+    assert two.command("model_changed", name="age")["version"] == "2"
+    for device in ("one", "other"):
+        two.command("place", name="age", allow=[device])
+        assert model("age")(X).tolist() == [[1 + sum(b"new")] * 3]
+    del source.bundles["age"]
+    two.command("model_removed", name="age")
+    with pytest.raises(UnknownModel):
+        model("age")(X)
+    two.look()
+    assert "age" not in two.placing.table
+
+
+def test_a_new_model_is_placed(two: Two, source: FakeSource) -> None:
+    source.put(bundle_of("late", [b"late"]), [b"late"])
+    two.command("model_changed", name="late")
+    assert "late" not in two.placing.table
+    check("late")
+    two.look()
+    assert len(two.where("late")) == 1
+    check("late")
+
+
+def test_an_unknown_command_is_refused(two: Two) -> None:
+    with pytest.raises(InvalidInput, match="there is no command"):
+        two.command("dance")
+
+
+def test_with_one_device_there_is_nothing_to_place(tmp_path: Path, source: FakeSource) -> None:
+    with running_server(tmp_path, source) as made:
+        admin = AdminConnection(made.path, ADMIN_TOKEN)
+        with pytest.raises(InvalidInput, match="one device, fake; start it with --device"):
+            admin.command("place", {"name": "age", "allow": ["fake"]})
+        with pytest.raises(InvalidInput, match="one device, fake; start it with --device"):
+            admin.command("placement")
+
+
+def test_what_a_connection_has_anywhere_ends_with_it(two: Two) -> None:
+    two.command("place", name="age", allow=["other"])
+    two.other.gate = Gate()
+    engines = two.running.engines
+    assert engines is not None
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(lambda: model("age").call({"x": X}, deadline_s=0.2))
+        assert two.other.gate.entered.wait(5)
+        # Its function does not wait any longer, and ends the connection that is of no more use.
+        with pytest.raises(TrunklineError):
+            asked.result(LATE)
+    until(lambda: not engines._relays)
+    assert two.running.server._ending
+    two.other.gate.leave.set()
+    until(lambda: not two.running.server._ending)
+    assert [each.under_way for each in engines._tallies.values()] == [0, 0]
+
+
+def test_a_bug_in_placing_ends_nothing(two: Two, caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    two.placing._inbox.put(fail)
+    two.look()
+    check("age")
+    assert "models could not be placed" in caplog.text
+
+
+def test_an_engine_that_is_busy_holds_up_no_look(two: Two) -> None:
+    two.command("place", name="age", allow=["one"])
+    two.one.gate = Gate()
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(check, "age")
+        assert two.one.gate.entered.wait(LATE)
+        for device in ("other", "one"):
+            two.placing._inbox.put(two.placing._look)
+            if device == "other":
+                assert two.command("place", name="gender", allow=[device])["devices"] == [device]
+        two.one.gate.leave.set()
+        asked.result(LATE)
+
+
+def test_a_tenant_is_told_to_wait_only_when_no_device_has_room(tmp_path: Path, source: FakeSource) -> None:
+    one, other = Device("one"), Device("other")
+    with running_server(tmp_path, source, device=one, beside=[other], queue_limit=1) as made:
+        engines = made.engines
+        assert engines is not None
+        full = QueueFull("full")
+
+        def refuse(*arguments: object) -> None:
+            raise full
+
+        each_engine = [engine._queue for engine in engines._engines.values()]
+        each_engine[0].check_room = refuse  # type: ignore[method-assign]
+        engines.check_room(ANYONE)
+        each_engine[1].check_room = refuse  # type: ignore[method-assign]
+        with pytest.raises(QueueFull):
+            engines.check_room(ANYONE)
+        assert made.engine._turned_away == 1
