@@ -195,6 +195,8 @@ class Engine:
         self._blocked = False
         # The tenant that waits for a lease of somebody else to end; until then, nobody else gets memory that it needs.
         self._first_in_line: str | None = None
+        # Set from then on until nobody does: meanwhile the model that streams takes no more than it must.
+        self._is_short_of_memory = False
         # Tenants whose next request waits for room to compute, and those that wait for something else to be given back.
         self._short: set[str] = set()
         self._patient: set[str] = set()
@@ -616,14 +618,13 @@ class Engine:
         self._follow_stream()
         if self._window_left_s() > 0:
             return
-        while len(self._queue) and not self._is_shut():
-            expired, work = self._queue.take(self._clock(), self._admission())
-            for late in expired:
-                self._counts.expired += 1
-                self._turn_away(late, self._late(late, "waiting"))
-            if work is None:
-                break
-            self._take_up(work)
+        self._take_up_all()
+        if self._first_in_line is not None and self._streams.deployed is not None:
+            # Who was refused has what the stream lets go of for it, before anybody else is asked.
+            self._follow_stream()
+            self._take_up_all()
+        if self._first_in_line is None and not self._is_shut():
+            self._is_short_of_memory = False
         self._read_ahead()
         self._follow_stream()
         if self._wavefront:
@@ -632,6 +633,17 @@ class Engine:
         self._backlog_s = self._queue.backlog_s()
         self._choose_lanes()
         self._finish_if_drained()
+
+    def _take_up_all(self) -> None:
+        """Take up what can be, in the order of turns."""
+        while len(self._queue) and not self._is_shut():
+            expired, work = self._queue.take(self._clock(), self._admission())
+            for late in expired:
+                self._counts.expired += 1
+                self._turn_away(late, self._late(late, "waiting"))
+            if work is None:
+                break
+            self._take_up(work)
 
     def _is_shut(self) -> bool:
         """Say whether no request of anybody can be taken up before something is given back."""
@@ -682,10 +694,14 @@ class Engine:
             return deployed in ticket.call.parts
 
         try:
-            ended = self._streams.move(self._wavefront.front(belongs))
+            ended = self._streams.move(self._wavefront.standing(belongs), self._is_short_of_memory)
         except TrunklineError as error:
             self._calls_failed([ticket for ticket in self._wavefront.tickets() if belongs(ticket)], error)
-            ended = self._streams.move(None)
+            ended = self._streams.move(())
+        if self._is_short_of_memory and self._streams.gave_way:
+            # There may be room now for who waits.
+            self._first_in_line = None
+            self._patient.clear()
         if ended:
             # In the order in which they came.
             for work in reversed(self._aside):
@@ -741,6 +757,7 @@ class Engine:
             return
         if grant is None:
             self._first_in_line = self._first_in_line or work.tenant.name
+            self._is_short_of_memory = True
             self._wait(work)
             return
         self._claims.claim(work.tenant, plans)

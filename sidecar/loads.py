@@ -7,7 +7,7 @@ there; the others arrive while it is computed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -177,6 +177,10 @@ class Loads:
             if not parked.waiting:
                 self.parked.remove(parked)
                 self._ready(parked)
+
+    def on_their_way(self, weights: Collection[str]) -> list[str]:
+        """Return those weights that the mover was asked for and has not brought yet; until then they must not be evicted."""
+        return [digest for digest in self._in_flight if digest in weights]
 
     def is_ready(self, step: Step) -> bool:
         """Say whether all weights of a step are in memory."""

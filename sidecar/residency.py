@@ -345,6 +345,10 @@ class Residency:
         self.counts.hit_bytes += hit_bytes
         return Grant(tuple(victims), tuple(missing), hit_bytes, missed_bytes, evicted_bytes)
 
+    def window(self, plan: str) -> frozenset[str]:
+        """Return what is held of a streaming plan."""
+        return self._windows[plan]
+
     def spend(self, plan: str, digests: Iterable[str]) -> None:
         """Say that a streaming plan is through with weights: what nobody else has leaves before all else, the latest first."""
         for digest in digests:

@@ -4,11 +4,13 @@ One model streams at a time; what is asked of others that do not fit waits, and 
 its run has begun. The first stages stay from run to run, as many as ``sidecar.timeline`` finds best. Of the others those are held
 that are about to run, as far ahead as there is room, and a stage that was run is the first to leave. Models that fit are served
 beside it: what their requests hold is never taken from them; where too little is left, the stream waits until they are answered.
+While one of them waits for memory the stream *yields*: it holds the stage that is about to run and the next one, what is being
+read already, and nothing else. So neither keeps the other waiting for longer than a few stages, as long as both have room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,6 +22,8 @@ from sidecar.loads import Loads
 from sidecar.residency import Residency
 from sidecar.timeline import Leg, Timeline
 
+# Stages that a stream holds while others wait for memory: one that runs, and one that is read meanwhile.
+_LEAST_AHEAD: Final = 2
 # How much the latest measurement counts in a running mean.
 _WEIGHT: Final = 0.3
 # Stages whose times are remembered.
@@ -39,7 +43,7 @@ class Counts:
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """``front`` is the first stage that somebody has still to run; those before ``end`` are in memory or on their way."""
+    """``front`` is the first stage that somebody has still to run; those from there to ``end`` are held."""
 
     deployed: Deployed
     timeline: Timeline
@@ -60,6 +64,8 @@ class Streams:
     counts: Counts = field(default_factory=Counts)
     # It cannot go on until leases of others are returned.
     starved: bool = False
+    # With its last move it let go of something, which others may have.
+    gave_way: bool = False
     _open: _Stream | None = None
     # Seconds a stage takes to run, by key, as measured in streams.
     _run_s: dict[str, float] = field(default_factory=dict)
@@ -113,16 +119,17 @@ class Streams:
         known = self._run_s.get(step.key, seconds)
         self._run_s[step.key] = known + _WEIGHT * (seconds - known)
 
-    def move(self, front: int | None) -> bool:
-        """Follow the requests of the stream, the last of which stand before stage ``front``; None when there are no more.
+    def move(self, standing: Collection[int], yields: bool = False) -> bool:
+        """Follow the requests of the stream, which stand before these stages. While it ``yields``, others wait for memory.
 
         Returns whether a run has ended with this, so that another may begin. Raises BudgetExceeded when there is no room for
         the next stage, and nobody from whom there will be.
         """
         stream = self._open
+        self.gave_way = False
         if stream is None:
             return False
-        if front is None:
+        if not standing:
             self.starved = False
             if self.residency.lease_count(stream.deployed.plan):
                 # Something is still being read.
@@ -132,21 +139,33 @@ class Streams:
             self.counts.predicted_s += stream.timeline.predicted_s
             self.counts.actual_s += self.clock() - stream.started_s
             return True
-        steps, plan, kept = stream.deployed.steps, stream.deployed.plan, stream.timeline.kept
+        before = self.residency.window(stream.deployed.plan)
+        self._follow(stream, standing, yields)
+        self.gave_way = not before <= self.residency.window(stream.deployed.plan)
+        return False
+
+    def _follow(self, stream: _Stream, standing: Collection[int], yields: bool) -> None:
+        steps, plan, kept, front = stream.deployed.steps, stream.deployed.plan, stream.timeline.kept, min(standing)
         if front > stream.front:
             # In the order of the run: of those that were run, the first to leave is the one whose next use is furthest off,
             # the latest.
             self.residency.spend(plan, [*_digests(steps[max(kept, stream.front) : front])])
             stream.front = front
-        stream.end = max(stream.end, front)
-        keep = [*_digests(steps[:kept])]
-        while stream.end < len(steps) and self._hold(stream, keep):
+        # What is on its way has no handle yet that could be dropped, and a lane may be at what somebody stands before.
+        coming = self.loads.on_their_way(stream.deployed.weights)
+        busy = [*coming, *_digests([steps[number] for number in standing])]
+        if yields:
+            # Anew from the front on: the rest may leave.
+            stream.end, most, keep = front, min(front + _LEAST_AHEAD, len(steps)), busy
+        else:
+            stream.end, most, keep = max(stream.end, front), len(steps), [*busy, *_digests(steps[:kept])]
+        while stream.end < most and self._hold(stream, keep):
             stream.end += 1
-        if stream.end == front and not self._hold(stream, ()):
+        if stream.end == front and not self._hold(stream, busy):
             if not self.starved:
                 self.counts.starved += 1
             self.starved = True
-            if not self.residency.is_leased_beside(plan):
+            if not coming and not self.residency.is_leased_beside(plan):
                 raise BudgetExceeded(
                     f"there is no room left for stage {front + 1} of {len(steps)} of {stream.deployed.name}: pinned models take "
                     f"{self.residency.pinned_bytes} of {self.residency.budget_bytes} bytes; unpin one, or raise the budget",
@@ -156,7 +175,6 @@ class Streams:
         else:
             stream.end = max(stream.end, front + 1)
             self.starved = False
-        return False
 
     def _hold(self, stream: _Stream, keep: Sequence[str]) -> bool:
         """Have one stage more in memory; return whether there was room."""

@@ -237,9 +237,9 @@ class Wavefront(Generic[C]):
         for group in self._groups:
             yield from group.tickets()
 
-    def front(self, belongs: Callable[[Ticket[C]], bool]) -> int | None:
-        """Return the number of the first stage that one of the tickets stands before of which ``belongs`` says so."""
-        return min((group.index for group in self._groups if any(map(belongs, group.tickets()))), default=None)
+    def standing(self, belongs: Callable[[Ticket[C]], bool]) -> frozenset[int]:
+        """Return the numbers of the stages that those tickets stand before, or are run at, of which ``belongs`` says so."""
+        return frozenset(group.index for group in self._groups if any(map(belongs, group.tickets())))
 
     def breadth(self) -> int:
         """Return how many groups there would be if all were one that stand before the same stage and may be."""

@@ -447,6 +447,38 @@ def test_who_waits_for_room_in_memory_keeps_nobody_waiting_for_a_model_that_is_t
     assert ended[0] == "other0"
 
 
+def test_a_stream_gives_way_between_two_stages_to_who_waits_for_room_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1)
+    greedy, other = tenant("greedy"), tenant("other")
+    # Twenty stages, with room for ten, or for two and all small models.
+    large = {"large": [bytes([number + 1]) * 100 for number in range(20)]}
+    with bench(tmp_path, other, greedy, more=large, budget_bytes=1000) as made:
+        made.hold(greedy, "large")
+        asked = [made.ask(other, name, number) for number, name in enumerate("abcd")]
+        ended = made.let_go(5)
+        assert {each.outcome for each in asked} == {"answered"}
+        assert ended[-1] == "greedy-1"
+
+
+def test_neither_a_stream_nor_who_waits_for_room_beside_it_waits_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small models that push each other out, of which there is room for two beside a stream that yields."""
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1)
+    greedy, one, other = tenant("greedy"), tenant("one"), tenant("other")
+    large = {"large": [bytes([number + 1]) * 100 for number in range(20)]}
+    with bench(tmp_path, other, greedy, one, more=large, budget_bytes=330) as made:
+        made.hold(greedy, "large")
+        asked = [made.ask(greedy, "large", number) for number in range(3)]
+        asked += [made.ask(each, "abcd"[number % 4], number) for number in range(12) for each in (one, other)]
+        ended = made.let_go(28)
+        assert {each.outcome for each in asked} == {"answered"}
+        # Not all of them had to wait for an end of a run.
+        assert ended.index("greedy-1") >= 2
+
+
 def plan_of(made: Bench, name: str) -> str:
     return made.engine._catalog.deployed[name].plan
 
