@@ -150,7 +150,7 @@ class Engine:
         )
         # Requests that wait for the run of a model that streams to end.
         self._aside: list[Work] = []
-        # Calls about several models that do not fit together.
+        # Calls about several models for which there is no room together.
         self._in_turn: list[InTurn] = []
         # Models that functions have named and not asked for yet, by whose functions they are.
         self._ahead: dict[tuple[str, str], Tenant] = {}
@@ -612,6 +612,9 @@ class Engine:
             self._queue.submit(work, self._clock(), *self._forecast(work))
         except TrunklineError as error:
             self._fail(work, error)
+        except Exception as error:  # noqa: BLE001 - _incident logs it
+            # It is nowhere yet: whoever asked must not wait for ever.
+            self._fail(work, _incident(f"{work.model} (call {work.call_id})", error))
 
     def _go_on(self) -> None:
         # A run may have ended with what was just posted.
@@ -776,16 +779,21 @@ class Engine:
             )
             for deployed in parts
         ]
+        most_bytes = reserves.most_bytes(work.tenant.name)
+        for deployed, size_bytes in zip(parts, needed, strict=True):
+            if size_bytes is not None and size_bytes > most_bytes:
+                message = (
+                    f"a call of {deployed.name} with inputs of these sizes takes about {size_bytes} bytes beside weights, of "
+                    f"the activation budget it may have {most_bytes}; send less at a time, or start the sidecar with a larger "
+                    "--activation-budget"
+                )
+                self._turn_away(work, BudgetExceeded(message, needed_bytes=size_bytes, budget_bytes=most_bytes))
+                return False
         # What takes nobody knows how much takes all there is.
         work.activation_bytes = sum(reserves.budget_bytes if size_bytes is None else size_bytes for size_bytes in needed)
-        most_bytes = reserves.most_bytes(work.tenant.name)
-        if work.activation_bytes > most_bytes and len(parts) == 1 and None not in needed:
-            message = (
-                f"a call of {work.model} with inputs of these sizes takes about {work.activation_bytes} bytes beside weights, "
-                f"of the activation budget it may have {most_bytes}; send less at a time, or start the sidecar with a larger "
-                "--activation-budget"
-            )
-            self._turn_away(work, BudgetExceeded(message, needed_bytes=work.activation_bytes, budget_bytes=most_bytes))
+        if work.activation_bytes > most_bytes and joint is not None:
+            # Each of them has room by itself.
+            self._begin_in_turn(work, parts, joint)
             return False
         taken: Counter[str] = Counter()
         for each in (*(call.work for call in self._runs.calls()), *(parked.work for parked in self._loads.parked)):
@@ -802,16 +810,16 @@ class Engine:
         return not self._blocked
 
     def _begin_in_turn(self, work: Work, parts: tuple[Deployed, ...], joint: Joint) -> None:
-        """Have the models of a call run one after the other, because they do not fit into memory together."""
+        """Have the models of a call run one after the other, because there is no room for them together."""
         in_turn = InTurn(work, parts, joint, self._queue.follow, self._end_in_turn)
         self._in_turn.append(in_turn)
         in_turn.go_on()
 
-    def _end_in_turn(self, in_turn: InTurn) -> None:
+    def _end_in_turn(self, in_turn: InTurn, answered: bool) -> None:
         # Its caller may have left before a lane was done with it.
         if in_turn in self._in_turn:
             self._in_turn.remove(in_turn)
-        self._queue.leave(in_turn.work)
+        self._queue.leave(in_turn.work, self._clock() if answered else None)
 
     def _has_room_in_quota(self, work: Work, plans: Sequence[str]) -> bool:
         """Say whether a tenant may have models in memory now; if not, the request was refused, or put back to wait."""
@@ -1000,10 +1008,13 @@ class Engine:
 
     def _late(self, work: Work, doing: str) -> DeadlineExceeded:
         late_s = self._clock() - work.deadline
+        # Of other tenants nobody is told anything.
+        waiting_count = self._queue.waiting_count(work.tenant)
         return DeadlineExceeded(
-            f"the deadline passed {late_s:.3f} s ago while the request was {doing}; {len(self._queue)} others wait",
+            f"the deadline passed {late_s:.3f} s ago while the request was {doing}; {waiting_count} others of the same tenant "
+            "wait",
             late_s=round(late_s, 3),
-            waiting_count=len(self._queue),
+            waiting_count=waiting_count,
         )
 
     def _turn_away(self, work: Work, error: TrunklineError) -> None:
@@ -1020,7 +1031,7 @@ class Engine:
         self._session_count -= 1
         over = [each for each in self._in_turn if each.work.session is session]
         for in_turn in over:
-            self._end_in_turn(in_turn)
+            self._end_in_turn(in_turn, answered=False)
         sessions: tuple[Session, ...] = (session, *over)
         self._queue.drop(lambda work: work.session in sessions)
         for work in self._aside:

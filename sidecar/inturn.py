@@ -1,4 +1,4 @@
-"""A call about several models that do not fit into memory together: they are asked one after the other.
+"""A call about several models for which there is no room together, for weights or to compute: they are asked one after the other.
 
 Each model's part is a request of its own, which goes the way of all requests; only when the last has been answered, or one has
 failed, is the session told. What they have in common is computed for each of them, which is the price of too little memory. Part
@@ -18,15 +18,18 @@ from sidecar.ports import OutputSpecs, Work
 
 
 class InTurn:
-    """The session of the parts of one call. ``submit`` takes the next part, ``over`` is told when there is none any more."""
+    """The session of the parts of one call.
+
+    ``submit`` takes the next part and the call, ``over`` is told when there is none any more, and whether the call was answered.
+    """
 
     def __init__(
         self,
         work: Work,
         parts: Sequence[Deployed],
         joint: Joint,
-        submit: Callable[[Work], None],
-        over: Callable[[InTurn], None],
+        submit: Callable[[Work, Work], None],
+        over: Callable[[InTurn, bool], None],
     ) -> None:
         self.work = work
         self._joint = joint
@@ -41,7 +44,7 @@ class InTurn:
         work, deployed = self.work, self._left.pop(0)
         assert work.inputs is not None
         inputs = self._joint.inputs_of(deployed, work.inputs)
-        self._submit(replace(work, session=self, model=deployed.name, inputs=inputs, signature=deployed.signature))
+        self._submit(replace(work, session=self, model=deployed.name, inputs=inputs, signature=deployed.signature), work)
 
     def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None:
         self._specs += [(dtype, shape) for _, dtype, shape in specs]
@@ -53,10 +56,10 @@ class InTurn:
         joint_specs = tuple((spec.name, dtype, shape) for spec, (dtype, shape) in named)
         # Should this fail, ``fail`` is told.
         self.work.session.answer(request_id, joint_specs, self._outputs, read)
-        self._over(self)
+        self._over(self, True)
 
     def fail(self, request_id: int, error: TrunklineError) -> None:
-        self._over(self)
+        self._over(self, False)
         self.work.session.fail(request_id, error)
 
     def document(self, request_id: int, plain: object) -> None:

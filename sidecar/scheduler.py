@@ -51,6 +51,8 @@ class _Record(Generic[R]):
     said_s: float | None
     # Of which weights the time is reckoned in that they take to be there; "" for none.
     loads: str = ""
+    # The request that this one is a part of.
+    whole: R | None = None
     charged_s: float = 0.0
 
     @property
@@ -101,6 +103,11 @@ class Scheduler(Generic[R]):
     def __len__(self) -> int:
         return self._waiting_count
 
+    def waiting_count(self, tenant: Tenant) -> int:
+        """Return how many requests of a tenant wait: all that it may be told of how busy others are."""
+        tenancy = self._tenancies.get(tenant.name)
+        return 0 if tenancy is None else len(tenancy.waiting)
+
     def use(self, quotas: Quotas) -> None:
         """Take up other quotas. What was accepted under the old ones is finished."""
         self._quotas = quotas
@@ -134,9 +141,12 @@ class Scheduler(Generic[R]):
         """Say whether the time that weights take is reckoned in with another request of a tenant."""
         return any(record.loads == loads and record.request.tenant.name == tenant.name for record in self._records.values())
 
-    def follow(self, request: R) -> None:
-        """Put a request first in its tenant's queue, as a part of one that is under way; nothing is asked of it any more."""
-        record = _Record(request, 0, None, None, 0.0, None)
+    def follow(self, request: R, whole: R) -> None:
+        """Put a request first in its tenant's queue, as a part of one that is under way; nothing is asked of it any more.
+
+        What it is charged, the ``whole`` is reckoned to have cost.
+        """
+        record = _Record(request, 0, None, None, 0.0, None, whole=whole)
         self._note(record).waiting.appendleft(record)
 
     def _note(self, record: _Record[R]) -> _Tenancy[R]:
@@ -187,12 +197,13 @@ class Scheduler(Generic[R]):
         left_s = request.deadline - now
         # What is late already is told so when it is its turn.
         if needed_s > left_s > 0 and not (cost_s > left_s and self.forecast.is_doubtful(kind)):
+            waiting_count = self.waiting_count(request.tenant)
             raise DeadlineUnreachable(
-                f"the answer would take about {needed_s:.3f} s, the deadline is in {left_s:.3f} s and {self._waiting_count} "
-                "requests wait; try again later, or allow more time",
+                f"the answer would take about {needed_s:.3f} s, the deadline is in {left_s:.3f} s and {waiting_count} requests "
+                "of the same tenant wait; try again later, or allow more time",
                 predicted_s=round(needed_s, 6),
                 left_s=round(left_s, 6),
-                waiting_count=self._waiting_count,
+                waiting_count=waiting_count,
                 retry_after_s=round(max(_SHORTEST_WAIT_S, needed_s - left_s), 3),
             )
 
@@ -252,11 +263,12 @@ class Scheduler(Generic[R]):
         if name in self._tenancies:
             self._tenancies[name].device_s += seconds
         record = self._records.get(id(request))
-        if record is not None:
-            tenancy = self._tenancies[name]
+        while record is not None:
             before_s = record.left_s
             record.charged_s += seconds
-            tenancy.backlog_s += record.left_s - before_s
+            self._tenancies[name].backlog_s += record.left_s - before_s
+            # It may be over already, its caller having left.
+            record = None if record.whole is None else self._records.get(id(record.whole))
 
     def leave(self, request: R, answered_s: float | None = None) -> float:
         """Note that a request is over; ``answered_s``: when it was answered. Return the device seconds it was charged.

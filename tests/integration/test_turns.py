@@ -14,7 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trunkline.errors import BudgetExceeded, DeadlineExceeded, DeadlineUnreachable, DeviceFault, QuotaExceeded, TrunklineError
+from trunkline.errors import (
+    BudgetExceeded,
+    DeadlineExceeded,
+    DeadlineUnreachable,
+    DeviceFault,
+    QuotaExceeded,
+    SidecarFault,
+    TrunklineError,
+)
 
 from sidecar.engine import Engine
 from sidecar.pins import Pins
@@ -70,6 +78,8 @@ class Bench:
         self.told = threading.Semaphore(0)
         self.ended: list[str] = []
         self.released = threading.Event()
+        # The most that the calls under way were reckoned to take beside weights.
+        self.most_activation_bytes = 0
         self.device.on_run = self._on_run
         self.engine = Engine(
             self.device,
@@ -96,6 +106,9 @@ class Bench:
         self.ended.clear()
 
     def _on_run(self) -> None:
+        # Called in the engine's thread.
+        taken = sum(call.work.activation_bytes for call in self.engine._runs.calls())
+        self.most_activation_bytes = max(self.most_activation_bytes, taken)
         self.ran.release()
         if not self.free_running:
             assert self.go.acquire(timeout=20)
@@ -228,6 +241,62 @@ def test_what_cannot_be_in_time_is_refused_before_it_runs(tmp_path: Path) -> Non
     assert isinstance(late.outcome, DeadlineUnreachable)
     assert late.outcome.details["predicted_s"] == pytest.approx(4 * STAGE_S, rel=0.05)
     assert {each.outcome for each in (held, *waiting, in_time)} == {"answered"}
+
+
+def test_what_is_late_is_told_of_its_own_tenant_only(tmp_path: Path) -> None:
+    one, other = tenant("one"), tenant("other")
+    with bench(tmp_path, one, other) as made:
+        made.hold(one, "a")
+        # More than may be in the wavefront.
+        for number in range(30):
+            made.ask(one, "b", number)
+        late = made.ask(other, "a", deadline_s=1.0)
+        made.let_go(32, held_s=2.0)
+    assert isinstance(late.outcome, DeadlineExceeded)
+    assert late.outcome.details["waiting_count"] == 0
+    assert "0 others of the same tenant wait" in late.outcome.message
+
+
+def test_a_call_whose_models_run_in_turn_is_predicted_by_what_they_took(tmp_path: Path) -> None:
+    one, other = tenant("one"), tenant("other")
+    # Room for one model at a time.
+    with bench(tmp_path, one, other, budget_bytes=100) as made:
+        made.free_running = True
+        for number in range(2):
+            made.answered(made.ask(one, "a+b", number))
+        late = made.answered(made.ask(one, "a+b", 7.0, deadline_s=1.5 * STAGE_S))
+        in_time = made.answered(made.ask(one, "a+b", 8.0, deadline_s=2.5 * STAGE_S))
+    assert isinstance(late.outcome, DeadlineUnreachable)
+    assert late.outcome.details["predicted_s"] == pytest.approx(2 * STAGE_S, rel=0.05)
+    assert in_time.outcome == "answered"
+
+
+def test_models_that_take_too_much_to_compute_together_run_in_turn(tmp_path: Path) -> None:
+    # A call takes 16 times its inputs of 12 bytes a row, where a dry run does not tell.
+    one = tenant("one")
+    with bench(tmp_path, one, activation_budget_bytes=3 * 192) as made:
+        made.free_running = True
+        before = made.engine._runs.counts.stages
+        for rows in (1, 2, 3):
+            assert made.answered(made.ask(one, "a+b", rows, rows=rows)).outcome == "answered"
+        assert made.most_activation_bytes <= 3 * 192
+        assert made.engine._runs.counts.stages - before == 6
+        refused = made.answered(made.ask(one, "a+b", rows=4)).outcome
+    assert isinstance(refused, BudgetExceeded)
+    assert refused.details == {"needed_bytes": 4 * 192, "budget_bytes": 3 * 192}
+    assert "a call of a with inputs of these sizes takes about 768 bytes" in refused.message
+
+
+def test_a_request_that_cannot_be_taken_in_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = tenant("one")
+    with bench(tmp_path, one) as made:
+        made.free_running = True
+        with monkeypatch.context() as patched:
+            patched.setattr(made.engine, "_forecast", None)
+            failed = made.answered(made.ask(one, "a"))
+        assert made.answered(made.ask(one, "a")).outcome == "answered"
+    assert isinstance(failed.outcome, SidecarFault)
+    assert "incident" in failed.outcome.details
 
 
 def test_a_tenant_without_compute_once_is_computed_for_by_itself(tmp_path: Path) -> None:

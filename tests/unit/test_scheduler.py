@@ -143,7 +143,7 @@ def test_what_cannot_be_in_time_is_refused_at_once_with_the_prediction() -> None
     scheduler.leave(first, 0.5)
     # One that waits, and itself.
     scheduler.submit(Request("b"), 1.0, "kind")
-    with pytest.raises(DeadlineUnreachable, match=r"about 1\.000 s, the deadline is in 0\.900 s and 1 requests wait") as refused:
+    with pytest.raises(DeadlineUnreachable, match=r"about 1\.000 s, the deadline is in 0\.900 s and 1 requests of") as refused:
         scheduler.submit(Request("c", deadline=1.9), 1.0, "kind")
     assert refused.value.details == {"predicted_s": 1.0, "left_s": 0.9, "waiting_count": 1, "retry_after_s": 0.1}
     scheduler.submit(Request("d", deadline=2.1), 1.0, "kind")
@@ -152,6 +152,53 @@ def test_what_cannot_be_in_time_is_refused_at_once_with_the_prediction() -> None
         scheduler.submit(Request("e", deadline=3.0), 1.0, "kind", load_s=1.0)
     scheduler.submit(Request("f", deadline=1.1), 1.0, "another kind")
     scheduler.check_invariants()
+
+
+def test_nobody_is_told_how_much_others_wait_for() -> None:
+    one, other = tenants("one", "other")
+    scheduler: Scheduler[Request] = Scheduler(1, quotas(one, other))
+    for tenant in (one, other):
+        scheduler.submit(request := Request("first", tenant=tenant), 0.0, tenant.name)
+        scheduler.charge(taken(scheduler), 1.0)
+        scheduler.leave(request, 1.0)
+    scheduler.submit(Request("a", 1e9, one), 1.0, "one")
+    assert (scheduler.waiting_count(one), scheduler.waiting_count(other), len(scheduler)) == (1, 0, 1)
+    with pytest.raises(DeadlineUnreachable, match="0 requests of the same tenant wait") as refused:
+        scheduler.submit(Request("b", 1.5, other), 1.0, "other")
+    assert refused.value.details["waiting_count"] == 0
+    scheduler.submit(Request("b", 1e9, other), 1.0, "other")
+    with pytest.raises(QueueFull) as full:
+        scheduler.submit(Request("c", 1e9, other), 1.0, "other")
+    assert full.value.details["waiting_count"] == 1
+
+
+def test_what_the_parts_of_a_request_are_charged_is_its_cost() -> None:
+    scheduler: Scheduler[Request] = Scheduler(9)
+    for _ in range(2):
+        whole = Request("whole")
+        scheduler.submit(whole, 0.0, "kind")
+        taken(scheduler)
+        for seconds in (0.25, 0.5):
+            part = Request("part")
+            scheduler.follow(part, whole)
+            assert taken(scheduler) is part
+            scheduler.charge(part, seconds)
+            scheduler.check_invariants()
+            scheduler.leave(part, seconds)
+        scheduler.leave(whole, 0.75)
+    assert scheduler.forecast.cost_s("kind") == 0.75
+    assert scheduler.loads()["anyone"].device_s == 1.5
+    with pytest.raises(DeadlineUnreachable, match="about 0.750 s"):
+        scheduler.submit(Request("late", 0.7), 0.0, "kind")
+    # Of one whose caller left nothing is learned, and what its part takes still is on nobody's books.
+    scheduler.submit(whole := Request("whole"), 0.0, "kind")
+    taken(scheduler)
+    scheduler.follow(part := Request("part"), whole)
+    scheduler.leave(whole)
+    scheduler.charge(taken(scheduler), 9.0)
+    scheduler.check_invariants()
+    scheduler.leave(part)
+    assert scheduler.forecast.cost_s("kind") == 0.75
 
 
 def test_what_others_have_to_get_first_counts_as_far_as_they_get_it() -> None:
