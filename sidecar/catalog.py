@@ -31,7 +31,7 @@ from sidecar.pins import Pins
 from sidecar.ports import Device, Source
 from sidecar.residency import Residency
 from sidecar.stages import Key, Stage, Staged
-from sidecar.tenants import OPEN, as_asked, matches, qualified, unqualified
+from sidecar.tenants import OPEN, as_asked, as_known_to, matches, qualified, unqualified
 from sidecar.together import Interface, join
 from sidecar.trials import Verdict
 from sidecar.wavefront import Layouts, Padding
@@ -175,7 +175,7 @@ class Catalog:
             return found
         model, domain = unqualified(name)
         if found is not None:
-            raise ModelCorrupt(f"{model} cannot be served: {found.message}", model=model)
+            raise ModelCorrupt(f"{model} cannot be served: {as_known_to(domain, found.message)}", model=model)
         if JOINT in name:
             return self.joint(name).signature
         around = (unqualified(each) for each in self._published)

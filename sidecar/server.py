@@ -256,10 +256,10 @@ class Server:
             self._handle(session, frame)
         except (FrameTooLarge, MalformedFrame, SidecarFault) as error:
             # Whoever breaks the protocol once cannot be understood any further.
-            session.fail(0, error)
+            session.refuse(0, error)
             self._end(session)
         except TrunklineError as error:
-            session.fail(session.current_id, error)
+            session.refuse(session.current_id, error)
             if not session.welcomed:
                 refusals.info("session %d was refused: %s: %s", session.number, error.code, error.message)
                 self._end(session)
@@ -745,12 +745,16 @@ class Session:
         self._send(Document(request_id, len(body)))
 
     def fail(self, request_id: int, error: TrunklineError) -> None:
-        """Send an error; models are called in it as the function calls them."""
+        """Send an error of the engine's; models are called in it as the function calls them."""
         domain = self.tenant.domain
         details: dict[str, Detail] = {
             key: as_known_to(domain, value) if isinstance(value, str) else value for key, value in error.details.items()
         }
         self._send(Fault(request_id, error.code, as_known_to(domain, error.message), error.retryable, details))
+
+    def refuse(self, request_id: int, error: TrunklineError) -> None:
+        """Send an error of the server's: what models are called in it is what the function called them."""
+        self._send(Fault(request_id, error.code, error.message, error.retryable, error.details))
 
     def released(self) -> None:
         """The engine holds nothing of this session any more."""

@@ -50,8 +50,9 @@ def unqualified(name: str) -> tuple[str, str]:
 
 
 def as_known_to(domain: str, text: str) -> str:
-    """Return a text with the names of models as those of ``domain`` know them."""
-    return text.replace(f"{_IN}{domain}", "") if domain else text
+    """Return a text with the names of models, where they are the engine's, as those of ``domain`` know them."""
+    # Not of a domain whose name only begins like this one's, nor what somebody took for a domain in the name of a model.
+    return re.sub(f"{_IN}{re.escape(domain)}(?!-*[a-z0-9]|{_IN})", "", text) if domain else text
 
 
 def matches(model: str, patterns: Iterable[str]) -> bool:

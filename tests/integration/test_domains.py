@@ -13,6 +13,8 @@ import pytest
 from trunkline.errors import InvalidInput, ModelCorrupt, UnknownModel
 
 from sidecar.bundle import Bundle
+from sidecar.errors import BundleError
+from sidecar.graph import FusedGraph
 from sidecar.pins import Pins
 from sidecar.tenants import OPEN, Quotas, Tenant, qualified
 from tests.asking import called, called_at_once, submitted
@@ -211,6 +213,17 @@ def test_a_damaged_model_is_told_in_each_domain_that_may_use_it(tmp_path: Path, 
         source.put(bundle_of("bad", [b"good"]), [b"good"])
         ask(running, "model_changed", name="bad")
         assert answer(running, "bad@a") == answer(running, "bad@b") == sum(b"good")
+
+
+def test_what_is_wrong_with_a_model_is_told_by_the_name_it_was_asked_by(
+    tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(graph: FusedGraph, bundle: Bundle) -> None:
+        raise BundleError(f"{bundle.name} is not told apart from what is deployed")
+
+    monkeypatch.setattr(FusedGraph, "add", refuse)
+    with serve(tmp_path, source) as running, pytest.raises(ModelCorrupt, match="^age cannot be served: age is not told apart"):
+        running.engine.signature("age@a")
 
 
 def test_models_of_one_domain_are_asked_together(tmp_path: Path, source: FakeSource) -> None:

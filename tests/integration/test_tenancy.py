@@ -202,6 +202,14 @@ def test_no_name_leads_out_of_a_domain(tenancy: Tenancy, name: str) -> None:
             refusal(lambda connection=connection: connection.describe(name, time.monotonic() + 20))  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("name", ["age@base", "age@base2", "age@base-2", "@base"])
+def test_a_name_that_somebody_made_up_is_told_as_it_was(tenancy: Tenancy, name: str) -> None:
+    with contextlib.closing(tenancy.connect("s1")) as connection:
+        told = refusal(lambda: connection.describe(name, time.monotonic() + 20))
+    assert f"there is no model {name!r} that search may use" in str(told["message"])
+    assert told["details"] == {"model": name}
+
+
 def test_errors_name_models_as_functions_do(tenancy: Tenancy, token: Path) -> None:
     with contextlib.closing(tenancy.connect("v1")) as connection, pytest.raises(errors.SignatureMismatch) as refused:
         connection.infer("age", (), time.monotonic() + 20)

@@ -81,6 +81,21 @@ def test_messages_name_models_as_their_readers_do() -> None:
     assert as_known_to("", "age@vision takes x") == "age@vision takes x"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("age@red2 and age@red", "age@red2 and age"),
+        ("age@red-2, age@red--2, age@red-", "age@red-2, age@red--2, age-"),
+        ("age@infrared, 'age@red'.", "age@infrared, 'age'."),
+        ("red@red is red@red2", "red is red@red2"),
+        # Somebody asked for "age@red", and for models without a name.
+        ("age@red@red, age@red2@red, @red, age@@red", "age@red, age@red2, , age@"),
+    ],
+)
+def test_names_that_only_look_like_those_of_a_domain_stay_as_they_are(text: str, expected: str) -> None:
+    assert as_known_to("red", text) == expected
+
+
 def test_a_token_is_compared_with_all_there_are_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither which tenant it is, nor whether there is one, can be told by what is done."""
     hashes = {name: hash_of(name.encode()) for name in ("old", "new", "other", "last")}
