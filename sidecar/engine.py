@@ -206,6 +206,8 @@ class Engine:
         self._taken = 0
         # Models that may be used since the quotas changed, by the names they are still to be deployed under.
         self._lacking: deque[str] = deque()
+        # What is to be called when there are none.
+        self._when_complete: list[Callable[[], None]] = []
         self._has_begun = False
         self._draining = False
         self._drained: Callable[[], None] | None = None
@@ -299,16 +301,16 @@ class Engine:
         work = Work(session, request_id, str(arguments.get("name", "")), deadline)
         self._post(lambda: self._run_command(work, name, arguments))
 
-    def use_quotas(self, quotas: Quotas) -> None:
+    def use_quotas(self, quotas: Quotas, done: Callable[[], None] = lambda: None) -> None:
         """Take up what an operator says of tenants, for all requests to come; at once, before ``deploy_stored`` was called.
 
         What a domain may use no more is withdrawn; requests under way are answered. What it may use besides is deployed one by
-        one, while others are served.
+        one, while others are served; ``done`` is called in the engine thread when all of that is there.
         """
         if self._has_begun:
-            self._post(lambda: self._use_quotas(quotas))
+            self._post(lambda: self._use_quotas(quotas, done))
         else:
-            self._use_quotas(quotas)
+            self._use_quotas(quotas, done)
 
     def session_opened(self, models: Sequence[str] = (), tenant: Tenant = ANYONE) -> None:
         """Count a session, and load the models it is going to ask about: their weights are on their way before it asks."""
@@ -344,6 +346,7 @@ class Engine:
             else:
                 self._adopt(deployed, verdict)
         self._take_over()
+        self._deploy_lacking()
 
     def _take_over(self) -> None:
         """Count in what an engine before this one has left in memory, and let go of what no model needs."""
@@ -453,19 +456,24 @@ class Engine:
             log.error("the books of what is in memory do not balance: %s; restart the sidecar, and report it", error)
         self._mover.audit()
 
-    def _use_quotas(self, quotas: Quotas) -> None:
+    def _use_quotas(self, quotas: Quotas, done: Callable[[], None] = lambda: None) -> None:
         self._queue.use(quotas)
         self._claims.use(quotas.tenants.values())
         if self._activations is not None:
             self._activations.reserves.use(quotas.tenants.values())
         self._unblock()
         self._drop(self._catalog.use_domains(quotas.domains()))
+        self._when_complete.append(done)
         if self._has_begun:
             self._lacking = deque(self._catalog.lacking())
             self._deploy_lacking()
 
     def _deploy_lacking(self) -> None:
         if not self._lacking:
+            # Whose quotas were replaced meanwhile are told as well.
+            told, self._when_complete = self._when_complete, []
+            for done in told:
+                done()
             return
         name = self._lacking.popleft()
         # Others take their turn in between.

@@ -6,6 +6,7 @@ nothing: what was in force stays, for an engine that is started after it, too.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -53,23 +54,27 @@ class QuotaFile:
             return read_quotas(self._in_force)
 
     def reload(self, told: Told = lambda outcome: None) -> None:
-        """Have the file read; ``told`` is then called, in the thread that reads, with the quotas in force or what is wrong.
+        """Have the file read; ``told`` is then called with what is wrong, or with the quotas when all is as they say.
 
-        Any thread, and a signal's handler.
+        Any thread, and a signal's handler; ``told`` is called in another.
         """
         self._asked.put(told)
 
-    def run(self, use: Callable[[Quotas], None]) -> None:
-        """Read the file each time that is asked for, and have its quotas used; without an end."""
+    def run(self, use: Callable[[Quotas, Callable[[], None]], None]) -> None:
+        """Read the file each time that is asked for, and have its quotas used; without an end.
+
+        ``use`` is given the quotas, and what to call when all is deployed that tenants may use by them.
+        """
         while True:
             told = self._asked.get()
-            outcome: Quotas | ConfigError
             try:
-                outcome = self.read()
+                quotas = self.read()
             except ConfigError as error:
                 log.error("%s; the quotas in force stay", error.message)
-                outcome = error
+                told(error)
             else:
-                use(outcome)
-                log.info("%d tenants are in force, as %s says", len(outcome.tenants), self._path)
-            told(outcome)
+                use(quotas, functools.partial(self._used, quotas, told))
+
+    def _used(self, quotas: Quotas, told: Told) -> None:
+        log.info("%d tenants are in force, as %s says, and what they may use is deployed", len(quotas.tenants), self._path)
+        told(quotas)

@@ -83,7 +83,7 @@ _UNAUTHORIZED: Final = (
     "trunkline-token, or name its file in TRUNKLINE_TOKEN_FILE (an operator makes one with `trunkline tenant add` or `rotate`)"
 )
 
-# Has the quota file read, and then calls what it is given with the quotas now in force, or with what is wrong.
+# Has the quota file read, and then calls what it is given, in any thread, with the quotas now in force, or with what is wrong.
 Reload = Callable[[Callable[[Quotas | TrunklineError], None]], None]
 
 
@@ -170,12 +170,13 @@ class Server:
         self._stopping = True
         self._wake_up()
 
-    def use_quotas(self, quotas: Quotas) -> None:
+    def use_quotas(self, quotas: Quotas, done: Callable[[], None] = lambda: None) -> None:
         """Go by other quotas from now on, for sessions that are open, too. Any thread.
 
-        A session whose tenant is gone, or whose token does not count any more, is closed; it may come back with another.
+        A session whose tenant is gone, or whose token does not count any more, is closed; it may come back with another. ``done``
+        is called, in the engine's thread, when all is deployed that tenants may use besides.
         """
-        self._post(lambda: self._adopt(quotas))
+        self._post(lambda: self._adopt(quotas, done))
 
     def _shut_down(self) -> None:
         # The engine has ended, so it holds nothing of anybody.
@@ -302,9 +303,9 @@ class Server:
         session.close()
         self._listen(not self._draining)
 
-    def _adopt(self, quotas: Quotas) -> None:
+    def _adopt(self, quotas: Quotas, done: Callable[[], None]) -> None:
         self._quotas = quotas
-        self.engine.use_quotas(quotas)
+        self.engine.use_quotas(quotas, done)
         for session in list(self._sessions.values()):
             if session.welcomed and not session.adopt(quotas):
                 log.info("session %d of %s ends: its token does not count any more", session.number, session.tenant.name)
@@ -359,7 +360,10 @@ class Server:
         }
 
     def reload(self, session: Session, request_id: int) -> None:
-        """Have the quota file read; the session is told when its quotas are in force, or what is wrong. Raises InvalidInput."""
+        """Have the quota file read; the session is told what is wrong, or when its quotas are in force and all is deployed.
+
+        Raises InvalidInput.
+        """
         if self._reload is None:
             raise InvalidInput("this sidecar has no quota file; start it with --quotas FILE")
 
@@ -372,7 +376,6 @@ class Server:
             else:
                 session.document(request_id, {"tenant_count": len(outcome.tenants)})
 
-        # Posted after the quotas themselves, and so told when they are in force.
         self._reload(lambda outcome: self._post(lambda: tell(outcome)))
 
     def open_arenas(self, request_bytes: int, reply_bytes: int, tenant: Tenant) -> tuple[ServerArena, ServerArena]:

@@ -174,7 +174,7 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
 
     @app.post("/admin/v1/quotas/reload")
     def reload_quotas() -> Response:
-        """Have the quota file read; answered when it is in force. One with a mistake is refused, and changes nothing."""
+        """Have the quota file read; answered when all is deployed by it. One with a mistake is refused, and changes nothing."""
         _json_object()
         return jsonify(engine.command("quotas_reload"))
 

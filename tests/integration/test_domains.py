@@ -13,6 +13,7 @@ import pytest
 from trunkline.errors import InvalidInput, ModelCorrupt, UnknownModel
 
 from sidecar.bundle import Bundle
+from sidecar.catalog import Catalog
 from sidecar.errors import BundleError
 from sidecar.graph import FusedGraph
 from sidecar.pins import Pins
@@ -52,10 +53,9 @@ def names(running: Running) -> list[str]:
 
 def change(running: Running, asked: Quotas) -> None:
     """Have other quotas used, and wait until all is deployed that they ask for."""
-    running.engine.use_quotas(asked)
-    # Each answer comes after one more model was deployed in one more domain.
-    for _ in range(len(running.source.models()) * len(asked.domains()) + 1):
-        ask(running, "status")
+    done = threading.Event()
+    running.engine.use_quotas(asked, done.set)
+    assert done.wait(60)
 
 
 def memory(running: Running) -> tuple[int, int]:
@@ -366,6 +366,31 @@ def test_nothing_is_lost_while_quotas_change(tmp_path: Path, source: FakeSource)
         assert names(running) == sorted(f"{name}@{domain}" for name in source.models() for domain in "ab")
         change(running, quotas(c="text"))
         assert memory(running) == (0, 0)
+
+
+def test_who_changes_quotas_is_told_when_all_is_deployed(
+    tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    ended = threading.Event()
+    with serve(tmp_path, source, quotas(a="age")) as running:
+        complete = running.engine._catalog.complete
+
+        def noted(catalog: Catalog, name: str) -> object:
+            happened.append(name)
+            return complete(name)
+
+        monkeypatch.setattr(Catalog, "complete", noted)
+        running.engine.use_quotas(quotas(a="age gender text"), lambda: happened.append("first"))
+        # This one is told as well, though others come into force before all of its models are there.
+        running.engine.use_quotas(quotas(a="age text", b="age"), lambda: (happened.append("second"), ended.set()))
+        assert ended.wait(60)
+        assert names(running) == ["age@a", "age@b", "text@a"]
+        assert happened[-2:] == ["first", "second"]
+        ended.clear()
+        # With nothing to deploy at once.
+        running.engine.use_quotas(quotas(a="age text", b="age"), ended.set)
+        assert ended.wait(60)
 
 
 def test_quotas_that_follow_each_other_quickly_end_as_the_last(tmp_path: Path, source: FakeSource) -> None:

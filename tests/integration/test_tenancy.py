@@ -19,6 +19,7 @@ from trunkline.connection import Connection
 from trunkline.errors import TrunklineError
 from trunkline.pool import DEFAULT_CREDENTIAL, read_token
 
+from sidecar.catalog import Catalog
 from sidecar.errors import ConfigError
 from sidecar.reloading import QuotaFile
 from sidecar.tenants import OPEN, Quotas, hash_of
@@ -71,14 +72,8 @@ class Tenancy:
             return {entry["name"]: entry for entry in admin.command("tenants")["tenants"]}
 
     def described(self, connection: Connection, name: str) -> str:
-        """Return the name of a model once it is there: what a tenant may use besides is deployed one after the other."""
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                return str(connection.describe(name, deadline)["model"])
-            except errors.UnknownModel:
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
+        """Return the name of a model, which is there."""
+        return str(connection.describe(name, time.monotonic() + 20)["model"])
 
     def until(self, name: str, **expected: object) -> None:
         """Wait until a tenant has what is expected: an end of a connection is seen when its turn comes."""
@@ -99,12 +94,11 @@ def tenancy(tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch)
         # In a thread of its own, as in a sidecar, but one that ends.
         def read() -> None:
             try:
-                outcome: Quotas | TrunklineError = reading.read()
+                outcome = reading.read()
             except ConfigError as error:
-                outcome = error
+                told(error)
             else:
-                running.server.use_quotas(outcome)
-            told(outcome)
+                running.server.use_quotas(outcome, lambda: told(outcome))
 
         threading.Thread(target=read).start()
 
@@ -347,6 +341,37 @@ def test_sessions_go_by_new_limits_at_once(tenancy: Tenancy) -> None:
         admin.command("quotas_reload")
         assert tenancy.described(connection, "age") == "age"
         assert tenancy.tenants()["vision"]["domain"] == "base"
+
+
+def test_a_reload_is_answered_when_all_is_deployed_and_holds_before(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
+    deploying, leave = threading.Event(), threading.Event()
+    complete = Catalog.complete
+
+    def held(catalog: Catalog, name: str) -> object:
+        deploying.set()
+        assert leave.wait(20)
+        return complete(catalog, name)
+
+    monkeypatch.setattr(Catalog, "complete", held)
+    tenancy.put(QUOTAS.replace('"ge*"', '"text"').replace("connections = 2", "connections = 1"))
+    answers: list[object] = []
+
+    def reload() -> None:
+        with contextlib.closing(tenancy.admin()) as admin:
+            answers.append(admin.command("quotas_reload"))
+
+    asking = threading.Thread(target=reload)
+    with contextlib.closing(tenancy.connect("v1")) as connection:
+        asking.start()
+        assert deploying.wait(20)
+        with pytest.raises(errors.QuotaExceeded, match="its quota is 1"):
+            tenancy.connect("v2")
+        refusal(lambda: connection.describe("text", time.monotonic() + 20))
+        assert not answers
+        leave.set()
+        asking.join(20)
+        assert answers == [{"tenant_count": 2}]
+        assert tenancy.described(connection, "text") == "text"
 
 
 def test_a_mistake_in_the_file_changes_nothing(tenancy: Tenancy) -> None:

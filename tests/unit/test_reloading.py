@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_whoever_asks_is_told_what_is_in_force_or_what_is_wrong(tmp_path: Path, 
     used: list[Quotas] = []
     told: queue.SimpleQueue[object] = queue.SimpleQueue()
     # It has no end, as the sidecar has none.
-    threading.Thread(target=made.run, args=(used.append,), daemon=True).start()
+    threading.Thread(target=made.run, args=(lambda quotas, done: (used.append(quotas), done()),), daemon=True).start()
     made.reload()
     made.reload(told.put)
     assert told.get(timeout=20) == used[1] == used[0]
@@ -66,3 +67,22 @@ def test_whoever_asks_is_told_what_is_in_force_or_what_is_wrong(tmp_path: Path, 
     path.write_text(GOOD)
     made.reload(told.put)
     assert told.get(timeout=20) == used[2]
+
+
+def test_nobody_is_told_before_all_is_deployed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trunkline.quotas")
+    (tmp_path / "quotas.toml").write_text(GOOD)
+    made = QuotaFile(tmp_path / "quotas.toml", tmp_path / "copy")
+    uses: queue.SimpleQueue[tuple[Quotas, Callable[[], None]]] = queue.SimpleQueue()
+    threading.Thread(target=made.run, args=(lambda *use: uses.put(use),), daemon=True).start()
+    told: list[object] = []
+    for _ in range(2):
+        made.reload(told.append)
+    (first, first_is_done), (second, second_is_done) = uses.get(timeout=20), uses.get(timeout=20)
+    # Nor does the one that reads wait for that.
+    assert (told, caplog.text) == ([], "")
+    second_is_done()
+    assert told == [second]
+    assert "1 tenants are in force" in caplog.text
+    first_is_done()
+    assert told == [second, first]
