@@ -2,6 +2,7 @@
 
 What a call takes is found by a dry run (``sidecar.dryrun``) in a thread of its own, once for each model and class of sizes:
 sizes that may vary are rounded up to a power of two, and each row counts as much as the next. Until then a call goes alone.
+What was found is kept on disk: a dry run is all Python, which keeps those off that answer the first calls after a restart.
 ``needed_bytes`` belongs to the engine thread.
 """
 
@@ -13,13 +14,14 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeGuard
 
 from trunkline.protocol import ITEM_BYTES
 
 from sidecar.bundle import Bundle
 from sidecar.ports import Device
 from sidecar.reserves import Reserves
+from sidecar.verdicts import Verdicts
 
 log = logging.getLogger("trunkline.engine")
 
@@ -48,11 +50,14 @@ class Activations:
         budget_bytes: int,
         post: Callable[[Callable[[], None]], None],
         learned: Callable[[], None],
+        verdicts: Verdicts | None = None,
     ) -> None:
+        """Without ``verdicts`` nothing is kept on disk."""
         self.reserves = Reserves(budget_bytes)
         self._device = device
         self._post = post
         self._learned = learned
+        self._verdicts = verdicts
         self._known: dict[tuple[str, _Sizes], _Cost | None] = {}
         # By the very shapes, so that what is asked all the time is not reckoned each time.
         self._needed: dict[tuple[str, tuple[tuple[int, ...], ...]], int] = {}
@@ -119,11 +124,25 @@ class Activations:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while (job := self._jobs.get()) is not None:
             bundle, sizes = job
-            cost = self._found(bundle, dict(sizes))
+            cost = self._kept(bundle, sizes)
             if cost is None:
                 log.info("what calls of %s take beside weights is not known; %d times their inputs, say", bundle.name, _GUESS)
             place = (bundle.graph_digest, sizes)
             self._post(lambda place=place, cost=cost: self._learn(place, cost))  # type: ignore[misc]
+
+    def _kept(self, bundle: Bundle, sizes: _Sizes) -> _Cost | None:
+        """Return what a dry run has found, now or before a restart."""
+        if self._verdicts is None:
+            return self._found(bundle, dict(sizes))
+        named_as = f"{bundle.graph_digest} {bundle.batch} {sizes}"
+        plain = self._verdicts.find("activations", named_as) or {}
+        base_bytes, row_bytes = plain.get("base_bytes"), plain.get("row_bytes")
+        if _is_size(base_bytes) and _is_size(row_bytes):
+            return _Cost(base_bytes, row_bytes)
+        cost = self._found(bundle, dict(sizes))
+        if cost is not None:
+            self._verdicts.end("activations", named_as, cost._asdict())
+        return cost
 
     def _found(self, bundle: Bundle, sizes: Mapping[str, int]) -> _Cost | None:
         dry_run = self._device.dry_run(bundle.graph)
@@ -144,6 +163,10 @@ class Activations:
         # Some models take no two rows.
         row_bytes = one if two is None else max(0, two - one)
         return _Cost(one - min(one, row_bytes), row_bytes)
+
+
+def _is_size(found: object) -> TypeGuard[int]:
+    return isinstance(found, int) and not isinstance(found, bool) and found >= 0
 
 
 def _rounded(size: int) -> int:

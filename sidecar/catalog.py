@@ -3,12 +3,16 @@
 A model of the store is deployed once in each domain that may use it, under a name and with identities of its own
 (``sidecar.merkle.in_domain``): to all else here, these are different models. Only programs, which hold no weights, serve all.
 
-Owned by the engine thread, which changes it; other threads read what is *published*: signatures, of single models and of several
-asked together.
+After a start models are *awaited* until they are deployed: those that are asked for first, the others while there is time. To all
+who ask they are there; what they are like is read from the store by whichever thread needs it first.
+
+Owned by the engine thread, which changes it; other threads read what is *published* or awaited: signatures, of single models and
+of several asked together.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -135,6 +139,26 @@ class Joint:
         return [named[key] for key in deployed.staged.inputs]
 
 
+class _Awaited:
+    """A model that is to be deployed under a name: what is found of it in the store, once for all who ask. Any thread."""
+
+    def __init__(self, name: str, stored: Callable[[], Bundle | TrunklineError]) -> None:
+        """``stored`` reads it from the store, once for all domains."""
+        self._name = name
+        self._stored = stored
+
+    @functools.cached_property
+    def found(self) -> Bundle | TrunklineError:
+        """What is to be deployed, or what is wrong with it. Raises UnknownModel."""
+        found = self._stored()
+        return found if isinstance(found, TrunklineError) else _as_known(found, self._name)
+
+    @functools.cached_property
+    def published(self) -> Signature | TrunklineError:
+        """What there is to publish of it. Raises UnknownModel."""
+        return self.found if isinstance(self.found, TrunklineError) else _signature(self.found)
+
+
 @dataclass(slots=True)
 class Catalog:
     """Models by name. Methods that change it return the weights nobody needs any more; the engine drops them."""
@@ -158,6 +182,8 @@ class Catalog:
     # Replaced as a whole, never changed in place, so that other threads may read it without a lock.
     _published: dict[str, Signature | TrunklineError] = field(default_factory=dict)
     _bundles: dict[str, Bundle] = field(default_factory=dict)
+    # Those that are still to be deployed, by name. Whoever looks here and at what is published looks here first.
+    _awaited: dict[str, _Awaited] = field(default_factory=dict)
     # Digests of weights of what was removed.
     _gone: set[str] = field(default_factory=set)
     # Made by whichever thread needs it first, from what is published.
@@ -170,7 +196,10 @@ class Catalog:
 
         Who asks learns of that domain and no other. Raises UnknownModel, ModelCorrupt, InvalidInput.
         """
+        awaited = self._awaited.get(name)
         found = self._published.get(name)
+        if found is None and awaited is not None:
+            found = awaited.published
         if isinstance(found, Signature):
             return found
         model, domain = unqualified(name)
@@ -178,7 +207,7 @@ class Catalog:
             raise ModelCorrupt(f"{model} cannot be served: {as_known_to(domain, found.message)}", model=model)
         if JOINT in name:
             return self.joint(name).signature
-        around = (unqualified(each) for each in self._published)
+        around = {unqualified(each) for each in (*self._awaited, *self._published)}
         raise _unknown(model, sorted(known for known, where in around if where == domain))
 
     def served(self) -> list[str]:
@@ -204,12 +233,7 @@ class Catalog:
             )
         for each in names:
             self.signature(each)
-        published = self._bundles
-        try:
-            bundles = tuple(published[each] for each in names)
-        except KeyError as error:
-            model, _ = unqualified(str(error.args[0]))
-            raise UnknownModel(f"{model} is being replaced; try again", model=model) from error
+        bundles = tuple(map(self._bundle, names))
         known = self._joint.get(name)
         if known is not None and all(one is other for one, other in zip(known.bundles, bundles, strict=True)):
             return known
@@ -228,15 +252,29 @@ class Catalog:
         made = self._joint[name] = Joint(bundles, interface, signature)
         return made
 
+    def _bundle(self, name: str) -> Bundle:
+        """Return a model of which there is a signature. Raises UnknownModel when it changes meanwhile."""
+        awaited = self._awaited.get(name)
+        found = self._bundles.get(name)
+        if found is None and awaited is not None and isinstance(awaited.found, Bundle):
+            found = awaited.found
+        if found is None:
+            model, _ = unqualified(name)
+            raise UnknownModel(f"{model} is being replaced; try again", model=model)
+        return found
+
     # --- the engine thread -------------------------------------------------------------------------------------------
 
-    def deploy_stored(self) -> None:
-        """Deploy every model of the store; a broken one does not stop the others."""
-        for name in self.source.models():
-            self.deploy(name)
-        for name in self.pinned():
-            self.pin_if_possible(self.deployed[name])
-        self.publish()
+    def await_stored(self) -> None:
+        """Have every model of the store be deployed, by a call of ``complete`` for each name that is ``awaited`` from now on."""
+        for model in self.source.models():
+            stored = functools.cache(functools.partial(self._stored, model))
+            self._awaited.update({name: _Awaited(name, stored) for name in self.names(model)})
+
+    @property
+    def awaited(self) -> Collection[str]:
+        """Return the names of what is to be deployed."""
+        return self._awaited.keys()
 
     def pinned(self) -> list[str]:
         """Return the names of deployed models that an operator pinned, before a restart perhaps."""
@@ -309,15 +347,28 @@ class Catalog:
         return [name for name in names if name not in self.deployed and name not in self.broken]
 
     def complete(self, name: str) -> Deployed | None:
-        """Deploy one of those that were lacking, in the version that other domains have; None when it is not to be, or cannot.
+        """Deploy one of those that are awaited, or were lacking; None when it is not to be, or cannot.
 
-        Raises UnknownModel when nobody has it, the store included.
+        What was lacking is deployed in the version that other domains have. Raises UnknownModel when nobody has it, the store
+        included.
         """
+        try:
+            return self._complete(name)
+        finally:
+            # Only now: whoever asks finds it here or there.
+            self._awaited.pop(name, None)
+            self._forget_gone()
+
+    def _complete(self, name: str) -> Deployed | None:
         model, domain = unqualified(name)
         if name in self.deployed or name in self.broken or not self._may_use(domain, model):
             return None
-        others = (self.deployed[each].bundle for each in self.names(model) if each in self.deployed)
-        self._deploy(name, next(others, None) or self._stored(model))
+        awaited = self._awaited.get(name)
+        if awaited is None:
+            others = (self.deployed[each].bundle for each in self.names(model) if each in self.deployed)
+            self._deploy(name, next(others, None) or self._stored(model))
+        else:
+            self._deploy(name, awaited.found)
         made = self.deployed.get(name)
         if made is not None and name in self.pins.names():
             self.pin_if_possible(made)
@@ -330,9 +381,7 @@ class Catalog:
             freed = self.withdraw(name)
             self.broken[name] = found
             return freed
-        bundle = found
-        if name != found.name:
-            bundle = replace(found, name=name, graph=in_domain(found.graph, unqualified(name)[1]))
+        bundle = _as_known(found, name)
         plan = f"{name}@{bundle.graph_digest}"
         if name in self.deployed and self.deployed[name].plan.partition("#")[0] == plan:
             # The same graph under another version, perhaps.
@@ -433,6 +482,9 @@ class Catalog:
         return freed
 
     def _forget_gone(self) -> None:
+        if self._awaited or not self._gone:
+            # Those may have them.
+            return
         # Only now: the next version, or form, has most weights of the last.
         if gone := self._gone - {digest for entry in self.all() for digest in entry.weights}:
             self.forget(gone)
@@ -470,6 +522,13 @@ class Catalog:
         """Forget the handles of every model: weights may lie elsewhere now."""
         for deployed in self.all():
             deployed.unbind()
+
+
+def _as_known(bundle: Bundle, name: str) -> Bundle:
+    """Return a model as it is known by a name, in the domain that this says."""
+    if name == bundle.name:
+        return bundle
+    return replace(bundle, name=name, graph=in_domain(bundle.graph, unqualified(name)[1]))
 
 
 def _deployed(bundle: Bundle, plan: str, staged: Staged, verdict: Verdict | None = None) -> Deployed:

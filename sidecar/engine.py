@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -74,6 +74,8 @@ refusals.addFilter(RateLimit(20))
 _IDLE_S: Final = 1.0
 # And one that rests looks through its books, which takes a millisecond for every thousand weights, once in so long at most.
 _AUDIT_EVERY_S: Final = 60.0
+# After so long a rest a model is deployed that nobody has asked for yet: whoever was connected before a restart is back by then.
+_QUIET_S: Final = 0.1
 # Commands and requests that are taken from the inbox before a stage must be run: mostly all that came meanwhile, or whose turn it
 # is would depend on who was the first to send a lot.
 _MOST_TAKEN: Final = 64
@@ -143,7 +145,7 @@ class Engine:
         # Without a budget nothing is reckoned.
         self._activations: Activations | None = None
         if activation_budget_bytes is not None:
-            self._activations = Activations(device, activation_budget_bytes, self._post, self._unblock)
+            self._activations = Activations(device, activation_budget_bytes, self._post, self._unblock, verdicts)
         self._streams = Streams(self._residency, self._loads, self._drop, lambda: self._mover.pace, clock)
         self._shortage = Shortage(
             device, self._residency, self._loads, self._mover, self._drop, gives_back=self._memory.gives_back
@@ -209,6 +211,8 @@ class Engine:
         # What is to be called when there are none.
         self._when_complete: list[Callable[[], None]] = []
         self._has_begun = False
+        # Weights that an earlier engine has left in memory, and no model that is deployed has.
+        self._kept: set[str] = set()
         self._draining = False
         self._drained: Callable[[], None] | None = None
         self._finished = False
@@ -335,26 +339,57 @@ class Engine:
     # --- the engine thread -------------------------------------------------------------------------------------------
 
     def deploy_stored(self) -> None:
-        """Deploy every model of the store. Call once, before ``run`` starts; a broken model does not stop the others."""
+        """Deploy every model of the store. Call once, before ``run`` starts; a broken model does not stop the others.
+
+        Where weights are in memory from an engine before this one, only what is pinned is deployed now; what is asked for, when
+        it is; all else while nobody waits for anything.
+        """
         self._has_begun = True
-        self._catalog.deploy_stored()
-        for deployed in list(self._catalog.deployed.values()):
-            self._expect(deployed)
-            verdict = self._trials.known(deployed.bundle, deployed.staged) if self._trials is not None else None
-            if verdict is None:
-                self._try_out(deployed)
-            else:
-                self._adopt(deployed, verdict)
-        self._take_over()
+        self._kept = set(self._memory.kept())
+        self._catalog.await_stored()
+        self._complete(self._catalog.pins.names())
+        if not self._kept:
+            self._complete_all()
         self._deploy_lacking()
 
-    def _take_over(self) -> None:
-        """Count in what an engine before this one has left in memory, and let go of what no model needs."""
-        kept = set(self._memory.kept())
-        for deployed in self._catalog.deployed.values():
-            self._residency.take_over(deployed.plan, kept & deployed.weights.keys())
-            kept -= deployed.weights.keys()
-        self._memory.free(kept)
+    def _complete_all(self) -> None:
+        self._complete(list(self._catalog.awaited))
+
+    def _complete(self, names: Iterable[str]) -> None:
+        """Deploy those of these models that are awaited."""
+        for name in names:
+            if name not in self._catalog.awaited:
+                continue
+            try:
+                deployed = self._catalog.complete(name)
+            except UnknownModel:
+                log.info("%s was removed from the store before it was deployed", name)
+                continue
+            if deployed is not None:
+                self._begin(deployed)
+        if self._kept and not self._catalog.awaited:
+            # No model needs it.
+            self._memory.free(self._kept)
+            self._kept.clear()
+
+    def _begin(self, deployed: Deployed) -> None:
+        """Go on with a model as the engine before this one has left it: as its trial has shown, and with what is in memory."""
+        self._expect(deployed)
+        verdict = self._trials.known(deployed.bundle, deployed.staged) if self._trials is not None else None
+        if verdict is None:
+            self._try_out(deployed)
+        else:
+            self._adopt(deployed, verdict)
+        serving = self._catalog.deployed[deployed.name]
+        self._residency.take_over(serving.plan, self._kept & serving.weights.keys())
+        self._kept -= serving.weights.keys()
+
+    def _complete_for(self, parts: Sequence[Deployed]) -> None:
+        """Deploy all models before something is to be loaded: what has to leave memory for it is chosen among all."""
+        if self._catalog.awaited and not all(
+            self._residency.is_committed(digest) for deployed in parts for digest in deployed.weights
+        ):
+            self._complete_all()
 
     def costs(self, names: Sequence[str]) -> dict[str, Cost]:
         """Return what those of some models cost that are deployed, alone or several together. While the engine does not run."""
@@ -425,6 +460,8 @@ class Engine:
         except queue.Empty:
             if busy:
                 self._go_on()
+            elif self._can_complete():
+                self._complete(list(self._catalog.awaited)[:1])
             elif self._untrimmed and not self._runs.running:
                 self._device.trim()
                 self._loads.trim()
@@ -444,6 +481,10 @@ class Engine:
             self._taken = 0
             self._go_on()
 
+    def _can_complete(self) -> bool:
+        """Say whether models are to be deployed, and nobody waits for anything."""
+        return bool(self._catalog.awaited) and not self._runs.running and not self._loads.parked
+
     def _audit(self) -> None:
         """Look through the books while nobody waits: what went wrong shows here before it is felt."""
         if self._clock() < self._audited_s + _AUDIT_EVERY_S:
@@ -457,6 +498,7 @@ class Engine:
         self._mover.audit()
 
     def _use_quotas(self, quotas: Quotas, done: Callable[[], None] = lambda: None) -> None:
+        self._complete_all()
         self._queue.use(quotas)
         self._claims.use(quotas.tenants.values())
         if self._activations is not None:
@@ -498,6 +540,8 @@ class Engine:
 
     def _rest_s(self) -> float | None:
         """Return for how long nothing is to be done unless it is asked for; None: not before."""
+        if self._can_complete():
+            return _QUIET_S
         rest_s = self._residency.quiet_until_s
         if rest_s != math.inf:
             rest_s = max(0.0, rest_s - self._clock())
@@ -576,7 +620,7 @@ class Engine:
 
     def _prefetch(self, models: Sequence[str], tenant: Tenant) -> None:
         for name in (each for joint in models for each in joint.split(JOINT)):
-            if name in self._catalog.deployed:
+            if name in self._catalog.deployed or name in self._catalog.awaited:
                 self._ahead[name, tenant.name] = tenant
 
     def _own_load(self, name: str, session: Session | None = None) -> Work:
@@ -588,9 +632,11 @@ class Engine:
         while self._ahead and not len(self._queue) and not self._is_shut() and self._first_in_line is None:
             name, _ = place = next(iter(self._ahead))
             tenant = self._ahead.pop(place)
+            self._complete([name])
             deployed = self._catalog.deployed.get(name)
             if deployed is None or deployed.loaded or deployed in self._loads or self._draining:
                 continue
+            self._complete_for([deployed])
             try:
                 self._catalog.prepare(deployed)
                 # Of its quota, as if it had asked; or whoever names many models would push out those of others.
@@ -613,6 +659,7 @@ class Engine:
         if self._draining:
             work.session.fail(work.request_id, _draining())
             return
+        self._complete(work.model.split(JOINT))
         try:
             self.signature(work.model)
             if not len(self._queue):
@@ -730,6 +777,7 @@ class Engine:
         try:
             signature = self.signature(work.model)
             parts = self._catalog.parts(work.model)
+            self._complete_for(parts)
             joint = self._catalog.joint(work.model) if JOINT in work.model else None
         except TrunklineError as error:
             self._turn_away(work, error)
@@ -1068,6 +1116,8 @@ class Engine:
         self._finished = self._draining and not waiting
 
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
+        # Operators are told of all models.
+        self._complete_all()
         try:
             answer = self._commands.run(work, name, arguments)
             if answer is not None:

@@ -67,15 +67,19 @@ class Report:
 class Store:
     """Bundles below one folder. Every name and digest is checked before a path is made of it."""
 
-    def __init__(self, root: Path) -> None:
-        """Open the store, making it when it is not there. Raises StoreError when the folder cannot be used."""
+    def __init__(self, root: Path, *, sweep: bool = True) -> None:
+        """Open the store, making it when it is not there. Raises StoreError when the folder cannot be used.
+
+        Without ``sweep``, what writers left that are no more stays until the next who opens it, or collects.
+        """
         self.root = root
         try:
             for folder in (root, *(root / kind for kind in _KINDS)):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             _sync_folder(root)
-            self._sweep()
+            if sweep:
+                self._sweep()
         except OSError as error:
             raise StoreError(f"the store {root} cannot be opened ({os.strerror(error.errno or 0)})") from error
 

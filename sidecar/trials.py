@@ -152,7 +152,7 @@ class Trials:
             log.warning("the weights of %s are not kept as they are needed in memory", bundle.name, exc_info=error)
 
     def known(self, bundle: Bundle, staged: Staged) -> Verdict | None:
-        """Return the verdict on a model that was tried before, None where it must be. Before the thread runs."""
+        """Return the verdict on a model that was tried before, None where it must be. Any thread."""
         state = self._state(bundle, staged)
         return state if isinstance(state, Verdict) else state.verdict()
 

@@ -3,7 +3,7 @@
 Each verdict is a small file named by what was tried and where: a graph, the device, the version of torch. In it are a checksum
 and a line of JSON.
 While something is tried a mark lies beside it, one byte long for each time. What the engine did not outlive twice is not tried
-again. Owned by the trial's thread; a folder that cannot be used costs nothing but time.
+again. Callable from any thread; a folder that cannot be used costs nothing but time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +66,7 @@ class Verdicts:
         path = self._path(kind, structure)
         try:
             if verdict is not None:
-                temporary = path.with_suffix(".tmp")
+                temporary = path.with_suffix(f".{threading.get_native_id()}.tmp")
                 content = json.dumps(verdict).encode()
                 temporary.write_bytes(b"%08x\n" % zlib.crc32(content) + content)
                 os.replace(temporary, path)

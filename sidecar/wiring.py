@@ -96,7 +96,8 @@ def _engine_process(
             # What an earlier sidecar went by, which was killed perhaps, is not in force any more.
             run.quotas.unlink(missing_ok=True)
         quotas = quota_file.read_or_keep()
-    store = Store(settings.store_dir)
+    # Swept when the sidecar started; to look through it again would keep those waiting who were served before a restart.
+    store = Store(settings.store_dir, sweep=False)
     engines = [_engine(settings, run, store, quotas, generation, number, segment) for number, segment in enumerate(segments)]
     engine: Engine | Engines = engines[0]
     if len(engines) > 1:
