@@ -18,7 +18,8 @@ from sidecar.dryrun import DryRun
 from sidecar.export import convert
 from sidecar.ir import Graph, Node, Value
 from sidecar.programs import Program
-from tests.fakes import FakeDevice, Running
+from sidecar.verdicts import Verdicts
+from tests.fakes import FakeDevice, Running, bundle_of
 from tests.integration.test_sharing import at_once, counted, deploy, serving
 from tests.networks import agrees, network
 
@@ -217,3 +218,43 @@ def test_a_first_call_of_unknown_sizes_is_answered(tmp_path: Path, monkeypatch: 
         answers = at_once(running, *((made.name, each) for each in inputs))
         for given, each in zip(answers, inputs, strict=True):
             assert agrees(given, made.eager(each), exact=False)
+
+
+def run_dry(device: FakeDevice, verdicts: Verdicts) -> dict[Any, Any]:
+    """Have found out what calls of a model take; return what was learned."""
+    activations = Activations(device, 1 << 20, lambda learn: learn(), lambda: None, verdicts)
+    activations.expect(bundle_of("plain", [b"x"]))
+    activations.stop()
+    activations.run()
+    return activations._known
+
+
+@pytest.mark.parametrize("damage", [{}, {"base_bytes": -1, "row_bytes": 0}, {"base_bytes": True, "row_bytes": 1}])
+def test_what_a_dry_run_found_is_not_found_again_after_a_restart(
+    damage: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, verdicts = FakeDevice(), Verdicts(tmp_path, "test")
+    count = 0
+
+    class Dry:
+        def peak_bytes(self, inputs: Any) -> int:
+            return 100 * int(inputs[0][1][0])
+
+    def dry_run(graph: Graph) -> Dry:
+        nonlocal count
+        count += 1
+        return Dry()
+
+    monkeypatch.setattr(device, "dry_run", dry_run)
+    first = run_dry(device, verdicts)
+    assert [tuple(cost) for cost in first.values()] == [(0, 100)]
+    assert run_dry(device, Verdicts(tmp_path, "test")) == first
+    assert count == 1
+    # Of another torch.
+    assert run_dry(device, Verdicts(tmp_path, "other")) == first
+    assert count == 2
+    if damage:
+        bundle = bundle_of("plain", [b"x"])
+        verdicts.end("activations", f"{bundle.graph_digest} {bundle.batch} ()", damage)
+        assert run_dry(device, verdicts) == first
+        assert count == 3

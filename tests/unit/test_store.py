@@ -18,6 +18,7 @@ from trunkline.errors import ModelCorrupt, UnknownModel
 
 from sidecar import store as store_module
 from sidecar.bundle import Bundle, Weight, canonical_graph, graph_digest, manifest_bytes
+from sidecar.disk import TEMPORARY
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError, StoreFull
 from sidecar.store import Report, Store
 from tests.bundles import adding_bundle
@@ -446,6 +447,15 @@ def test_publishing_and_collecting_exclude_each_other(store: Store, monkeypatch:
         store.gc()
     assert free == [False, False, False]
     assert lock_is_free(store, fcntl.LOCK_EX)
+
+
+def test_whoever_opens_the_store_again_may_leave_that_to_others(store: Store) -> None:
+    left = store.root / "models" / f"one.json{TEMPORARY}0"
+    left.touch()
+    Store(store.root, sweep=False)
+    assert left.exists()
+    Store(store.root)
+    assert not left.exists()
 
 
 def test_leftovers_of_the_dead_are_swept_and_files_of_the_living_stay(store: Store) -> None:
