@@ -124,6 +124,7 @@ def size(size_bytes: float) -> str:
 @click.option("--memory-budget", "memory_budget_bytes", help="Memory for weights, e.g. 2GiB.")
 @click.option("--host-budget", "host_budget_bytes", help="Memory of the host for weights that are not on the GPU, e.g. 8GiB.")
 @click.option("--activation-budget", "activation_budget_bytes", help="Memory for what calls compute on the way, e.g. 500MB.")
+@click.option("--block-files-limit", "block_files_limit_bytes", help="Disk for weights as they are needed in memory; 0: none.")
 @click.option("--eviction-policy", help="lru, gdsf or adaptive: which weights leave first when there is no room.")
 @click.option("--admin-host", help="Loopback address of the admin endpoint.")
 @click.option("--admin-port", help="Its port; 0: only the Unix socket.")

@@ -10,7 +10,8 @@ a temporary name, synced once and renamed. Readers may read what is being discar
 gone.
 
 What entries depend on beside their key, the *facts* (the device, the version of torch), is part of each file's name and
-header. Files of other facts are removed: a folder belongs to one device. Checksums tell accidents, not intent, and what a meta
+header. Files of other facts are removed: a folder belongs to one device. What files take in all has a limit: those that were not
+read for longest leave first, and what would not fit even then is left out. Checksums tell accidents, not intent, and what a meta
 says may be believed without a check: so nobody else may write into the folder, and files of other users are removed, too.
 
 Callable from any thread: a lock is held while the index changes, not while anything is read or written. Must not import torch.
@@ -28,6 +29,7 @@ import re
 import secrets
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ from trunkline.arena import page_aligned
 from sidecar.disk import (
     BUFFERED_STRICT,
     MOST_TARGETS,
+    PAGE_BYTES,
     TEMPORARY,
     Calibration,
     Source,
@@ -94,6 +97,11 @@ class _File:
     path: Path
     places: Mapping[str, _Place]
 
+    @property
+    def size_bytes(self) -> int:
+        """Return what it takes on disk, which ends with its last entry. There is no file without."""
+        return max(place.end for place in self.places.values())
+
 
 class _Fault(NamedTuple):
     """Why an entry was not read. One that ``lasts`` is no use reading again."""
@@ -112,8 +120,12 @@ class _Damaged(Exception):
 class BlockFiles:
     """Entries in files below one folder, read by way of ``source``."""
 
-    def __init__(self, folder: Path, *facts: str, source: Source = BUFFERED_STRICT) -> None:
-        """Open the folder, making it when it is not there, and read the headers. A folder that cannot be used holds nothing."""
+    def __init__(self, folder: Path, *facts: str, source: Source = BUFFERED_STRICT, limit_bytes: int | None = None) -> None:
+        """Open the folder, making it when it is not there, and read the headers. A folder that cannot be used holds nothing.
+
+        Files may take ``limit_bytes``; what they take beyond that is removed. Without it, they may take half of what is free
+        on the disk and of what they take already, as it is now.
+        """
         self._folder = folder
         self._facts = hashlib.sha256("\n".join(facts).encode()).digest()
         self.source = source
@@ -121,6 +133,12 @@ class BlockFiles:
         # Whose turn it is to have the disk read.
         self._turn = threading.Lock()
         self._index: dict[str, tuple[_File, _Place]] = {}
+        # All files, the one that was not read for longest first; those being read, how often; bytes of those being written.
+        self._uses: dict[_File, None] = {}
+        self._reading: Counter[_File] = Counter()
+        self._reserved_bytes = 0
+        self.limit_bytes = limit_bytes or 0
+        self._left_out_bytes = 0
         self._is_usable = True
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -128,6 +146,10 @@ class BlockFiles:
             folder.chmod(0o700)
             self._sweep()
             self._open()
+            if limit_bytes is None:
+                state = os.statvfs(folder)
+                self.limit_bytes = (state.f_bavail * state.f_frsize + self.taken_bytes) // 2
+            self._make_room(0)
         except OSError as error:
             self._is_usable = False
             log.warning("block files cannot be kept in %s (%s); weights are made anew each time", folder, _reason(error))
@@ -153,8 +175,9 @@ class BlockFiles:
         # What is in several files was damaged in the older ones.
         for _, file in sorted(found, key=lambda each: each[0]):
             self._index.update({key: (file, place) for key, place in file.places.items()})
-        for file in {file for _, file in found} - self._live_files():
-            _remove(file.path)
+            self._uses[file] = None
+        for file in self._uses.keys() - self._live_files():
+            self._remove(file)
 
     @property
     def _prefix(self) -> str:
@@ -205,14 +228,78 @@ class BlockFiles:
     def _forget(self, keys: Iterable[str]) -> None:
         touched = {self._index.pop(key)[0] for key in keys}
         for file in touched - self._live_files() if touched else ():
-            _remove(file.path)
+            self._remove(file)
+
+    def _remove(self, file: _File) -> None:
+        del self._uses[file]
+        _remove(file.path)
+
+    # --- room -------------------------------------------------------------------------------------------------------
+
+    @property
+    def taken_bytes(self) -> int:
+        """What files take on disk."""
+        return sum(file.size_bytes for file in list(self._uses))
+
+    def facts(self) -> dict[str, int]:
+        """Return what an operator wants to know, in bytes: what files take and may take, and what was left out."""
+        return {
+            "block_files_taken_bytes": self.taken_bytes,
+            "block_files_limit_bytes": self.limit_bytes,
+            "block_files_left_out_bytes": self._left_out_bytes,
+        }
+
+    def has_room(self, sizes: Sequence[int], *, evicts: bool = True) -> bool:
+        """Say whether entries of these sizes could be written now; if not, they count as left out."""
+        needed_bytes = PAGE_BYTES + sum(map(page_aligned, sizes))
+        with self._lock:
+            leaving = self._leaving(needed_bytes) if self._is_usable else None
+            has_room = leaving is not None and (evicts or not leaving)
+        if not has_room:
+            self._leave_out(needed_bytes)
+        return has_room
+
+    def _leaving(self, needed_bytes: int) -> list[_File] | None:
+        """Return the files that have to go so that there is room for so much more; None when that is not enough."""
+        over_bytes = self.taken_bytes + self._reserved_bytes + needed_bytes - self.limit_bytes
+        leaving = []
+        for file in self._uses:
+            if over_bytes <= 0:
+                break
+            if not self._reading[file]:
+                leaving.append(file)
+                over_bytes -= file.size_bytes
+        return leaving if over_bytes <= 0 else None
+
+    def _make_room(self, needed_bytes: int, *, evicts: bool = True) -> bool:
+        """Have so many bytes reserved, and remove files for that; return whether there is room."""
+        with self._lock:
+            leaving = self._leaving(needed_bytes)
+            if leaving is None or (leaving and not evicts):
+                return False
+            self._reserved_bytes += needed_bytes
+            for file in leaving:
+                self._forget(self._live(file))
+        if leaving:
+            log.info("%d block files were removed, so that all take %d bytes at most", len(leaving), self.limit_bytes)
+        return True
+
+    def _leave_out(self, needed_bytes: int) -> None:
+        if not self._left_out_bytes and self.limit_bytes and self._is_usable:
+            log.warning(
+                "weights that take %d bytes are left out of the block files in %s, which take %d bytes of %d; they are made anew "
+                "from the store each time, which takes longer. Free some of the disk, or raise --block-files-limit",
+                *(needed_bytes, self._folder, self.taken_bytes, self.limit_bytes),
+            )
+        self._left_out_bytes += needed_bytes
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def write(self, entries: Sequence[tuple[Entry, memoryview]]) -> None:
+    def write(self, entries: Sequence[tuple[Entry, memoryview]], *, evicts: bool = True) -> None:
         """Write the entries that are in no file yet into one new file; each comes with its bytes, ``size_bytes`` single ones.
 
-        When they cannot be written nothing is left behind, a warning is logged, and ``find`` does not find them.
+        Where there is no room for it files leave, if it ``evicts``. When entries cannot be written, or not within the limit,
+        nothing is left behind, a warning is logged, and ``find`` does not find them.
         """
         fresh: dict[str, tuple[Entry, memoryview]] = {}
         for entry, content in entries if self._is_usable else ():
@@ -222,14 +309,25 @@ class BlockFiles:
                 fresh.setdefault(entry.key, (entry, content))
         if not fresh:
             return
+        file_bytes = _file_bytes([entry for entry, _ in fresh.values()])
+        if not self._make_room(file_bytes, evicts=evicts):
+            self._leave_out(file_bytes)
+            return
+        try:
+            self._write_anew(list(fresh.values()))
+        finally:
+            with self._lock:
+                self._reserved_bytes -= file_bytes
+
+    def _write_anew(self, fresh: Sequence[tuple[Entry, memoryview]]) -> None:
         path = self._folder / f"{self._prefix}{secrets.token_hex(8)}{_SUFFIX}"
         try:
-            file = _File(path, self._write(path, list(fresh.values())))
+            file = _File(path, self._write(path, fresh))
         except OSError as error:
             log.warning(
                 "%d weights of %d bytes cannot be kept in %s (%s); they are made anew each time. Free some of its disk",
                 len(fresh),
-                sum(entry.size_bytes for entry, _ in fresh.values()),
+                sum(entry.size_bytes for entry, _ in fresh),
                 self._folder,
                 _reason(error),
             )
@@ -237,13 +335,14 @@ class BlockFiles:
         with self._lock:
             added = {key: (file, place) for key, place in file.places.items() if key not in self._index}
             self._index.update(added)
-        if not added:
-            # Another thread wrote the same meanwhile.
-            _remove(path)
+            self._uses[file] = None
+            if not added:
+                # Another thread wrote the same meanwhile.
+                self._remove(file)
 
     def _write(self, path: Path, entries: Sequence[tuple[Entry, memoryview]]) -> dict[str, _Place]:
-        header_bytes = page_aligned(_PREFIX.size + sum(_index_bytes(entry) for entry, _ in entries))
-        file_bytes = header_bytes + sum(page_aligned(entry.size_bytes) for entry, _ in entries)
+        header_bytes = _header_bytes([entry for entry, _ in entries])
+        file_bytes = _file_bytes([entry for entry, _ in entries])
         temporary = path.with_name(f"{path.name}{TEMPORARY}{secrets.token_hex(4)}")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -294,8 +393,17 @@ class BlockFiles:
                 size_bytes = place.end - place.offset
                 assert len(target) == size_bytes, f"{key[:12]} takes {size_bytes} bytes of pages, not {len(target)}"
                 wanted.setdefault(file, []).append((place, target))
-        for file, parts in wanted.items():
-            faults |= self._read_parts(file, sorted(parts, key=lambda part: part[0].offset))
+            for file in wanted:
+                # The latest last.
+                del self._uses[file]
+                self._uses[file] = None
+                self._reading[file] += 1
+        try:
+            for file, parts in wanted.items():
+                faults |= self._read_parts(file, sorted(parts, key=lambda part: part[0].offset))
+        finally:
+            with self._lock:
+                self._reading -= Counter(wanted.keys())
         if faults:
             key, fault = next(iter(faults.items()))
             raise EntriesUnusable(
@@ -416,6 +524,14 @@ def _pieces(size_bytes: int) -> list[tuple[int, int]]:
     """Return where each piece of an entry that has a checksum of its own begins and ends."""
     whole_bytes = page_aligned(size_bytes)
     return [(start, min(start + CHUNK_BYTES, whole_bytes)) for start in range(0, whole_bytes, CHUNK_BYTES)]
+
+
+def _header_bytes(entries: Sequence[Entry]) -> int:
+    return page_aligned(_PREFIX.size + sum(map(_index_bytes, entries)))
+
+
+def _file_bytes(entries: Sequence[Entry]) -> int:
+    return _header_bytes(entries) + sum(page_aligned(entry.size_bytes) for entry in entries)
 
 
 def _index_bytes(entry: Entry) -> int:

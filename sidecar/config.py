@@ -68,6 +68,8 @@ class Settings:
     memory_budget_bytes: int = 0
     host_budget_bytes: int = 0
     activation_budget_bytes: int = 0
+    # None: a part of what is free on the disk.
+    block_files_limit_bytes: int | None = None
     eviction_policy: str = Either.name
     admin_host: str = "127.0.0.1"
     admin_port: int = 9470
@@ -216,6 +218,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "memory_budget_bytes": _size(1),
     "host_budget_bytes": _size(1),
     "activation_budget_bytes": _size(1),
+    "block_files_limit_bytes": _size(0),
     "eviction_policy": _match("lru|gdsf|adaptive", "lru, gdsf or adaptive"),
     "admin_host": _loopback,
     "admin_port": _integer(0, 65535),

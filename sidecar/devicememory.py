@@ -62,7 +62,7 @@ class DeviceMemory:
     def facts(self) -> Mapping[str, int]:
         return {}
 
-    def keep(self, graph: Graph, recipes: Mapping[str, Recipe]) -> None:
+    def keep(self, graph: Graph, recipes: Mapping[str, Recipe], evicts: bool = True) -> None:
         """Do nothing, nor below: device memory has nothing on disk but the store."""
 
     def forget(self, digests: Iterable[str]) -> None:

@@ -379,7 +379,7 @@ class Engine:
         if verdict is None:
             self._try_out(deployed)
         else:
-            self._adopt(deployed, verdict)
+            self._adopt(deployed, verdict, is_new=False)
         serving = self._catalog.deployed[deployed.name]
         self._residency.take_over(serving.plan, self._kept & serving.weights.keys())
         self._kept -= serving.weights.keys()
@@ -561,10 +561,11 @@ class Engine:
         if self._trials is not None and (deployed.verdict is None or not deployed.verdict.held):
             self._trials.ask(deployed.bundle, deployed.staged, lambda verdict: self._tried(deployed, verdict))
 
-    def _adopt(self, deployed: Deployed, verdict: Verdict) -> None:
+    def _adopt(self, deployed: Deployed, verdict: Verdict, *, is_new: bool) -> None:
         assert self._trials is not None
         self._drop(self._catalog.adopt(deployed, verdict))
-        self._trials.keep(deployed.bundle, deployed.staged, verdict.forms)
+        # After a restart what is on disk stays there: else each would make room for itself at the cost of the next.
+        self._trials.keep(deployed.bundle, deployed.staged, verdict.forms, evicts=is_new)
         if self._sweeps is not None:
             self._unmeasured[deployed.name] = functools.partial(
                 self._sweeps.seconds, deployed.bundle, deployed.staged, verdict.forms
@@ -574,7 +575,7 @@ class Engine:
 
     def _tried(self, deployed: Deployed, verdict: Verdict) -> None:
         was_resident = self._residency.is_held(deployed.plan) if self._catalog.is_deployed(deployed) else False
-        self._adopt(deployed, verdict)
+        self._adopt(deployed, verdict, is_new=True)
         name = deployed.name
         if was_resident and not self._catalog.is_deployed(deployed) and name in self._catalog.deployed:
             # It serves on in another form, whose weights are made while nobody waits for them.

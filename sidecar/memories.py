@@ -28,20 +28,22 @@ def memory_of(
     folder: Path,
     budget_bytes: int | None = None,
     host_budget_bytes: int | None = None,
+    block_files_limit_bytes: int | None = None,
 ) -> Memory:
     """Return the memory that suits a device: ``segment`` is a descriptor of what outlives us, ``folder`` for block files.
 
     Only a CPU works on the host tier in place, and packed weights only lie there where this torch can tell their bytes.
     ``budget_bytes`` are for weights to work on, ``host_budget_bytes`` for the cache of a device that copies them; the segment was
-    made for the larger of what may lie in it, and so large is what is not given. Raises ConfigError when a device has no
-    room for its budget.
+    made for the larger of what may lie in it, and so large is what is not given. ``block_files_limit_bytes`` are for block files,
+    None: as ``BlockFiles`` has it. Raises ConfigError when a device has no room for its budget.
     """
-    if device.copies:
-        cache = HostCache(device, source, HostTier(segment, host_budget_bytes), BlockFiles(folder, *device.layout_facts()))
-        return SwapMemory(device.open_span(cache.budget_bytes if budget_bytes is None else budget_bytes), cache)
-    if not device.works_in_place:
+    if not device.copies and not device.works_in_place:
         return DeviceMemory(device, source)
-    return TierMemory(device, source, HostTier(segment, budget_bytes), BlockFiles(folder, *device.layout_facts()))
+    files = BlockFiles(folder, *device.layout_facts(), limit_bytes=block_files_limit_bytes)
+    if device.copies:
+        cache = HostCache(device, source, HostTier(segment, host_budget_bytes), files)
+        return SwapMemory(device.open_span(cache.budget_bytes if budget_bytes is None else budget_bytes), cache)
+    return TierMemory(device, source, HostTier(segment, budget_bytes), files)
 
 
 def budget_of(device: Device, asked_bytes: int, is_fixed: bool) -> int:

@@ -99,8 +99,11 @@ class Memory(Protocol):
     def facts(self) -> Mapping[str, int]:
         """Return what an operator wants to know, in bytes. Any thread."""
 
-    def keep(self, graph: Graph, recipes: Mapping[str, Recipe]) -> None:
-        """Write the weights of a step to disk as they are needed, where that is done. Any thread; raises what reading raises."""
+    def keep(self, graph: Graph, recipes: Mapping[str, Recipe], evicts: bool = True) -> None:
+        """Write the weights of a step to disk as they are needed, where that is done, in place of others if it ``evicts``.
+
+        Any thread; raises what reading raises.
+        """
 
     def forget(self, digests: Iterable[str]) -> None:
         """Remove from there what no model has any more. Any thread."""

@@ -189,10 +189,11 @@ class SwapMemory:
             "host_kept_bytes": host["kept_bytes"],
             "block_file_bytes": host["block_file_bytes"],
             "store_bytes": host["store_bytes"],
+            **{key: value for key, value in host.items() if key.startswith("block_files_")},
         }
 
-    def keep(self, graph: Graph, recipes: Mapping[str, Recipe]) -> None:
-        self._host.keep(graph, recipes)
+    def keep(self, graph: Graph, recipes: Mapping[str, Recipe], evicts: bool = True) -> None:
+        self._host.keep(graph, recipes, evicts)
 
     def forget(self, digests: Iterable[str]) -> None:
         self._host.forget(digests)

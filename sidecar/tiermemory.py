@@ -176,18 +176,25 @@ class TierMemory:
             log.error("weights in shared memory and their ledger do not agree: %s; restart the sidecar, and report it", error)
 
     def facts(self) -> Mapping[str, int]:
-        return {"weight_bytes": self._tier.allocated_bytes, "spare_bytes": self._tier.spare_bytes, **self._moved}
+        return {
+            "weight_bytes": self._tier.allocated_bytes,
+            "spare_bytes": self._tier.spare_bytes,
+            **self._moved,
+            **self._files.facts(),
+        }
 
-    def keep(self, graph: Graph, recipes: Mapping[str, Recipe]) -> None:
+    def keep(self, graph: Graph, recipes: Mapping[str, Recipe], evicts: bool = True) -> None:
         made: list[tuple[Entry, memoryview]] = []
-        for weight in graph.weights:
-            if self._files.find(weight.digest) is not None:
-                continue
+        absent = {weight.digest: weight for weight in graph.weights if self._files.find(weight.digest) is None}
+        if absent and not self._files.has_room([weight.size_bytes for weight in absent.values()], evicts=evicts):
+            # To make them would be in vain.
+            return
+        for weight in absent.values():
             content = memoryview(bytearray(weight.size_bytes))
             meta, checksum = self._make(Wanted(weight, recipes.get(weight.digest)), content)
             made.append((Entry(weight.digest, weight.size_bytes, _CHECKSUM.pack(checksum) + meta), content))
         if made:
-            self._files.write(made)
+            self._files.write(made, evicts=evicts)
 
     def forget(self, digests: Iterable[str]) -> None:
         self._files.discard(digests)

@@ -93,9 +93,9 @@ class Trials:
         post: Callable[[Callable[[], None]], None],
         *,
         packing: bool = True,
-        keep: Callable[[Graph, Mapping[str, Recipe]], None] | None = None,
+        keep: Callable[[Graph, Mapping[str, Recipe], bool], None] | None = None,
     ) -> None:
-        """``keep`` writes what a stage needs to disk, in the form it was found to be best in."""
+        """``keep`` writes what a stage needs to disk, in the form it was found to be best in; in place of others, or not."""
         self._device = device
         self._source = source
         self._verdicts = verdicts
@@ -111,10 +111,10 @@ class Trials:
         """Try a model; ``told`` is run in the engine thread with the verdict, unless the trial could not be held."""
         self._jobs.put(lambda: self._tell(bundle, staged, told))
 
-    def keep(self, bundle: Bundle, staged: Staged, forms: Sequence[Lowered | None]) -> None:
+    def keep(self, bundle: Bundle, staged: Staged, forms: Sequence[Lowered | None], *, evicts: bool) -> None:
         """Have the weights of a model written to disk as they are needed in memory, where that is done."""
         if self._keep is not None:
-            self._jobs.put(lambda: self._kept(bundle, staged, forms))
+            self._jobs.put(lambda: self._kept(bundle, staged, forms, evicts))
 
     def then(self, work: Callable[[], None]) -> None:
         """Do something in this thread, after all that was asked before."""
@@ -143,11 +143,11 @@ class Trials:
             log.info("%s is served unbatched: %s", bundle.name, verdict.reason)
         self._post(lambda: told(verdict))
 
-    def _kept(self, bundle: Bundle, staged: Staged, forms: Sequence[Lowered | None]) -> None:
+    def _kept(self, bundle: Bundle, staged: Staged, forms: Sequence[Lowered | None], evicts: bool) -> None:
         assert self._keep is not None
         try:
             for stage, lowered in zip(staged.stages, forms or (None,) * len(staged.stages), strict=True):
-                self._keep(*((stage.graph, {}) if lowered is None else (lowered.graph, lowered.recipes)))
+                self._keep(*((stage.graph, {}) if lowered is None else (lowered.graph, lowered.recipes)), evicts)
         except Exception as error:
             log.warning("the weights of %s are not kept as they are needed in memory", bundle.name, exc_info=error)
 

@@ -161,7 +161,9 @@ def _engine(
         quotas=quotas,
         lanes=settings.lanes,
         verdicts=verdicts,
-        memory=memory_of(device, store, segment, blocks, budget_bytes, settings.host_budget_bytes),
+        memory=memory_of(
+            device, store, segment, blocks, budget_bytes, settings.host_budget_bytes, settings.block_files_limit_bytes
+        ),
         generation=generation,
         facts=device.facts(),
     )
