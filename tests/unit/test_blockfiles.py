@@ -783,3 +783,206 @@ def test_checksums_are_those_of_zlib(files: BlockFiles, folder: Path) -> None:
     first = zlib.crc32(entries[0][1][:CHUNK_BYTES]).to_bytes(4, "little")
     second = zlib.crc32(bytes(entries[0][1][CHUNK_BYTES:]).ljust(PAGE_BYTES, b"\0")).to_bytes(4, "little")
     assert first + second in content[:PAGE_BYTES]
+
+
+# --- the limit ------------------------------------------------------------------------------------------------------------
+
+
+def disk_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in on_disk(folder))
+
+
+def there(files: BlockFiles, entries: Sequence[tuple[Entry, memoryview]]) -> bool:
+    """Say whether all of these are found, or none."""
+    found = {files.find(key) is not None for key in keys_of(entries)}
+    assert len(found) == 1
+    return found.pop()
+
+
+# Of a file with one entry of a page: a header, and the entry.
+FILE_BYTES = 2 * PAGE_BYTES
+
+
+def test_what_was_not_read_for_longest_leaves_for_what_is_new(folder: Path) -> None:
+    files = BlockFiles(folder, *FACTS, limit_bytes=3 * FILE_BYTES)
+    first, second, third, fourth, fifth = ([made(name, PAGE_BYTES)] for name in ("1", "2", "3", "4", "5"))
+    for entries in (first, second, third):
+        files.write(entries)
+    assert_reads(files, first)
+    files.write(fourth)
+    assert [there(files, each) for each in (first, second, third, fourth)] == [True, False, True, True]
+    files.write(fifth)
+    assert [there(files, each) for each in (first, third, fourth, fifth)] == [True, False, True, True]
+    assert disk_bytes(folder) == files.taken_bytes == 3 * FILE_BYTES
+    assert_reads(files, [*first, *fourth, *fifth])
+    assert bad_keys(files, second) == set(keys_of(second))
+
+
+def test_what_is_larger_than_the_limit_is_left_out_and_told_once_with_numbers(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = BlockFiles(folder, *FACTS, limit_bytes=2 * FILE_BYTES)
+    small, large = [made("small", 10)], [made("large", 4 * PAGE_BYTES)]
+    files.write(small)
+    files.write(large)
+    assert not files.has_room([4 * PAGE_BYTES])
+    # Nothing had to leave for what has no room anyway.
+    assert there(files, small)
+    assert not there(files, large)
+    said = [record.message for record in caplog.records if "left out" in record.message]
+    assert said == [
+        f"weights that take {5 * PAGE_BYTES} bytes are left out of the block files in {folder}, which take {FILE_BYTES} bytes of "
+        f"{2 * FILE_BYTES}; they are made anew from the store each time, which takes longer. Free some of the disk, or raise "
+        "--block-files-limit"
+    ]
+    assert files.facts() == {
+        "block_files_taken_bytes": FILE_BYTES,
+        "block_files_limit_bytes": 2 * FILE_BYTES,
+        "block_files_left_out_bytes": 2 * 5 * PAGE_BYTES,
+    }
+
+
+def test_what_may_not_take_the_place_of_others_is_left_out(folder: Path) -> None:
+    files = BlockFiles(folder, *FACTS, limit_bytes=FILE_BYTES)
+    first, second = [made("1", PAGE_BYTES)], [made("2", PAGE_BYTES)]
+    assert files.has_room([PAGE_BYTES], evicts=False)
+    files.write(first, evicts=False)
+    assert not files.has_room([PAGE_BYTES], evicts=False)
+    files.write(second, evicts=False)
+    assert there(files, first)
+    assert not there(files, second)
+    assert files.has_room([PAGE_BYTES])
+
+
+def test_a_file_that_is_being_read_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = BlockFiles(folder, *FACTS, limit_bytes=2 * FILE_BYTES)
+    read, other, new, newer = ([made(name, PAGE_BYTES)] for name in ("read", "other", "new", "newer"))
+    files.write(read)
+    files.write(other)
+    real = disk.fill
+    seen: list[bool] = []
+
+    def fill(*arguments: Any) -> int:
+        # As another thread would, in the middle of it.
+        monkeypatch.setattr(blockfiles, "fill", real)
+        files.write(new)
+        files.write(newer)
+        files.write([made("too large", 2 * PAGE_BYTES)])
+        seen.extend(there(files, each) for each in (read, other, new, newer))
+        return real(*arguments)
+
+    monkeypatch.setattr(blockfiles, "fill", fill)
+    assert_reads(files, read)
+    assert seen == [True, False, False, True]
+    files.write(other)
+    files.write(new)
+    assert not there(files, read)
+
+
+def test_without_a_limit_files_may_take_half_of_what_could_be_theirs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    BlockFiles(folder, *FACTS).write([made("there", PAGE_BYTES)])
+    state = list(os.statvfs(folder))
+    # So many bytes are free, in blocks of a page.
+    state[1] = PAGE_BYTES
+    state[4] = 10
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(state))
+    assert BlockFiles(folder, *FACTS).limit_bytes == (10 * PAGE_BYTES + FILE_BYTES) // 2
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 2 * FILE_BYTES])
+def test_what_is_beyond_a_lower_limit_leaves_when_the_folder_is_opened(
+    folder: Path, limit_bytes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = BlockFiles(folder, *FACTS)
+    groups = [[made(str(number), PAGE_BYTES)] for number in range(3)]
+    for number, entries in enumerate(groups):
+        before = set(on_disk(folder))
+        files.write(entries)
+        (path,) = set(on_disk(folder)) - before
+        # Written the longest ago, the last.
+        os.utime(path, (0, 1000 - number))
+    reopened = BlockFiles(folder, *FACTS, limit_bytes=limit_bytes)
+    assert [there(reopened, entries) for entries in groups] == ([False] * 3 if not limit_bytes else [True, True, False])
+    assert disk_bytes(folder) == limit_bytes
+    if not limit_bytes:
+        # Switched off, of which nobody needs to be told.
+        reopened.write(groups[0])
+        assert not there(reopened, groups[0])
+        assert "left out" not in caplog.text
+
+
+def test_room_that_was_not_used_is_room_for_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = BlockFiles(folder, *FACTS, limit_bytes=FILE_BYTES)
+    entries = [made("1", PAGE_BYTES)]
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, 0, errno.ENOSPC))
+    files.write(entries)
+    assert not there(files, entries)
+    monkeypatch.undo()
+    files.write(entries)
+    assert there(files, entries)
+
+
+def test_files_leave_while_they_are_scrubbed(folder: Path) -> None:
+    files = BlockFiles(folder, *FACTS, limit_bytes=2 * FILE_BYTES + 2 * CHUNK_BYTES)
+    groups = [[made(str(number), CHUNK_BYTES)] for number in range(2)]
+    for entries in groups:
+        files.write(entries)
+    new = [made("new", 2 * CHUNK_BYTES)]
+    # Whichever of them is looked at first: both leave meanwhile, and neither is bad.
+    assert files.scrub(lambda: files.write(new)) == []
+    assert [there(files, each) for each in (*groups, new)] == [False, False, True]
+    assert files.scrub(lambda: None) == []
+    assert_reads(files, new)
+
+
+class ModelFiles:
+    """What files there ought to be: sets of keys with the bytes of the file, the one not read for longest first."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.files: list[tuple[set[str], int]] = []
+
+    def has(self, key: str) -> bool:
+        return any(key in keys for keys, _ in self.files)
+
+    def write(self, sizes: dict[str, int], evicts: bool) -> None:
+        fresh = {key: size for key, size in sizes.items() if not self.has(key)}
+        size_bytes = PAGE_BYTES + sum(map(page_aligned, fresh.values()))
+        room = [self.limit_bytes - sum(size for _, size in self.files[gone:]) for gone in range(len(self.files) + 1)]
+        gone = next((gone for gone, free in enumerate(room) if free >= size_bytes), None)
+        if fresh and gone is not None and (evicts or not gone):
+            self.files = [*self.files[gone:], (set(fresh), size_bytes)]
+
+    def read(self, keys: Sequence[str]) -> None:
+        used: list[tuple[set[str], int]] = []
+        for key in keys:
+            used += [file for file in self.files if key in file[0] and file not in used]
+        self.files = [file for file in self.files if file not in used] + used
+
+    def discard(self, keys: Sequence[str]) -> None:
+        self.files = [(left, size) for had, size in self.files if (left := had - set(keys))]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_whatever_is_asked_files_stay_within_the_limit_and_the_oldest_leave(data: st.DataObject) -> None:
+    pool = several((100, PAGE_BYTES, PAGE_BYTES + 7, 3 * PAGE_BYTES, 5, 2 * PAGE_BYTES, 50, 60))
+    some = st.lists(st.sampled_from(pool), min_size=1, max_size=4, unique_by=lambda each: each[0].key)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        limit_bytes = data.draw(st.integers(1, 16)) * PAGE_BYTES
+        files, expected = BlockFiles(folder, *FACTS, limit_bytes=limit_bytes), ModelFiles(limit_bytes)
+        for _ in range(data.draw(st.integers(1, 20))):
+            entries, action = data.draw(some), data.draw(st.sampled_from(["write", "write", "fill", "read", "discard"]))
+            if action == "read":
+                wanted = [each for each in entries if files.find(each[0].key)]
+                assert_reads(files, wanted)
+                expected.read(keys_of(wanted))
+            elif action == "discard":
+                files.discard(keys_of(entries))
+                expected.discard(keys_of(entries))
+            else:
+                files.write(entries, evicts=action == "write")
+                expected.write({entry.key: entry.size_bytes for entry, _ in entries}, action == "write")
+            assert {key for key in keys_of(pool) if files.find(key)} == {key for key in keys_of(pool) if expected.has(key)}
+            assert disk_bytes(folder) == files.taken_bytes == sum(size for _, size in expected.files) <= limit_bytes
