@@ -273,6 +273,24 @@ def test_memory_that_is_refused_fails_one_request_and_not_the_next(node: Node, m
         check(made, 1)
 
 
+def test_what_has_no_room_in_block_files_is_read_from_the_store(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    made = network("resnet")
+    device = open_device("cpu")
+    limited = memory_of(device, node.source, node.segment.descriptor, node.folder / "blocks", block_files_limit_bytes=8192)
+    assert isinstance(limited, TierMemory)
+    with node.serve(limited) as running:
+        deploy(running, made)
+        check(made, 0)
+        until(lambda: ask(running, "memory")["block_files_left_out_bytes"] > 0)
+        found = ask(running, "memory")
+        assert found["block_files_taken_bytes"] <= found["block_files_limit_bytes"] == 8192
+        ask(running, "evict", name=made.name)
+        before = moved(running)
+        check(made, 1)
+        assert moved(running)["store_bytes"] > before["store_bytes"]
+    assert sum("left out of the block files" in record.message for record in caplog.records) == 1
+
+
 def test_a_device_that_does_not_work_in_place_has_memory_of_its_own(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.flat.can_flatten", lambda: False)
     made = memory_of(open_device("cpu"), node.source, node.segment.descriptor, node.folder / "blocks")
