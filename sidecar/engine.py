@@ -369,7 +369,7 @@ class Engine:
                 self._begin(deployed)
         if self._kept and not self._catalog.awaited:
             # No model needs it.
-            self._memory.free(self._kept)
+            self._loads.free(list(self._kept))
             self._kept.clear()
 
     def _begin(self, deployed: Deployed) -> None:
@@ -660,8 +660,8 @@ class Engine:
         if self._draining:
             work.session.fail(work.request_id, _draining())
             return
-        self._complete(work.model.split(JOINT))
         try:
+            self._complete(work.model.split(JOINT))
             self.signature(work.model)
             if not len(self._queue):
                 self._opened_s = self._clock()
@@ -1117,9 +1117,9 @@ class Engine:
         self._finished = self._draining and not waiting
 
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
-        # Operators are told of all models.
-        self._complete_all()
         try:
+            # Operators are told of all models.
+            self._complete_all()
             answer = self._commands.run(work, name, arguments)
             if answer is not None:
                 work.session.document(work.request_id, answer)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from trunkline.errors import ModelCorrupt, UnknownModel
+from trunkline.errors import DeviceOutOfMemory, ModelCorrupt, SidecarFault, UnknownModel
 from trunkline.protocol import JOINT
 
 from sidecar.catalog import Catalog
@@ -105,7 +105,7 @@ def test_operators_see_all_models_and_what_none_of_them_needs_is_freed(tmp_path:
     with restarted(tmp_path, source) as running:
         assert {each["name"] for each in ask(running, "models")["models"]} == ALL
         assert deployed(running) == ALL
-        assert freed(running) == [STALE]
+        until(lambda: freed(running) == [STALE])
         assert ask(running, "memory")["resident_bytes"] == sum({w.digest: w.size_bytes for w in weights_of(source)}.values())
 
 
@@ -114,7 +114,7 @@ def test_the_others_are_deployed_while_nobody_waits(tmp_path: Path, source: Fake
     with restarted(tmp_path, source) as running:
         until(lambda: not awaited(running))
         assert deployed(running) == ALL
-        assert freed(running) == [STALE]
+        until(lambda: freed(running) == [STALE])
 
 
 def test_what_is_not_deployed_yet_is_known_to_all_who_ask(tmp_path: Path, source: FakeSource) -> None:
@@ -187,7 +187,38 @@ def test_kept_weights_of_models_that_are_not_deployed_count_in_the_budget(tmp_pa
         # One byte that is not there, and no room beside what nobody has asked for yet.
         assert float(called(running, "pair", X)["y"][0, 0] - 1) == ord("p")
         assert ask(running, "memory")["resident_bytes"] <= budget_bytes
-        assert [each for each in freed(running) if each != STALE] == [weight_of(b"age").digest]
+        # After what nobody needs: freed by the mover, in this order, before anything else is brought in.
+        assert freed(running) == [STALE, weight_of(b"age").digest]
+
+
+def test_a_request_whose_model_cannot_be_deployed_is_told_so(
+    tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with restarted(tmp_path, source) as running:
+        asked = []
+        for problem, told in (
+            (DeviceOutOfMemory("no room to find that out"), DeviceOutOfMemory),
+            (ValueError("a bug"), SidecarFault),
+        ):
+            name = ("age", "gender")[len(asked)]
+            monkeypatch.setattr(running.engine, "_begin", failing(problem))
+            asked.append(submitted(running, name, X))
+            with pytest.raises(told):
+                asked[-1].result()
+        with pytest.raises(SidecarFault):
+            ask(running, "models")
+        monkeypatch.undo()
+        # Others are served, and these, too: there is only less known of them.
+        assert awaited(running) == {"text"}
+        assert answer(running, "age") == SUM["age"]
+    assert "a bug" in caplog.text
+
+
+def failing(problem: Exception) -> Callable[[object], None]:
+    def begin(deployed: object) -> None:
+        raise problem
+
+    return begin
 
 
 def test_pinned_models_are_deployed_at_once(tmp_path: Path, source: FakeSource) -> None:
