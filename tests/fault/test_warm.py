@@ -23,14 +23,17 @@ from tests.sidecar_process import SidecarProcess, sidecar_process
 WIDTH = 512
 
 
+def made(folder: Path, name: str, seed: int) -> Path:
+    torch.manual_seed(seed)
+    layers = [torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, WIDTH)]
+    packed = convert(torch.nn.Sequential(*layers), (torch.ones(2, WIDTH),), name=name)
+    write_bundle(folder / name, packed.bundle, packed.blobs)
+    return folder / name
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, WIDTH)]
-    folder = tmp_path_factory.mktemp("bundles") / "deep"
-    packed = convert(torch.nn.Sequential(*layers), (torch.ones(2, WIDTH),), name="deep")
-    write_bundle(folder, packed.bundle, packed.blobs)
-    return folder
+    return made(tmp_path_factory.mktemp("bundles"), "deep", 0)
 
 
 @pytest.fixture
@@ -45,8 +48,8 @@ def sidecar(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> It
         yield running
 
 
-def answer(pool: Pool) -> np.ndarray:
-    return client.Model("deep", pool)(np.ones((1, WIDTH), np.float32))
+def answer(pool: Pool, name: str = "deep") -> np.ndarray:
+    return client.Model(name, pool)(np.ones((1, WIDTH), np.float32))
 
 
 def test_a_killed_engine_is_back_with_its_weights(sidecar: SidecarProcess) -> None:
@@ -61,6 +64,25 @@ def test_a_killed_engine_is_back_with_its_weights(sidecar: SidecarProcess) -> No
     assert after["resident_bytes"] == after["weight_bytes"] == before["resident_bytes"]
     assert after["store_bytes"] == after["block_file_bytes"] == 0
     assert 0 < after["kept_bytes"] <= after["resident_bytes"]
+    pool.close()
+
+
+def test_models_that_nobody_asks_for_at_first_find_their_weights_too(sidecar: SidecarProcess, tmp_path: Path) -> None:
+    sidecar.admin.push(made(tmp_path, "other", 1))
+    deadline = time.monotonic() + 60
+    while not sidecar.admin.get("models/other")["tried"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    pool = Pool()
+    expected = {name: answer(pool, name) for name in ("deep", "other")}
+    before = sidecar.admin.get("memory")
+    shutil.rmtree(sidecar.store_dir / "blobs")
+    os.kill(int(sidecar.admin.get("status")["engine"]["pid"]), signal.SIGKILL)
+    np.testing.assert_array_equal(answer(pool), expected["deep"])
+    np.testing.assert_array_equal(answer(pool, "other"), expected["other"])
+    after = sidecar.admin.get("memory")
+    assert after["resident_bytes"] == after["weight_bytes"] == before["resident_bytes"]
+    assert after["store_bytes"] == after["block_file_bytes"] == 0
     pool.close()
 
 
