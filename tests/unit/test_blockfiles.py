@@ -986,3 +986,12 @@ def test_whatever_is_asked_files_stay_within_the_limit_and_the_oldest_leave(data
                 expected.write({entry.key: entry.size_bytes for entry, _ in entries}, action == "write")
             assert {key for key in keys_of(pool) if files.find(key)} == {key for key in keys_of(pool) if expected.has(key)}
             assert disk_bytes(folder) == files.taken_bytes == sum(size for _, size in expected.files) <= limit_bytes
+
+
+def test_a_folder_that_cannot_be_used_has_room_for_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    files = BlockFiles(tmp_path / "file" / "blocks", *FACTS, limit_bytes=2 * FILE_BYTES)
+    assert not files.has_room([PAGE_BYTES])
+    # That it is of no use was said, and why.
+    assert [record.message for record in caplog.records if "left out" in record.message] == []
+    assert files.taken_bytes == 0
