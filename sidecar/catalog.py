@@ -62,7 +62,7 @@ class Step:
     graph: Graph
     recipes: dict[str, Recipe]
     program: Any = None
-    # Runs this step and others of its structure, on one input, as one; None where that cannot be.
+    # Runs this step and others of its structure as one; None where that cannot be.
     stacked: Any = None
     bound: list[object] | None = None
 

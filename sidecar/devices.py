@@ -409,10 +409,10 @@ class TorchDevice:
         largest = float(finite.max()) if finite.numel() else 0.0
         return torch.allclose(one, other, rtol=0.0, atol=tolerance * largest, equal_nan=True)
 
-    # --- several models on one input --------------------------------------------------------------------------------
+    # --- several models as one --------------------------------------------------------------------------------------
 
     def stacked(self, graph: Graph, program: Program) -> StackedProgram | None:
-        """Return the program that runs any number of models of this structure on one input; None where there is none."""
+        """Return the program that runs any number of models of this structure as one; None where there is none."""
         return StackedProgram(graph, program) if stackable(graph) else None
 
     def stack(self, handles: Sequence[Sequence[object]]) -> list[Stack]:
@@ -426,13 +426,18 @@ class TorchDevice:
             raise failure(f"stacking the weights of {len(handles)} models", error) from error
 
     def run_stacked(
-        self, program: StackedProgram, weights: Sequence[Stack], inputs: Sequence[torch.Tensor], count: int
+        self, program: StackedProgram, weights: Sequence[Stack], inputs: Sequence[Sequence[torch.Tensor]]
     ) -> list[list[torch.Tensor]]:
-        """Run ``count`` models on one input; return the outputs of each. Raises DeviceOutOfMemory, DeviceFault."""
+        """Run models as one, all on one list of ``inputs`` or each on one of its own; return the outputs of each.
+
+        Raises DeviceOutOfMemory, DeviceFault.
+        """
+        if not self._is_cpu:
+            inputs = [[self._brought(tensor) for tensor in each] for each in inputs]
         try:
-            return program.run(weights, [tensor.to(self._device) for tensor in inputs], count)
+            return program.run(weights, inputs)
         except FAILURES as error:
-            raise failure(f"running {count} models as one", error) from error
+            raise failure("running several models as one", error) from error
 
     # --- inputs and outputs -----------------------------------------------------------------------------------------
 

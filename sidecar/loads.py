@@ -22,6 +22,8 @@ from sidecar.residency import Residency
 
 # Copies of weights that were stacked may take this part of the budget beside it.
 _STACKED_SHARE: Final = 0.01
+# A copy of the weights of several steps serves a part of them, too, from one of so many on.
+_LEAST_PART: Final = 2
 
 log = logging.getLogger("trunkline.engine")
 
@@ -36,7 +38,10 @@ class _Load:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stacked:
+class Stacked:
+    """Copies of the weights of several steps as one, in the order of the steps' ``keys``."""
+
+    keys: tuple[str, ...]
     weights: Any
     size_bytes: int
 
@@ -77,8 +82,8 @@ class Loads:
         self._loads: dict[str, _Load] = {}
         # Weights that the mover was asked for and has not brought yet.
         self._in_flight: set[str] = set()
-        # Weights of several steps as one, by the steps' keys.
-        self._stacks: dict[tuple[str, ...], _Stacked] = {}
+        # By the steps' keys, the latest last.
+        self._stacks: dict[tuple[str, ...], Stacked] = {}
         self.parked: list[Parked] = []
         self.fetched_bytes = 0
 
@@ -192,19 +197,32 @@ class Loads:
             step.bound = [self._device.as_weight(self._handles[weight.digest], weight) for weight in step.graph.weights]
         return step.bound
 
-    def stack(self, steps: Sequence[Step]) -> Any:
-        """Return the weights of steps of one structure as one. What was stacked lately is kept, up to a small size."""
-        names = tuple(step.key for step in steps)
-        found = self._stacks.pop(names, None)
+    def stack(self, steps: Sequence[Step]) -> Stacked:
+        """Return the weights of steps of one structure as one; those of some others may be among them.
+
+        What was stacked lately is kept, up to a small size: which of many heads are asked at the same time changes all the time,
+        and to copy their weights takes longer than to multiply by a few more.
+        """
+        wanted = {step.key: step for step in steps}
+        found = min(
+            (
+                each
+                for each in self._stacks.values()
+                if wanted.keys() <= set(each.keys) and len(each.keys) <= _LEAST_PART * len(wanted)
+            ),
+            key=lambda each: len(each.keys),
+            default=None,
+        )
         if found is None:
-            size_bytes = sum(weight.size_bytes for step in steps for weight in step.graph.weights)
-            found = _Stacked(self._device.stack([self.bind(step) for step in steps]), size_bytes)
+            keys = tuple(sorted(wanted))
+            size_bytes = sum(weight.size_bytes for step in wanted.values() for weight in step.graph.weights)
+            found = Stacked(keys, self._device.stack([self.bind(wanted[key]) for key in keys]), size_bytes)
         limit_bytes = self._residency.budget_bytes * _STACKED_SHARE
-        # The latest last.
-        self._stacks[names] = found
+        self._stacks.pop(found.keys, None)
+        self._stacks[found.keys] = found
         while sum(each.size_bytes for each in self._stacks.values()) > limit_bytes:
             del self._stacks[next(iter(self._stacks))]
-        return found.weights
+        return found
 
     def moved(self, handles: Mapping[str, object]) -> list[str]:
         """Take new handles for those of weights that lie elsewhere now; return the weights that were lost on the way."""

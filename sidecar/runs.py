@@ -64,10 +64,13 @@ class _Run:
     step: Step
     extent: int
     cost_key: tuple[object, ...]
-    structure: tuple[object, ...]
+    # Where it can be stacked, the names under which its cost is known for that: on one input, and on inputs of their own.
+    structures: tuple[tuple[object, ...], ...]
     # The groups as they were: who left meanwhile is charged, too.
     seen: tuple[Group[Call], ...]
-    stacked: bool = False
+    # If it is stacked, the one of them that it is noted under, and the seconds it took to put the weights side by side.
+    stacked: tuple[object, ...] | None = None
+    stacking_s: float = 0.0
     splits: Splits = field(default_factory=Splits)
     # In a lane: whose inputs and weights it needs, and whether other lanes computed at the same time.
     calls: tuple[Call, ...] = ()
@@ -204,35 +207,50 @@ class Runs:
         assert isinstance(step, Step)
         # A lane must not look at what changes meanwhile.
         seen = group if self._lanes is None else group.frozen()
-        structure = () if step.stacked is None else _structure(group, step)
-        run = _Run((group,), step, group.extent, group.cost_key(step), structure, (seen,))
+        structures = () if step.stacked is None else _structures(group, step)
+        run = _Run((group,), step, group.extent, group.cost_key(step), structures, (seen,))
         if step.stacked is not None and (stacked := self._prepared_stacked(group, run)) is not None:
             return run, stacked
         weights, splits, program = self._loads.bind(step), run.splits, step.program
         return run, lambda: [self._shortage.run(seen, program, weights, splits)]
 
     def _prepared_stacked(self, group: Group[Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
-        """Have a stage of several models on one input run as one; None when there is nothing to stack, or it does not pay."""
-        step, structure = run.step, run.structure
+        """Have a stage of several models run as one; None when there is nothing to stack, or it does not pay."""
         if not self._stacking:
             return None
 
         def alike(one: Any, other: Any) -> bool:
             return one.stacked is other.stacked and self._is_ready(other)
 
-        groups = (group, *self._wavefront.beside(group, alike))
+        beside, abreast = run.structures
+        if others := self._wavefront.beside(group, alike):
+            structure = beside
+        elif others := self._wavefront.abreast(group, alike, self._turns.comes_along):
+            # Lanes that are idle get their part of them.
+            del others[-(-(1 + len(others)) // self._idle_count()) - 1 :]
+            structure = abreast
         # Measured one by one as well, or nobody knows whether it pays.
-        if len(groups) == 1 or not self._costs.is_known(structure, 1) or not self._costs.pays([structure], 1, len(groups)):
+        if not others or not self._costs.is_known(structure, 1) or not self._costs.pays([structure], 1, 1 + len(others)):
             return None
+        groups, began_s = (group, *others), self._clock()
         try:
-            weights = self._loads.stack([each.step for each in groups])  # type: ignore[misc]
+            stacked = self._loads.stack([each.step for each in groups])  # type: ignore[misc]
         except DeviceFault as error:
             self._unstack(groups, error)
             return None
-        run.groups, run.stacked = groups, True
+        run.stacking_s = self._clock() - began_s
+        run.groups, run.stacked = groups, structure
         run.seen = groups if self._lanes is None else (*run.seen, *(each.frozen() for each in groups[1:]))
-        program, inputs = step.stacked, group.takes()
-        return lambda: self._device.run_stacked(program, weights, inputs, len(groups))
+        program, takes = run.step.stacked, {each.step.key: each.takes() for each in groups}
+        places = [stacked.keys.index(each.step.key) for each in groups]
+        # Who is among the copies and was not asked runs on what the first one runs on, for nobody.
+        inputs = [group.takes()] if structure is beside else [takes.get(key, group.takes()) for key in stacked.keys]
+
+        def compute() -> Sequence[Sequence[Any]]:
+            outputs = self._device.run_stacked(program, stacked.weights, inputs)
+            return [outputs[place] for place in places]
+
+        return compute
 
     def _unstack(self, groups: Sequence[Group[Call]], error: DeviceFault) -> None:
         log.warning("stages of one structure are run one by one: %s", error.message)
@@ -306,7 +324,7 @@ class Runs:
             self._record_run(run, outcome.seconds)
             for each, outputs in zip(run.groups, outcome.given, strict=True):
                 self._go_on_with(each, outputs)
-        elif run.stacked and isinstance(error, DeviceFault):
+        elif run.stacked is not None and isinstance(error, DeviceFault):
             # They are chosen again, and run one by one.
             self._unstack([each for each in run.groups if next(each.tickets(), None) is not None], error)
         elif next(group.tickets(), None) is None:
@@ -318,15 +336,15 @@ class Runs:
 
     def _record_run(self, run: _Run, seconds: float) -> None:
         """Note what a run has cost."""
-        if run.stacked:
-            self._costs.record(run.structure, len(run.groups), seconds)
+        if run.stacked is not None:
+            self._costs.record(run.stacked, len(run.groups), seconds + run.stacking_s)
             self.counts.stacked += len(run.groups) - 1
             return
         self._costs.record(run.cost_key, run.extent, seconds)
         if self._streams.deployed is not None:
             self._streams.ran(run.step, seconds)
-        if run.step.stacked is not None:
-            self._costs.record(run.structure, 1, seconds)
+        for structure in run.structures:
+            self._costs.record(structure, 1, seconds)
 
     def _go_on_with(self, group: Group[Call], outputs: Sequence[Any]) -> None:
         if next(group.tickets(), None) is None:
@@ -359,5 +377,6 @@ class Runs:
         assert self.running or not self._deferred, "something waits for runs that have ended"
 
 
-def _structure(group: Group[Call], step: Step) -> tuple[object, ...]:
-    return ("stacked", id(step.stacked), group.extent, group.first.scale)
+def _structures(group: Group[Call], step: Step) -> tuple[tuple[object, ...], ...]:
+    name = (id(step.stacked), group.extent, group.first.scale)
+    return ("beside", *name), ("abreast", *name)

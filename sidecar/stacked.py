@@ -1,16 +1,17 @@
-"""Stacked programs: one stage of several models, alike but for their weights, run on one input as a single program.
+"""Stacked programs: one stage of several models, alike but for their weights, run as a single program.
 
 Many heads on one trunk are the case: each is a few small operators, and what it takes to begin one costs more than its
 arithmetic. The weights of all heads lie in one tensor with the heads along a new first axis. What does not depend on them is
-computed once; a linear layer of all heads is one matrix product on a common input, a batched one after that; operators that work
-number by number run as they are. A graph with anything else is not stacked. The idea is HFTA's (Wang et al., 2021), here for
-inference and found by structure. Must not import anything above layer 2.
+computed once for each input: all models have one in common, or each has its own, of one shape. A linear layer of all heads is one
+matrix product on a common input, a batched one after that and on inputs of their own; operators that work number by number run as
+they are. A graph with anything else is not stacked. The idea is HFTA's (Wang et al., 2021), here for inference and found by
+structure. Must not import anything above layer 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -36,41 +37,73 @@ LARGEST_BYTES: Final = 1024 * 1024
 Stack = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
 
+class _Linear(NamedTuple):
+    """A linear layer: where its input lies among a program's values, and its weight and bias among the weights.
+
+    ``is_first``: what it is applied to depends on no weight.
+    """
+
+    source: int
+    weight: int
+    bias: int | None
+    is_packed: bool
+    is_first: bool
+
+
 class StackedProgram:
     """A prepared graph for any number of models that have its structure."""
 
     def __init__(self, graph: Graph, program: Program) -> None:
-        self._graph = graph
         self._program = program
-        self._places = _places(graph)
+        first = len(graph.weights) + len(graph.inputs)
+        # Of each step: how it differs from head to head by its weights; None where it does not.
+        self._kinds: list[_Linear | Literal["pointwise"] | None] = []
+        places = _places(graph)
+        for step in program.steps:
+            varies = step.node in places and step.target == first + step.node
+            node = graph.nodes[step.node]
+            self._kinds.append(
+                _linear(graph, node, places[step.node]) if varies and node.op in _LINEAR else "pointwise" if varies else None
+            )
 
-    def run(self, weights: Sequence[Stack], inputs: Sequence[torch.Tensor], count: int) -> list[list[torch.Tensor]]:
-        """Return the outputs of each of ``count`` models on one input. Raises what torch raises."""
-        values: list[Any] = [*weights, *inputs, *self._program.blank]
-        first = len(weights) + len(inputs)
+    def run(self, weights: Sequence[Stack], inputs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        """Return the outputs of each model. ``inputs`` are those that all of them run on, or one list for each, of equal shapes.
+
+        Raises what torch raises.
+        """
+        # Of each input; what differs by weights lies with the first, that of all heads in one tensor.
+        each: list[list[Any]] = [[*weights, *own, *self._program.blank] for own in inputs]
+        values = each[0]
         with torch.inference_mode():
-            for step in self._program.steps:
-                node = self._graph.nodes[step.node]
-                if step.node in self._places and step.target == first + step.node:
-                    values[step.target] = _apply(node, self._places[step.node], values, step, first, len(weights))
-                else:
+            for step, kind in zip(self._program.steps, self._kinds, strict=True):
+                if kind is None:
+                    for own in each:
+                        own[step.target] = step.call(*step.gather(own))
+                elif kind == "pointwise":
                     values[step.target] = step.call(*step.gather(values))
-            outputs = [values[slot] for slot in self._program.results]
-            return [[output[head] for output in outputs] for head in range(count)]
+                else:
+                    values[step.target] = _apply(kind, each)
+            return [list(outputs) for outputs in zip(*(values[slot].unbind() for slot in self._program.results), strict=True)]
 
 
-def _apply(node: Node, is_first: bool, values: list[Any], step: Any, first: int, weight_count: int) -> torch.Tensor:
-    """Compute a node that differs from head to head: [heads, ..., width]. ``is_first``: what it takes is common to all."""
-    if node.op not in _LINEAR:
-        return step.call(*step.gather(values))  # type: ignore[no-any-return]
+def _linear(graph: Graph, node: Node, is_first: bool) -> _Linear:
     (source, weight, *rest) = node_values(node)
-    x = values[_slot(source, first, weight_count)]
-    if node.op == TURNED_LINEAR:
-        matrix, bias = values[weight.index]
+    before = len(graph.weights) if source.kind == "input" else len(graph.weights) + len(graph.inputs)
+    return _Linear(before + source.index, weight.index, rest[0].index if rest else None, node.op == TURNED_LINEAR, is_first)
+
+
+def _apply(linear: _Linear, each: Sequence[list[Any]]) -> torch.Tensor:
+    """Compute a linear layer of all heads: [heads, ..., width]."""
+    values = each[0]
+    x = values[linear.source]
+    if linear.is_packed:
+        matrix, bias = values[linear.weight]
     else:
-        matrix, bias = values[weight.index], values[rest[0].index] if rest else None
+        matrix, bias = values[linear.weight], None if linear.bias is None else values[linear.bias]
     heads, outside, inside = matrix.shape
-    if is_first:
+    if linear.is_first and len(each) > 1:
+        x = torch.stack([own[linear.source] for own in each])
+    elif linear.is_first:
         y = functional.linear(x, matrix.reshape(heads * outside, inside), None if bias is None else bias.reshape(-1))
         return y.reshape(*y.shape[:-1], heads, outside).movedim(-2, 0)
     rows = x.reshape(heads, -1, inside)
@@ -79,12 +112,8 @@ def _apply(node: Node, is_first: bool, values: list[Any], step: Any, first: int,
     return y.reshape(*x.shape[:-1], outside)
 
 
-def _slot(value: Value, first: int, weight_count: int) -> int:
-    return weight_count + value.index if value.kind == "input" else first + value.index
-
-
 def _places(graph: Graph) -> dict[int, bool]:
-    """Return the nodes that differ from head to head, and of each whether what it is applied to is common to all."""
+    """Return the nodes that differ from head to head by weights, and of each whether what it is applied to does not."""
     found: dict[int, bool] = {}
     for number, node in enumerate(graph.nodes):
         if any(value.kind == "weight" or value.index in found for value in node_values(node) if value.kind != "input"):

@@ -47,6 +47,15 @@ class Turns(Generic[C]):
     def _equal(self, one: Group[C], other: Group[C]) -> bool:
         return self._scheduler.shares.equal(_tenants(one), _tenants(other))
 
+    def comes_along(self, one: Group[C], other: Group[C]) -> bool:
+        """Say whether the second of two groups may be part of the first one's run, with stages and tensors of its own.
+
+        Those for whom the first runs lose nothing by it, and nothing runs for two domains.
+        """
+        if one.first.call.work.tenant.domain != other.first.call.work.tenant.domain:
+            return False
+        return not self._scheduler.shares.contended or self._equal(one, other)
+
     def charge(self, group: Group[C], seconds: float) -> None:
         """Charge those whom a run was for: each row its part, and each request for a row as much as the others."""
         extent = group.extent or 1

@@ -342,6 +342,29 @@ class Wavefront(Generic[C]):
             and all(one is another for one, another in zip(takes, other.takes(), strict=True))
         ]
 
+    def abreast(
+        self, group: Group[C], alike: Callable[[Step, Step], bool], equal: Callable[[Group[C], Group[C]], bool]
+    ) -> list[Group[C]]:
+        """Return the groups that are about to run other stages on tensors of their own, of the shapes that ``group`` runs on.
+
+        One for each stage, the oldest; those before one stage are a batch or should be none. ``equal`` says which of them may
+        come with ``group``. A group that is served by itself has nobody abreast.
+        """
+        if len(self._groups) == 1 or group.apart or not group.is_divisible:
+            return []
+        shapes, found = _shapes(group), {group.step.key: group}
+        for other in sorted(self._groups, key=_order):
+            if (
+                other.step.key not in found
+                and not (other.running or other.apart)
+                and alike(group.step, other.step)
+                and other.is_divisible
+                and _shapes(other) == shapes
+                and equal(group, other)
+            ):
+                found[other.step.key] = other
+        return [other for other in found.values() if other is not group]
+
     def _behind(self, group: Group[C], equal: Callable[[Group[C], Group[C]], bool]) -> Group[C] | None:
         """Return a group that catches up with this one, if it should be waited for."""
         if group.awaited is None and not group.waited and 0 < 2 * group.index <= len(group.first.steps):
@@ -494,6 +517,10 @@ class Wavefront(Generic[C]):
 
 def _order(group: Group[Any]) -> int:
     return group.order
+
+
+def _shapes(group: Group[Any]) -> list[tuple[object, ...]]:
+    return [(value.dtype, *value.shape) for value in group.takes()]
 
 
 def _passes(ticket: Ticket[Any], group: Group[Any]) -> bool:
