@@ -420,3 +420,36 @@ def test_the_first_run_and_old_stages_do_not_count(monkeypatch: pytest.MonkeyPat
     for number in range(9):
         costs.record(f"s{number}", 1, 1.0)
     assert len(costs._seen) <= 4
+
+
+def test_groups_on_tensors_of_their_own_are_found_abreast() -> None:
+    wavefront = front(most_rows=1)
+    wavefront.add([ticket("first", model(2), rows(1))])
+    given = {
+        "second": ticket("second", model(3), rows(2)),
+        # The same stage again: that would be a batch.
+        "third": ticket("third", model(3), rows(3)),
+        "more rows": ticket("more rows", model(5), rows(1, 2)),
+        "other numbers": ticket("other numbers", model(7), rows(1).astype(np.float32)),
+        "untried": ticket("untried", model(11), rows(4), layouts=None),
+        "not alike": ticket("not alike", model(13), rows(5)),
+        "not equal": ticket("not equal", model(17), rows(6)),
+        "running": ticket("running", model(19), rows(7)),
+        "apart": ticket("apart", model(23), rows(8)),
+        "last": ticket("last", model(29), rows(9)),
+    }
+    for each in reversed(given.values()):
+        wavefront.add([each])
+    groups = {group.first.call: group for group in wavefront._groups}
+    groups["running"].running = groups["apart"].apart = True
+
+    def abreast(group: Group[Any]) -> list[object]:
+        found = wavefront.abreast(
+            group, lambda one, other: "/13" not in (one.key, other.key), lambda one, other: other.first.call != "not equal"
+        )
+        return [each.first.call for each in found]
+
+    # The oldest first; of those before one stage, the oldest.
+    assert abreast(groups["first"]) == ["last", "third"]
+    assert abreast(groups["more rows"]) == []
+    assert abreast(groups["apart"]) == abreast(groups["untried"]) == []
