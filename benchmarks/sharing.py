@@ -80,6 +80,21 @@ def horizontal(bench: Sharing) -> None:
     bench.report.figures["horizontal_speedup_n32"] = medians["calls_no_stacking"] / medians["calls_on"]
 
 
+def own_inputs(bench: Sharing) -> None:
+    """Small heads on a small trunk, a client with an input of its own for each: stacked against one after another."""
+    family = Family(perceptron(128, 64), torch.zeros(1, 256), bench.seed)
+    sidecars = {name: bench.sidecars[name] for name in ("on", "no_stacking")}
+    for count in (4, AT_ONCE, 4 * AT_ONCE):
+        names = [f"stack{number:02}" for number in range(count)]
+        arrays = [bench.random(family, number) for number in range(count)]
+        before = {name: bench.counts(sidecar)["sharing"] for name, sidecar in sidecars.items()}
+        calls = {name: bench.by_clients(sidecar, names, arrays) for name, sidecar in sidecars.items()}
+        medians = bench.timed(f"own_inputs_n{count}", calls)
+        bench.report.figures[f"own_inputs_speedup_n{count}"] = medians["no_stacking"] / medians["on"]
+        after = {name: bench.counts(sidecar)["sharing"] for name, sidecar in sidecars.items()}
+        bench.report.raw.setdefault("counts", {})[f"own_inputs_n{count}"] = {"before": before, "after": after}
+
+
 def siblings(bench: Sharing) -> None:
     """An original and a model tuned from it in its last k units, asked together; at last, nothing but structure is shared."""
     array = bench.random(bench.images)
@@ -120,6 +135,7 @@ def measure(bench: Sharing) -> None:
     resident(bench)
     compiled(bench)
     horizontal(bench)
+    own_inputs(bench)
     siblings(bench)
     variants_per_compile(bench)
     switching(bench)

@@ -3,6 +3,9 @@
 A batch pays on some hardware for some stages, and not for others: a transformer layer of short sequences reads its weights once
 for all rows, while a convolution of large pictures is limited by arithmetic and may run worse when its activations leave the
 cache. Nothing of that is assumed.
+
+Others have the processor, too: now and then a run takes ten times as long as it should. One of those must not decide, for what
+was refused is not measured any more. So the best of the first few runs counts, and later no run for more than twice the mean.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from typing import Final
 
 # How much the latest run counts in a running mean.
 _WEIGHT: Final = 0.3
+# Runs until a size counts as measured.
+_FEW: Final = 3
 # A batch may be this much slower per row: less is noise, and fewer runs leave more of the processor to others.
 _TOLERATED: Final = 1.03
-# What was refused so often is tried again, in case it was measured in a bad moment.
+# What was refused so often is tried again, in case it was measured in a bad moment; the worse it was, the later.
 _TRY_AGAIN: Final = 200
 # Stages that are remembered.
 _MOST: Final = 8192
@@ -25,24 +30,30 @@ class BatchCosts:
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[Hashable, int], float] = {}
-        self._seen: set[tuple[Hashable, int]] = set()
+        # How many runs were measured of those that are not known yet.
+        self._seen: dict[tuple[Hashable, int], int] = {}
         self._refused: dict[tuple[Hashable, int], int] = {}
 
     def record(self, key: Hashable, rows: int, seconds: float) -> None:
         """Note how long a stage took for a batch. The first time counts for nothing: something is always set up then."""
-        place = (key, _class(rows))
-        if place not in self._seen:
+        place, each_s = (key, _class(rows)), seconds / rows
+        seen = self._seen.get(place)
+        if seen is None:
             if len(self._seen) >= _MOST:
                 for kept in (self._seconds, self._seen, self._refused):
                     kept.clear()
-            self._seen.add(place)
+            self._seen[place] = 0
             return
-        known = self._seconds.get(place, seconds / rows)
-        self._seconds[place] = known + _WEIGHT * (seconds / rows - known)
+        known = self._seconds.get(place, each_s)
+        if seen < _FEW:
+            self._seen[place] = seen + 1
+            self._seconds[place] = min(known, each_s)
+        else:
+            self._seconds[place] = known + _WEIGHT * (min(each_s, 2 * known) - known)
 
     def is_known(self, key: Hashable, rows: int) -> bool:
         """Say whether a stage was measured with a batch of this size."""
-        return (key, _class(rows)) in self._seconds
+        return self._seen.get((key, _class(rows)), 0) >= _FEW
 
     def pays(self, keys: Sequence[Hashable], apart: int, together: int) -> bool:
         """Say whether rows should go through the stages ``keys`` as a batch of ``together``, instead of at most ``apart``.
@@ -50,19 +61,34 @@ class BatchCosts:
         What was not measured yet is tried.
         """
         small, large = _class(apart), _class(together)
-        if small == large:
-            return True
-        pairs = [(self._seconds.get((key, small)), self._seconds.get((key, large))) for key in keys]
-        measured = [(one, other) for one, other in pairs if one is not None and other is not None]
-        if sum(other for _, other in measured) <= _TOLERATED * sum(one for one, _ in measured):
+        ratio = self._ratio(keys, small, large)
+        if ratio <= _TOLERATED:
             return True
         place = (keys[0], large)
         self._refused[place] = self._refused.get(place, 0) + 1
-        if self._refused[place] >= _TRY_AGAIN:
-            del self._refused[place]
-            for key in keys:
-                self._seconds.pop((key, large), None)
-        return False
+        if self._refused[place] < _TRY_AGAIN * ratio:
+            return False
+        del self._refused[place]
+        for key in keys:
+            if (key, large) in self._seconds:
+                # One run more decides.
+                self._seen[key, large] = min(self._seen[key, large], _FEW - 1)
+        return True
+
+    def may_pay(self, key: Hashable, most: int) -> bool:
+        """Say whether it could pay to run a stage for some number up to ``most`` at once. If not, that counts as a refusal."""
+        sizes = range(1, _class(most) + 1)
+        return any(self._ratio([key], 0, size) <= _TOLERATED for size in sizes) or self.pays([key], 1, most)
+
+    def _ratio(self, keys: Sequence[Hashable], small: int, large: int) -> float:
+        """Return what a row costs in a large batch, in parts of what it costs in a small one, as far as that is known; or 0."""
+        if small == large:
+            return 0.0
+        places = [((key, small), (key, large)) for key in keys]
+        measured = [(one, other) for one, other in places if one in self._seconds and self._seen.get(other, 0) >= _FEW]
+        if not measured:
+            return 0.0
+        return sum(self._seconds[other] for _, other in measured) / sum(self._seconds[one] for one, _ in measured)
 
 
 def _class(rows: int) -> int:

@@ -215,14 +215,21 @@ class Loads:
         )
         if found is None:
             keys = tuple(sorted(wanted))
-            size_bytes = sum(weight.size_bytes for step in wanted.values() for weight in step.graph.weights)
+            size_bytes = sum(map(_size_bytes, wanted.values()))
             found = Stacked(keys, self._device.stack([self.bind(wanted[key]) for key in keys]), size_bytes)
-        limit_bytes = self._residency.budget_bytes * _STACKED_SHARE
         self._stacks.pop(found.keys, None)
         self._stacks[found.keys] = found
-        while sum(each.size_bytes for each in self._stacks.values()) > limit_bytes:
+        while sum(each.size_bytes for each in self._stacks.values()) > self._stacks_limit_bytes:
             del self._stacks[next(iter(self._stacks))]
         return found
+
+    @property
+    def _stacks_limit_bytes(self) -> float:
+        return self._residency.budget_bytes * _STACKED_SHARE
+
+    def keeps(self, step: Step, count: int) -> bool:
+        """Say whether the weights of so many steps like this one are kept once they are stacked, and not copied each time."""
+        return count * _size_bytes(step) <= self._stacks_limit_bytes
 
     def moved(self, handles: Mapping[str, object]) -> list[str]:
         """Take new handles for those of weights that lie elsewhere now; return the weights that were lost on the way."""
@@ -264,3 +271,7 @@ class Loads:
         """Raise AssertionError when a handle is kept of a weight that is not in memory."""
         for digest in self._handles:
             assert self._residency.is_resident(digest), f"weight {digest[:12]} is kept though it was evicted"
+
+
+def _size_bytes(step: Step) -> int:
+    return sum(weight.size_bytes for weight in step.graph.weights)

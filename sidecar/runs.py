@@ -68,7 +68,7 @@ class _Run:
     structures: tuple[tuple[object, ...], ...]
     # The groups as they were: who left meanwhile is charged, too.
     seen: tuple[Group[Call], ...]
-    # If it is stacked, the one of them that it is noted under, and the seconds it took to put the weights side by side.
+    # If it is stacked, the one of them that it is noted under, and the seconds it took to find the others and their weights.
     stacked: tuple[object, ...] | None = None
     stacking_s: float = 0.0
     splits: Splits = field(default_factory=Splits)
@@ -218,21 +218,28 @@ class Runs:
         """Have a stage of several models run as one; None when there is nothing to stack, or it does not pay."""
         if not self._stacking:
             return None
+        began_s = self._clock()
 
         def alike(one: Any, other: Any) -> bool:
             return one.stacked is other.stacked and self._is_ready(other)
 
         beside, abreast = run.structures
-        if others := self._wavefront.beside(group, alike):
+        # Measured one by one as well, or nobody knows whether it pays.
+        if not self._costs.is_known(beside, 1) or not (candidates := self._wavefront.others(group, alike)):
+            return None
+        # Nor does it where weights are copied each time.
+        if not self._loads.keeps(run.step, 1 + len(candidates)):
+            return None
+        if others := self._wavefront.beside(group, candidates):
             structure = beside
-        elif others := self._wavefront.abreast(group, alike, self._turns.comes_along):
+        # To look for them takes time, too.
+        elif self._costs.may_pay(abreast, 1 + len(candidates)):
+            others, structure = self._wavefront.abreast(group, candidates, self._turns.comes_along), abreast
             # Lanes that are idle get their part of them.
             del others[-(-(1 + len(others)) // self._idle_count()) - 1 :]
-            structure = abreast
-        # Measured one by one as well, or nobody knows whether it pays.
-        if not others or not self._costs.is_known(structure, 1) or not self._costs.pays([structure], 1, 1 + len(others)):
+        if not others or not self._costs.pays([structure], 1, 1 + len(others)):
             return None
-        groups, began_s = (group, *others), self._clock()
+        groups = (group, *others)
         try:
             stacked = self._loads.stack([each.step for each in groups])  # type: ignore[misc]
         except DeviceFault as error:

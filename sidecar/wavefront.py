@@ -22,6 +22,7 @@ not to touch each other, and without any otherwise; then it is alone in its grou
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
@@ -325,39 +326,38 @@ class Wavefront(Generic[C]):
             chosen.apart = True
         return chosen
 
-    def beside(self, group: Group[C], alike: Callable[[Step, Step], bool]) -> list[Group[C]]:
-        """Return the groups that are about to run other stages on the very tensors that ``group`` runs on.
-
-        ``alike`` says which stages are of interest: many heads on one trunk may have one structure.
-        """
-        takes = group.takes()
-        if len(self._groups) == 1 or not takes:
+    def others(self, group: Group[C], alike: Callable[[Step, Step], bool]) -> list[Group[C]]:
+        """Return the groups that are about to run stages that are ``alike``: many heads on one trunk may have one structure."""
+        if len(self._groups) == 1:
             return []
+        step = group.step
+        return [other for other in self._groups if other is not group and not other.running and alike(step, other.step)]
+
+    def beside(self, group: Group[C], others: Sequence[Group[C]]) -> list[Group[C]]:
+        """Return those of some groups that are about to run on the very tensors that ``group`` runs on."""
+        takes = group.takes()
+        if not takes:
+            return []
+        # Mostly the first tells.
         return [
             other
-            for other in self._groups
-            if other is not group
-            and not other.running
-            and alike(group.step, other.step)
-            and all(one is another for one, another in zip(takes, other.takes(), strict=True))
+            for other in others
+            if other.values[other.step.takes[0]] is takes[0] and all(map(operator.is_, takes, other.takes()))
         ]
 
-    def abreast(
-        self, group: Group[C], alike: Callable[[Step, Step], bool], equal: Callable[[Group[C], Group[C]], bool]
-    ) -> list[Group[C]]:
-        """Return the groups that are about to run other stages on tensors of their own, of the shapes that ``group`` runs on.
+    def abreast(self, group: Group[C], others: Sequence[Group[C]], equal: Callable[[Group[C], Group[C]], bool]) -> list[Group[C]]:
+        """Return those of some groups that are about to run on tensors of their own, of the shapes that ``group`` runs on.
 
         One for each stage, the oldest; those before one stage are a batch or should be none. ``equal`` says which of them may
         come with ``group``. A group that is served by itself has nobody abreast.
         """
-        if len(self._groups) == 1 or group.apart or not group.is_divisible:
+        if group.apart or not group.is_divisible:
             return []
         shapes, found = _shapes(group), {group.step.key: group}
-        for other in sorted(self._groups, key=_order):
+        for other in sorted(others, key=_order):
             if (
                 other.step.key not in found
-                and not (other.running or other.apart)
-                and alike(group.step, other.step)
+                and not other.apart
                 and other.is_divisible
                 and _shapes(other) == shapes
                 and equal(group, other)

@@ -112,9 +112,22 @@ def test_what_was_not_measured_one_by_one_is_not_stacked(tmp_path: Path, monkeyp
     made = heads(6)
     with serving(tmp_path, monkeypatch) as running:
         deploy(running, *made)
-        # The first run sets something up, the second is measured, and the other four are tried as one.
+        # The first run sets something up, three are measured, and the other two are tried as one.
         counts = asked(running, made, [1] * 6)
-        assert (counts["stages"], counts["stacked"]) == (4, 3)
+        assert (counts["stages"], counts["stacked"]) == (6, 1)
+
+
+@pytest.mark.usefixtures("pays")
+def test_heads_whose_weights_would_be_copied_each_time_are_not_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, device = heads(4), Watched()
+    with serving(tmp_path, monkeypatch, device) as running:
+        deploy(running, *made)
+        size_bytes = sum(weight.size_bytes for weight in running.engine._catalog.deployed["head-0"].steps[-1].graph.weights)
+        # Room for three.
+        monkeypatch.setattr("sidecar.loads._STACKED_SHARE", 3.5 * size_bytes / (1 << 26))
+        assert asked(running, made, [1] * 4)["stacked"] == 2
+        # The first of four is run by itself.
+        assert device.inputs == [3]
 
 
 def test_where_it_does_not_pay_heads_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +139,9 @@ def test_where_it_does_not_pay_heads_run_one_by_one(tmp_path: Path, monkeypatch:
     made, device = heads(4), Watched()
     with serving(tmp_path, monkeypatch, device) as running:
         deploy(running, *made)
-        for seed in (0, 4):
-            assert asked(running, made, [1] * 4, seed) == {"stages": 5, "stage_rows": 8, "stage_requests": 8, "stacked": 0}
+        for may_pay in (True, False):
+            monkeypatch.setattr("sidecar.costs.BatchCosts.may_pay", lambda *arguments, found=may_pay: found)
+            assert asked(running, made, [1] * 4) == {"stages": 5, "stage_rows": 8, "stage_requests": 8, "stacked": 0}
         assert not device.inputs
 
 

@@ -398,7 +398,7 @@ def test_everybody_gets_the_answer_he_would_get_alone(seed: int, most_rows: int)
 
 def test_a_batch_that_does_not_pay_is_not_made_and_tried_again_later() -> None:
     costs = BatchCosts()
-    for _ in range(3):
+    for _ in range(4):
         costs.record("conv", 1, 1.0)
         costs.record("conv", 8, 9.0)
         costs.record("layer", 1, 1.0)
@@ -408,7 +408,48 @@ def test_a_batch_that_does_not_pay_is_not_made_and_tried_again_later() -> None:
     assert costs.pays(["conv", "layer"], 1, 8)
     assert costs.pays(["conv", "unknown"], 5, 8)
     assert costs.pays(["conv"], 1, 4)
-    assert any(costs.pays(["conv"], 1, 8) for _ in range(200))
+    # The worse it was, the later.
+    assert not any(costs.pays(["conv"], 1, 8) for _ in range(223))
+    assert costs.pays(["conv"], 1, 8)
+    # One run decides: it was a bad moment, or it was not.
+    assert costs.pays(["conv"], 1, 8)
+    costs.record("conv", 8, 16.0)
+    assert not costs.pays(["conv"], 1, 8)
+    assert any(costs.pays(["conv"], 1, 8) for _ in range(225))
+    costs.record("conv", 8, 7.0)
+    assert costs.pays(["conv"], 1, 8)
+
+
+def test_no_single_run_says_what_a_batch_costs() -> None:
+    costs = BatchCosts()
+    for seconds in (9.0, 9.0, 1.0, 9.0):
+        # The first sets something up; of the next three the fastest counts.
+        assert not costs.is_known("a", 1)
+        assert costs.pays(["a"], 1, 2)
+        costs.record("a", 1, seconds)
+        costs.record("a", 2, 2 * seconds)
+    assert costs.is_known("a", 1)
+    for _ in range(9):
+        costs.record("a", 2, 2.0)
+    # A run that takes a hundred times as long counts for twice.
+    costs.record("a", 2, 200.0)
+    assert costs.pays(["b", "a"], 1, 2) is False
+    costs.record("a", 1, 100.0)
+    assert costs.pays(["b", "a"], 1, 2)
+
+
+def test_whether_any_size_may_pay() -> None:
+    costs = BatchCosts()
+    for _ in range(4):
+        costs.record("a", 1, 1.0)
+        for size, each_s in ((2, 2.0), (4, 1.5), (8, 1.0), (16, 3.0)):
+            costs.record("a", size, size * each_s)
+    assert not costs.may_pay("a", 4)
+    assert costs.may_pay("a", 8)
+    assert costs.may_pay("a", 16)
+    assert costs.may_pay("a", 17)  # not measured
+    # After so many refusals the largest is tried again.
+    assert [costs.may_pay("a", 4) for _ in range(299)] == 298 * [False] + [True]
 
 
 def test_the_first_run_and_old_stages_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,9 +485,8 @@ def test_groups_on_tensors_of_their_own_are_found_abreast() -> None:
     groups["running"].running = groups["apart"].apart = True
 
     def abreast(group: Group[Any]) -> list[object]:
-        found = wavefront.abreast(
-            group, lambda one, other: "/13" not in (one.key, other.key), lambda one, other: other.first.call != "not equal"
-        )
+        others = wavefront.others(group, lambda one, other: "/13" not in (one.key, other.key))
+        found = wavefront.abreast(group, others, lambda one, other: other.first.call != "not equal")
         return [each.first.call for each in found]
 
     # The oldest first; of those before one stage, the oldest.
