@@ -75,11 +75,6 @@ class BatchCosts:
                 self._seen[key, large] = min(self._seen[key, large], _FEW - 1)
         return True
 
-    def may_pay(self, key: Hashable, most: int) -> bool:
-        """Say whether it could pay to run a stage for some number up to ``most`` at once. If not, that counts as a refusal."""
-        sizes = range(1, _class(most) + 1)
-        return any(self._ratio([key], 0, size) <= _TOLERATED for size in sizes) or self.pays([key], 1, most)
-
     def _ratio(self, keys: Sequence[Hashable], small: int, large: int) -> float:
         """Return what a row costs in a large batch, in parts of what it costs in a small one, as far as that is known; or 0."""
         if small == large:

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError
 from trunkline.signature import Signature
@@ -27,6 +27,9 @@ from sidecar.turns import Turns
 from sidecar.wavefront import Group, Ticket, Wavefront
 
 log = logging.getLogger("trunkline.engine")
+
+# Where stacking did not pay, nobody looks for something to stack the next so many times.
+_REST: Final = 8
 
 
 @dataclass(slots=True)
@@ -125,6 +128,8 @@ class Runs:
         # Device time that has passed, and when that was reckoned.
         self._device_s = 0.0
         self._reckoned_s = 0.0
+        # Of structures that it did not pay for of late: among how many groups, and how often nobody is to look.
+        self._resting: dict[int, tuple[int, int]] = {}
         # What waits for runs to end, and for whose.
         self._deferred: list[tuple[Sequence[Call], Callable[[], None]]] = []
 
@@ -216,7 +221,7 @@ class Runs:
 
     def _prepared_stacked(self, group: Group[Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
         """Have a stage of several models run as one; None when there is nothing to stack, or it does not pay."""
-        if not self._stacking:
+        if not self._stacking or self._rests(run.step):
             return None
         began_s = self._clock()
 
@@ -227,17 +232,16 @@ class Runs:
         # Measured one by one as well, or nobody knows whether it pays.
         if not self._costs.is_known(beside, 1) or not (candidates := self._wavefront.others(group, alike)):
             return None
-        # Nor does it where weights are copied each time.
-        if not self._loads.keeps(run.step, 1 + len(candidates)):
-            return None
         if others := self._wavefront.beside(group, candidates):
             structure = beside
-        # To look for them takes time, too.
-        elif self._costs.may_pay(abreast, 1 + len(candidates)):
+        else:
             others, structure = self._wavefront.abreast(group, candidates, self._turns.comes_along), abreast
             # Lanes that are idle get their part of them.
             del others[-(-(1 + len(others)) // self._idle_count()) - 1 :]
-        if not others or not self._costs.pays([structure], 1, 1 + len(others)):
+        count = 1 + len(others)
+        # To copy weights each time never does.
+        if count == 1 or not self._loads.keeps(run.step, count) or not self._costs.pays([structure], 1, count):
+            self._resting[id(run.step.stacked)] = (self._wavefront.group_count, _REST)
             return None
         groups = (group, *others)
         try:
@@ -258,6 +262,17 @@ class Runs:
             return [outputs[place] for place in places]
 
         return compute
+
+    def _rests(self, step: Step) -> bool:
+        """Say whether it is of no use to look for something to stack a stage with: just now it was not, among as many groups."""
+        among, left = self._resting.get(id(step.stacked), (0, 0))
+        if not left:
+            return False
+        if left == 1 or self._wavefront.group_count > among:
+            del self._resting[id(step.stacked)]
+        else:
+            self._resting[id(step.stacked)] = (among, left - 1)
+        return self._wavefront.group_count <= among
 
     def _unstack(self, groups: Sequence[Group[Call]], error: DeviceFault) -> None:
         log.warning("stages of one structure are run one by one: %s", error.message)

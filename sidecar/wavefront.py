@@ -230,6 +230,10 @@ class Wavefront(Generic[C]):
     def __bool__(self) -> bool:
         return bool(self._groups)
 
+    @property
+    def group_count(self) -> int:
+        return len(self._groups)
+
     def __contains__(self, group: Group[C]) -> bool:
         return any(each is group for each in self._groups)
 

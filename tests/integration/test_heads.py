@@ -125,13 +125,20 @@ def test_heads_whose_weights_would_be_copied_each_time_are_not_stacked(tmp_path:
         size_bytes = sum(weight.size_bytes for weight in running.engine._catalog.deployed["head-0"].steps[-1].graph.weights)
         # Room for three.
         monkeypatch.setattr("sidecar.loads._STACKED_SHARE", 3.5 * size_bytes / (1 << 26))
-        assert asked(running, made, [1] * 4)["stacked"] == 2
-        # The first of four is run by itself.
+        assert asked(running, made, [1] * 4)["stacked"] == 0
+        # The other three were not looked at, nor the next five.
+        for _ in range(2):
+            assert asked(running, made[:3], [1] * 3)["stacked"] == 0
+        assert asked(running, made[:3], [1] * 3)["stacked"] == 2
         assert device.inputs == [3]
 
 
 def test_where_it_does_not_pay_heads_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = 0
+
     def pays(costs: Any, keys: Sequence[Any], apart: int, together: int) -> bool:
+        nonlocal looked
+        looked += keys[0][0] == "abreast"
         return keys[0][0] != "abreast"
 
     monkeypatch.setattr("sidecar.costs.BatchCosts.pays", pays)
@@ -139,10 +146,12 @@ def test_where_it_does_not_pay_heads_run_one_by_one(tmp_path: Path, monkeypatch:
     made, device = heads(4), Watched()
     with serving(tmp_path, monkeypatch, device) as running:
         deploy(running, *made)
-        for may_pay in (True, False):
-            monkeypatch.setattr("sidecar.costs.BatchCosts.may_pay", lambda *arguments, found=may_pay: found)
-            assert asked(running, made, [1] * 4) == {"stages": 5, "stage_rows": 8, "stage_requests": 8, "stacked": 0}
+        counts = [asked(running, part, [1] * len(part)) for part in (made[:3], made[:3], made)]
+        assert [each["stages"] for each in counts] == [4, 4, 5]
+        assert not any(each["stacked"] for each in counts)
         assert not device.inputs
+        # After it did not pay, nobody looks for the next eight heads, unless there are more.
+        assert looked == 2
 
 
 @pytest.mark.usefixtures("pays")

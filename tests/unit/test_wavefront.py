@@ -438,20 +438,6 @@ def test_no_single_run_says_what_a_batch_costs() -> None:
     assert costs.pays(["b", "a"], 1, 2)
 
 
-def test_whether_any_size_may_pay() -> None:
-    costs = BatchCosts()
-    for _ in range(4):
-        costs.record("a", 1, 1.0)
-        for size, each_s in ((2, 2.0), (4, 1.5), (8, 1.0), (16, 3.0)):
-            costs.record("a", size, size * each_s)
-    assert not costs.may_pay("a", 4)
-    assert costs.may_pay("a", 8)
-    assert costs.may_pay("a", 16)
-    assert costs.may_pay("a", 17)  # not measured
-    # After so many refusals the largest is tried again.
-    assert [costs.may_pay("a", 4) for _ in range(299)] == 298 * [False] + [True]
-
-
 def test_the_first_run_and_old_stages_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.costs._MOST", 4)
     costs = BatchCosts()
