@@ -4,8 +4,9 @@ A batch pays on some hardware for some stages, and not for others: a transformer
 for all rows, while a convolution of large pictures is limited by arithmetic and may run worse when its activations leave the
 cache. Nothing of that is assumed.
 
-Others have the processor, too: now and then a run takes ten times as long as it should. One of those must not decide, for what
-was refused is not measured any more. So the best of the first few runs counts, and later no run for more than twice the mean.
+Others have the processor, too: some runs take twice as long as they should, and now and then one ten times. Those must not
+decide, for what was refused is not measured any more. So the best of the first few runs counts; later a run that was slow moves
+what is known by little, and a fast one by much.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Final
 
-# How much the latest run counts in a running mean.
-_WEIGHT: Final = 0.3
+# How much the latest run counts against those before it, when it was faster and when it was slower.
+_FASTER: Final = 0.3
+_SLOWER: Final = 0.05
 # Runs until a size counts as measured.
 _FEW: Final = 3
 # A batch may be this much slower per row: less is noise, and fewer runs leave more of the processor to others.
@@ -49,23 +51,24 @@ class BatchCosts:
             self._seen[place] = seen + 1
             self._seconds[place] = min(known, each_s)
         else:
-            self._seconds[place] = known + _WEIGHT * (min(each_s, 2 * known) - known)
+            weight = _FASTER if each_s < known else _SLOWER
+            self._seconds[place] = known + weight * (min(each_s, 2 * known) - known)
 
     def is_known(self, key: Hashable, rows: int) -> bool:
         """Say whether a stage was measured with a batch of this size."""
         return self._seen.get((key, _class(rows)), 0) >= _FEW
 
-    def pays(self, keys: Sequence[Hashable], apart: int, together: int) -> bool:
+    def pays(self, keys: Sequence[Hashable], apart: int, together: int, times: int = 1) -> bool:
         """Say whether rows should go through the stages ``keys`` as a batch of ``together``, instead of at most ``apart``.
 
-        What was not measured yet is tried.
+        What was not measured yet is tried. If it does not pay, that is asked no more ``times`` - 1 times.
         """
         small, large = _class(apart), _class(together)
         ratio = self._ratio(keys, small, large)
         if ratio <= _TOLERATED:
             return True
         place = (keys[0], large)
-        self._refused[place] = self._refused.get(place, 0) + 1
+        self._refused[place] = self._refused.get(place, 0) + times
         if self._refused[place] < _TRY_AGAIN * ratio:
             return False
         del self._refused[place]

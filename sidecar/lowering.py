@@ -336,7 +336,8 @@ class _Rewriting:
     def _fused(self, fusion: _Fusion) -> Node:
         digest = fusion.recipe.digest
         self.recipes[digest] = fusion.recipe
-        weight = Weight(digest, "packed", (), self.packed_bytes(fusion.recipe), 0)
+        # Its dtype tells how it is made: a stage with a weight of another shape, or without its bias, is of another structure.
+        weight = Weight(digest, f"packed {fusion.recipe.skeleton}", (), self.packed_bytes(fusion.recipe), 0)
         added = None if fusion.added is None else self._moved_value(fusion.added)
         arguments = (self._moved_value(fusion.source), self._place(weight), Enum(fusion.activation), fusion.numbers, added)
         return Node(fusion.op, arguments, (), fusion.origin)

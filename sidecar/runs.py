@@ -28,8 +28,8 @@ from sidecar.wavefront import Group, Ticket, Wavefront
 
 log = logging.getLogger("trunkline.engine")
 
-# Where stacking did not pay, nobody looks for something to stack the next so many times.
-_REST: Final = 8
+# Where stacking did not pay, nobody looks for something to stack the next time, twice as often each time, so often at most.
+_LONGEST_REST: Final = 64
 
 
 @dataclass(slots=True)
@@ -71,15 +71,32 @@ class _Run:
     structures: tuple[tuple[object, ...], ...]
     # The groups as they were: who left meanwhile is charged, too.
     seen: tuple[Group[Call], ...]
-    # If it is stacked, the one of them that it is noted under, and the seconds it took to find the others and their weights.
+    # If it is stacked, the one of them that it is noted under.
     stacked: tuple[object, ...] | None = None
-    stacking_s: float = 0.0
+    # What the engine needs for it, beside the device: most of what small stages take.
+    engine_s: float = 0.0
     splits: Splits = field(default_factory=Splits)
     # In a lane: whose inputs and weights it needs, and whether other lanes computed at the same time.
     calls: tuple[Call, ...] = ()
     beside: bool = False
     # In device time: where several lanes compute at the same time, each has its part of that.
     began_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Rest:
+    """For how long nobody looks for something to stack a stage with: ``left`` of ``length`` runs, ``among`` so many groups."""
+
+    among: int
+    length: int
+    left: int
+
+    def goes_on(self, group_count: int) -> bool:
+        """Say whether nobody is to look this time."""
+        if not self.left or group_count > self.among:
+            return False
+        self.left -= 1
+        return True
 
 
 class Runs:
@@ -128,8 +145,8 @@ class Runs:
         # Device time that has passed, and when that was reckoned.
         self._device_s = 0.0
         self._reckoned_s = 0.0
-        # Of structures that it did not pay for of late: among how many groups, and how often nobody is to look.
-        self._resting: dict[int, tuple[int, int]] = {}
+        # Of structures that it did not pay for of late.
+        self._rests: dict[int, _Rest] = {}
         # What waits for runs to end, and for whose.
         self._deferred: list[tuple[Sequence[Call], Callable[[], None]]] = []
 
@@ -159,6 +176,7 @@ class Runs:
             self.stalled = self._shortage.relieving or not self._idle_count()
             if self.stalled:
                 return
+            began_s = self._clock()
             self._look()
             try:
                 group = self._choose()
@@ -174,6 +192,7 @@ class Runs:
             except Exception as error:  # noqa: BLE001 - as above
                 self.fail(group, error)
                 return
+            run.engine_s = self._clock() - began_s
             if self._lanes is None:
                 outcome = attempt(compute, self._clock)
                 # It has weights; what comes now may let go of them.
@@ -221,9 +240,9 @@ class Runs:
 
     def _prepared_stacked(self, group: Group[Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
         """Have a stage of several models run as one; None when there is nothing to stack, or it does not pay."""
-        if not self._stacking or self._rests(run.step):
+        rest = self._rests.get(id(run.step.stacked))
+        if not self._stacking or (rest is not None and rest.goes_on(self._wavefront.group_count)):
             return None
-        began_s = self._clock()
 
         def alike(one: Any, other: Any) -> bool:
             return one.stacked is other.stacked and self._is_ready(other)
@@ -239,17 +258,19 @@ class Runs:
             # Lanes that are idle get their part of them.
             del others[-(-(1 + len(others)) // self._idle_count()) - 1 :]
         count = 1 + len(others)
+        length = 1 if rest is None else min(2 * rest.length, _LONGEST_REST)
         # To copy weights each time never does.
-        if count == 1 or not self._loads.keeps(run.step, count) or not self._costs.pays([structure], 1, count):
-            self._resting[id(run.step.stacked)] = (self._wavefront.group_count, _REST)
+        if count == 1 or not self._loads.keeps(run.step, count) or not self._costs.pays([structure], 1, count, length):
+            among = max(self._wavefront.group_count, 0 if rest is None else rest.among)
+            self._rests[id(run.step.stacked)] = _Rest(among, length, length)
             return None
+        self._rests.pop(id(run.step.stacked), None)
         groups = (group, *others)
         try:
             stacked = self._loads.stack([each.step for each in groups])  # type: ignore[misc]
         except DeviceFault as error:
             self._unstack(groups, error)
             return None
-        run.stacking_s = self._clock() - began_s
         run.groups, run.stacked = groups, structure
         run.seen = groups if self._lanes is None else (*run.seen, *(each.frozen() for each in groups[1:]))
         program, takes = run.step.stacked, {each.step.key: each.takes() for each in groups}
@@ -262,17 +283,6 @@ class Runs:
             return [outputs[place] for place in places]
 
         return compute
-
-    def _rests(self, step: Step) -> bool:
-        """Say whether it is of no use to look for something to stack a stage with: just now it was not, among as many groups."""
-        among, left = self._resting.get(id(step.stacked), (0, 0))
-        if not left:
-            return False
-        if left == 1 or self._wavefront.group_count > among:
-            del self._resting[id(step.stacked)]
-        else:
-            self._resting[id(step.stacked)] = (among, left - 1)
-        return self._wavefront.group_count <= among
 
     def _unstack(self, groups: Sequence[Group[Call]], error: DeviceFault) -> None:
         log.warning("stages of one structure are run one by one: %s", error.message)
@@ -344,8 +354,11 @@ class Runs:
         if error is None:
             self.counts.stages += 1
             self._record_run(run, outcome.seconds)
+            ended_s = self._clock()
             for each, outputs in zip(run.groups, outcome.given, strict=True):
                 self._go_on_with(each, outputs)
+            for structure in run.structures if run.stacked is None else (run.stacked,):
+                self._costs.record(structure, len(run.groups), outcome.seconds + run.engine_s + self._clock() - ended_s)
         elif run.stacked is not None and isinstance(error, DeviceFault):
             # They are chosen again, and run one by one.
             self._unstack([each for each in run.groups if next(each.tickets(), None) is not None], error)
@@ -359,14 +372,11 @@ class Runs:
     def _record_run(self, run: _Run, seconds: float) -> None:
         """Note what a run has cost."""
         if run.stacked is not None:
-            self._costs.record(run.stacked, len(run.groups), seconds + run.stacking_s)
             self.counts.stacked += len(run.groups) - 1
             return
         self._costs.record(run.cost_key, run.extent, seconds)
         if self._streams.deployed is not None:
             self._streams.ran(run.step, seconds)
-        for structure in run.structures:
-            self._costs.record(structure, 1, seconds)
 
     def _go_on_with(self, group: Group[Call], outputs: Sequence[Any]) -> None:
         if next(group.tickets(), None) is None:

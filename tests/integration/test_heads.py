@@ -17,7 +17,7 @@ from sidecar.devices import TorchDevice
 from sidecar.ports import OutputSpecs, Work
 from tests.fakes import Running
 from tests.integration.test_lanes import LATE, Asker, handled, leases
-from tests.integration.test_sharing import ask, at_once, counted, deploy, heads, serving
+from tests.integration.test_sharing import ask, at_once, counted, deploy, heads, network_of, serving
 from tests.integration.test_shortage import asked_at_once
 from tests.networks import Arrays, Network, agrees
 
@@ -125,33 +125,31 @@ def test_heads_whose_weights_would_be_copied_each_time_are_not_stacked(tmp_path:
         size_bytes = sum(weight.size_bytes for weight in running.engine._catalog.deployed["head-0"].steps[-1].graph.weights)
         # Room for three.
         monkeypatch.setattr("sidecar.loads._STACKED_SHARE", 3.5 * size_bytes / (1 << 26))
-        assert asked(running, made, [1] * 4)["stacked"] == 0
-        # The other three were not looked at, nor the next five.
-        for _ in range(2):
-            assert asked(running, made[:3], [1] * 3)["stacked"] == 0
+        # The first of four runs by itself, nobody looks for the second one, and the others fit.
+        assert asked(running, made, [1] * 4)["stacked"] == 1
         assert asked(running, made[:3], [1] * 3)["stacked"] == 2
-        assert device.inputs == [3]
+        assert device.inputs == [2, 3]
 
 
 def test_where_it_does_not_pay_heads_run_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked = 0
 
-    def pays(costs: Any, keys: Sequence[Any], apart: int, together: int) -> bool:
+    def pays(costs: Any, keys: Sequence[Any], apart: int, together: int, times: int = 1) -> bool:
         nonlocal looked
         looked += keys[0][0] == "abreast"
         return keys[0][0] != "abreast"
 
     monkeypatch.setattr("sidecar.costs.BatchCosts.pays", pays)
     monkeypatch.setattr("sidecar.costs.BatchCosts.is_known", lambda *arguments: True)
-    made, device = heads(4), Watched()
+    made, device = heads(6), Watched()
     with serving(tmp_path, monkeypatch, device) as running:
         deploy(running, *made)
-        counts = [asked(running, part, [1] * len(part)) for part in (made[:3], made[:3], made)]
-        assert [each["stages"] for each in counts] == [4, 4, 5]
+        counts = [asked(running, made[:count], [1] * count) for count in (3, 3, 4, 4, 3, 6)]
+        assert [each["stages"] for each in counts] == [4, 4, 5, 5, 4, 7]
         assert not any(each["stacked"] for each in counts)
         assert not device.inputs
-        # After it did not pay, nobody looks for the next eight heads, unless there are more.
-        assert looked == 2
+        # After it did not pay nobody looks for one head, then for two, four and eight, unless there are more than before.
+        assert looked == 5
 
 
 @pytest.mark.usefixtures("pays")
@@ -269,3 +267,35 @@ def test_who_leaves_while_the_heads_run_takes_nothing_from_the_others(
                 engine.session_closed(askers[number])
     finally:
         torch.set_num_threads(threads)
+
+
+class Unlike(torch.nn.Module):
+    """A trunk that all have in common, and a head of one's own: how wide, and with a bias or without, differs."""
+
+    def __init__(self, seed: int, width: int, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+        torch.manual_seed(seed)
+        self.head = torch.nn.Linear(64, width, bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.trunk(x))
+
+
+@pytest.mark.usefixtures("pays")
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_heads_that_are_unlike_are_not_stacked(own: bool, packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: packing)
+    kinds = ((8, True), (8, False), (16, True), (8, True), (16, True), (8, False))
+    made = [network_of(Unlike(number + 1, *kind), f"unlike-{number}") for number, kind in enumerate(kinds)]
+    with serving(tmp_path, monkeypatch, packing=packing) as running:
+        deploy(running, *made)
+        inputs = [made[0].inputs(1, number if own else 0) for number in range(len(made))]
+        with counted(running) as counts:
+            answers = at_once(running, *((each.name, given) for each, given in zip(made, inputs, strict=True)))
+        for each, given, answer in zip(made, inputs, answers, strict=True):
+            assert agrees(answer, each.eager(given), exact=False)
+        # Two of each kind.
+        assert (counts["stages"], counts["stacked"]) == (4, 3)

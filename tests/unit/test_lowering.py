@@ -85,7 +85,7 @@ def test_a_convolution_takes_in_norm_and_activation(make: Maker) -> None:
     assert recipe.roles == ("weight", "norm weight", "norm bias", "norm mean", "norm variance")
     assert dict(recipe.options) == {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "epsilon": 1e-5}
     assert lowered.graph.nodes == (Node(CONV2D, (X, Value("weight", 0), Enum("relu"), (), None)),)
-    assert lowered.graph.weights == (Weight(recipe.digest, "packed", (), size(recipe), 0),)
+    assert lowered.graph.weights == (Weight(recipe.digest, f"packed {recipe.skeleton}", (), size(recipe), 0),)
     assert lowered.graph.results == (node(0),)
 
 

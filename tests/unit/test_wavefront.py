@@ -431,11 +431,15 @@ def test_no_single_run_says_what_a_batch_costs() -> None:
     assert costs.is_known("a", 1)
     for _ in range(9):
         costs.record("a", 2, 2.0)
-    # A run that takes a hundred times as long counts for twice.
+    # A run that takes a hundred times as long counts as one that takes twice, and for little.
     costs.record("a", 2, 200.0)
-    assert costs.pays(["b", "a"], 1, 2) is False
-    costs.record("a", 1, 100.0)
-    assert costs.pays(["b", "a"], 1, 2)
+    assert not costs.pays(["a"], 1, 2)
+    costs.record("a", 2, 1.6)
+    assert costs.pays(["a"], 1, 2)
+    # What is slower for good is found to be.
+    for _ in range(9):
+        costs.record("a", 2, 2.4)
+    assert not costs.pays(["a"], 1, 2)
 
 
 def test_the_first_run_and_old_stages_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
