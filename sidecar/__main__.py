@@ -134,7 +134,7 @@ def size(size_bytes: float) -> str:
 @click.option("--batch-window", "batch_window_s", help="Seconds that a request waits for others on an idle device.")
 @click.option("--compute-once", help="on or off: whether requests with equal inputs are computed as one.")
 @click.option("--packing", help="on or off: whether weights are packed for the processor where that is faster.")
-@click.option("--stacking", help="on or off: whether heads of one structure on one input are run as one where that pays.")
+@click.option("--stacking", help="on or off: whether heads of one structure are run as one where that pays.")
 @click.option("--lanes", help="auto or a number: how many stages of different requests run at the same time.")
 @click.option("--arena-limit", "arena_limit_bytes", help="Shared memory of one connection and direction.")
 @click.option("--arena-total", "arena_total_bytes", help="Shared memory of all connections.")
