@@ -211,8 +211,9 @@ class Catalog:
         raise _unknown(model, sorted(known for known, where in around if where == domain))
 
     def served(self) -> list[str]:
-        """Return the names of the deployed models that can be served."""
-        return [name for name, found in self._published.items() if isinstance(found, Signature)]
+        """Return the names of models that are deployed and can be served, or are awaited."""
+        found = [name for name, published in self._published.items() if isinstance(published, Signature)]
+        return [*dict.fromkeys((*self._awaited, *found))]
 
     def check_deployed(self, name: str) -> None:
         """Raise UnknownModel, naming what there is in all domains, or ModelCorrupt. For operators."""

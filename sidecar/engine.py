@@ -41,6 +41,7 @@ from sidecar.claims import Claims
 from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
 from sidecar.devicememory import DeviceMemory
+from sidecar.inflight import InFlight
 from sidecar.inturn import InTurn
 from sidecar.lanecount import LaneChoice
 from sidecar.loads import Loads, Parked
@@ -119,6 +120,7 @@ class Engine:
         quotas: Quotas = OPEN,
         lanes: int | None = 1,
         verdicts: Verdicts | None = None,
+        in_flight: InFlight | None = None,
         memory: Memory | None = None,
         activation_budget_bytes: int | None = None,
         generation: int = 0,
@@ -156,7 +158,7 @@ class Engine:
         self._in_turn: list[InTurn] = []
         # Models that functions have named and not asked for yet, by whose functions they are.
         self._ahead: dict[tuple[str, str], Tenant] = {}
-        self._queue: Scheduler[Work] = Scheduler(queue_limit)
+        self._queue: Scheduler[Work] = Scheduler(queue_limit, in_flight=in_flight)
         # Enough of one tenant for the largest batch, and for another to form meanwhile; the others keep their deadlines.
         self._turns: Turns[Call] = Turns(self._queue, 2 * batch_limit)
         self._costs = BatchCosts()
@@ -220,8 +222,8 @@ class Engine:
         self._counts = Counts()
         # Device seconds that a request for a model took of late, and when; what was measured long ago may have been a bad moment.
         self._request_s: dict[str, tuple[float, float]] = {}
-        # Device seconds that are reckoned to be needed for what waits and runs.
-        self._backlog_s = 0.0
+        # Device seconds that are reckoned to be needed for what waits and runs. Others may read it.
+        self.backlog_s = 0.0
         self._session_count = 0
         # Written by the server's thread alone.
         self._turned_away = 0
@@ -256,7 +258,7 @@ class Engine:
         return self._device.name
 
     def names(self) -> list[str]:
-        """Return the names of the deployed models that can be served."""
+        """Return the names of models that are deployed and can be served, or are awaited."""
         return self._catalog.served()
 
     def check_deployed(self, name: str) -> None:
@@ -267,10 +269,6 @@ class Engine:
     def pace(self) -> float:
         """Return the bytes of weights that are read in a second, about."""
         return self._mover.pace
-
-    def answered_in_s(self, seconds: float) -> float:
-        """Return in how long a request is answered that takes the device so many seconds, about, beside what is there already."""
-        return self._backlog_s + (self._inbox.qsize() + 1) * seconds
 
     def tell_costs(self, names: Sequence[str], told: Callable[[Mapping[str, Cost]], None]) -> None:
         """Have somebody told what models cost here, alone or several together; in the engine's thread."""
@@ -689,7 +687,7 @@ class Engine:
         if self._wavefront:
             self._runs.go_on()
         self._follow_stream()
-        self._backlog_s = self._queue.backlog_s()
+        self.backlog_s = self._queue.backlog_s()
         self._choose_lanes()
         self._finish_if_drained()
 

@@ -7,9 +7,11 @@ quotas of weights and of room to compute on each device by itself. All of this h
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from trunkline.errors import InvalidInput, TrunklineError
@@ -28,20 +30,35 @@ from sidecar.tenants import ANYONE, Quotas, Tenant
 _UNKNOWN_S: Final = 0.01
 
 
+class Together:
+    """Something that ends on several devices: ``over`` is called once, when it has on all. Any thread."""
+
+    def __init__(self, devices: Sequence[str], over: Callable[[], None]) -> None:
+        self._left = set(devices)
+        self._over = over
+        self._lock = threading.Lock()
+
+    def ended(self, device: str) -> None:
+        """Note that it has ended on a device."""
+        with self._lock:
+            is_last = self._left == {device}
+            self._left.discard(device)
+        if is_last:
+            self._over()
+
+
 class Engines:
     """Engines by the names of their devices, in the order in which an operator named them. For the server, one engine."""
 
     def __init__(
-        self, engines: Mapping[str, Engine], constraints: Constraints, clock: Callable[[], float] = time.monotonic
+        self, engines: Mapping[str, Engine], constraints: Constraints, path: Path, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engines = dict(engines)
         self._devices = list(engines)
         self._first = engines[self._devices[0]]
         self._relays: dict[Session, Relay] = {}
         self._tallies = {device: Tally() for device in engines}
-        self._placing = Placing(engines, self._tallies, constraints, clock)
-        self._undrained = set(engines)
-        self._drain_lock = threading.Lock()
+        self._placing = Placing(engines, self._tallies, constraints, path, clock)
 
     # --- the server's thread, as with one engine ---------------------------------------------------------------------
 
@@ -65,10 +82,10 @@ class Engines:
         except TrunklineError as error:
             work.session.fail(work.request_id, error)
             return
-        begun = self._tallies[device].begun
+        tally = self._tallies[device]
         # What is asked together can be combined in more ways than are worth counting.
-        counted_as = work.model if work.model in self._placing.table or len(begun) < MOST_NAMES else ""
-        begun[counted_as] += 1
+        counted_as = work.model if work.model in self._placing.table or len(tally.begun) < MOST_NAMES else ""
+        tally.begin(counted_as)
         work.session = self._relay(work.session).begin(device, counted_as)
         self._engines[device].submit(work)
 
@@ -79,7 +96,7 @@ class Engines:
         return relay
 
     def _is_over(self, device: str, model: str) -> None:
-        self._tallies[device].ended[model] += 1
+        self._tallies[device].end(model)
 
     def _chosen(self, name: str) -> str:
         """Return the device for a request. Raises InvalidInput where there is none for models that are asked together."""
@@ -87,7 +104,13 @@ class Engines:
         if len(where) == 1:
             return next(iter(where))
         seconds = self._placing.seconds.get(name, {})
-        return min(sorted(where), key=lambda device: self._engines[device].answered_in_s(seconds.get(device, _UNKNOWN_S)))
+        return min(sorted(where), key=lambda device: self._answered_in_s(device, seconds.get(device, _UNKNOWN_S)))
+
+    def _answered_in_s(self, device: str, seconds: float) -> float:
+        """Return in how long a request is answered by a device, about, that it takes so many seconds for."""
+        # What an engine has not looked at yet, and what it does not know the cost of, is taken to be like this one.
+        others_s = max(self._engines[device].backlog_s, self._tallies[device].under_way * seconds)
+        return others_s + seconds
 
     def _until_placed(self, name: str) -> frozenset[str]:
         """Return where something may be asked that has no place yet: where its models are, if they are together."""
@@ -128,10 +151,11 @@ class Engines:
         for device in devices:
             self._engines[device].command(relay.lines[device], request_id, name, dict(arguments), deadline)
 
-    def use_quotas(self, quotas: Quotas) -> None:
-        """Take up what an operator says of tenants, on every device."""
-        for engine in self._engines.values():
-            engine.use_quotas(quotas)
+    def use_quotas(self, quotas: Quotas, done: Callable[[], None] = lambda: None) -> None:
+        """Take up what an operator says of tenants, on every device; ``done`` is called when every device has all it takes."""
+        over = Together(self._devices, done)
+        for device, engine in self._engines.items():
+            engine.use_quotas(quotas, functools.partial(over.ended, device))
 
     def session_opened(self, models: Sequence[str] = (), tenant: Tenant = ANYONE) -> None:
         """Count a session, and load the models it is going to ask about, where they will be asked."""
@@ -148,16 +172,13 @@ class Engines:
     def drain(self, drained: Callable[[], None]) -> None:
         """Refuse new requests from now on, finish the accepted ones, then call ``drained`` and end ``run``."""
 
-        def one(device: str) -> None:
-            with self._drain_lock:
-                self._undrained.discard(device)
-                if self._undrained:
-                    return
+        def stop() -> None:
             self._placing.stop()
             drained()
 
+        over = Together(self._devices, stop)
         for device, engine in self._engines.items():
-            engine.drain(lambda device=device: one(device))  # type: ignore[misc]
+            engine.drain(functools.partial(over.ended, device))
 
     # --- before and while they run -----------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from trunkline.errors import TrunklineError
@@ -25,6 +26,7 @@ from trunkline.protocol import JOINT
 from sidecar.constraints import Constraints
 from sidecar.engine import Engine
 from sidecar.placement import Cost, Placement, Profile, Site, condensed, seconds_of
+from sidecar.places import read_places, write_places
 from sidecar.relays import Line
 
 log = logging.getLogger("trunkline.engine")
@@ -44,10 +46,22 @@ class Tally:
     def __init__(self) -> None:
         self.begun: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
+        self._begun_count = 0
+        self._ended_count = 0
 
     @property
     def under_way(self) -> int:
-        return self.begun.total() - self.ended.total()
+        return self._begun_count - self._ended_count
+
+    def begin(self, name: str) -> None:
+        """Count a request that is sent. The server's thread."""
+        self.begun[name] += 1
+        self._begun_count += 1
+
+    def end(self, name: str) -> None:
+        """Count one that is over. The engine's thread."""
+        self.ended[name] += 1
+        self._ended_count += 1
 
 
 class _Demand:
@@ -77,13 +91,17 @@ class _Move:
 
 
 class Placing:
-    """``run`` is the thread's body. ``table`` has the devices by what is asked for, ``seconds`` what a request takes on each."""
+    """``run`` is the thread's body. ``table`` has the devices by what is asked for, ``seconds`` what a request takes on each.
+
+    At ``path`` it is kept where models are asked, for the engines that come after these.
+    """
 
     def __init__(
         self,
         engines: Mapping[str, Engine],
         tallies: Mapping[str, Tally],
         constraints: Constraints,
+        path: Path,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table: Mapping[str, frozenset[str]] = {}
@@ -92,6 +110,7 @@ class Placing:
         self._first = next(iter(engines.values()))
         self._tallies = tallies
         self._constraints = constraints
+        self._path = path
         self._clock = clock
         self._placement = Placement(Site(name, engine.budget_bytes, engine.pace) for name, engine in engines.items())
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -130,7 +149,8 @@ class Placing:
     # --- the thread --------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Place what is deployed. Before any engine runs."""
+        """Place what there is, if it can be where it was before a restart. Before any engine runs."""
+        self._placement.placed = read_places(self._path, list(self._engines))
         self._names = self._first.names()
         self._costs = {device: engine.costs(self._names) for device, engine in self._engines.items()}
         self._take()
@@ -164,7 +184,7 @@ class Placing:
         ended = [dict(each.ended) for each in self._tallies.values()]
         begun = [dict(each.begun) for each in self._tallies.values()]
         served = self._first.names()
-        names = [*dict.fromkeys((*served, *(name for each in begun for name in each)))]
+        names = [*dict.fromkeys((*served, *(name for each in begun for name in each if JOINT in name)))]
         for name in names:
             count = sum(each.get(name, 0) for each in begun)
             under_way = count - sum(each.get(name, 0) for each in ended)
@@ -197,7 +217,8 @@ class Placing:
         # Packed weights may be of other sizes on other devices, but not by much.
         self._weigh(self._costs[next(iter(self._engines))])
         self._profiles = {name: made for name in self._names if (made := self._profile(name)) is not None}
-        for gone in [name for name in self._placement.placed if name not in self._profiles]:
+        names = set(self._names)
+        for gone in [name for name in self._placement.placed if name not in names]:
             self._placement.forget(gone)
         for name, profile in self._profiles.items():
             if name not in self._placement.placed:
@@ -229,7 +250,9 @@ class Placing:
         )
 
     def _publish(self) -> None:
-        self.table = dict(self._placement.placed)
+        if self.table != self._placement.placed:
+            self.table = dict(self._placement.placed)
+            write_places(self._path, self.table)
 
     def _move(self, name: str, where: frozenset[str]) -> None:
         """Have a model loaded where it is to be asked and is not yet; then it is asked there."""

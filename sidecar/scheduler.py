@@ -14,9 +14,10 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-from trunkline.errors import DeadlineUnreachable, QueueFull, QuotaExceeded
+from trunkline.errors import DeadlineUnreachable, QueueFull
 
 from sidecar.forecast import Forecast
+from sidecar.inflight import InFlight
 from sidecar.shares import Contender, Shares
 from sidecar.tenants import OPEN, Quotas, Tenant
 
@@ -89,10 +90,12 @@ class Load(NamedTuple):
 class Scheduler(Generic[R]):
     """Waiting requests, and the books on those that run. At most ``limit`` wait for each tenant; a full queue refuses."""
 
-    def __init__(self, limit: int, quotas: Quotas = OPEN) -> None:
+    def __init__(self, limit: int, quotas: Quotas = OPEN, in_flight: InFlight | None = None) -> None:
+        """Several schedulers may have one ``in_flight``: caps on what is under way then hold for all of them together."""
         self.forecast = Forecast()
         self.shares = Shares()
         self._limit = limit
+        self._in_flight = in_flight or InFlight()
         self._quotas = quotas
         self._tenancies: dict[str, _Tenancy[R]] = {}
         self._records: dict[int, _Record[R]] = {}
@@ -135,6 +138,7 @@ class Scheduler(Generic[R]):
             self._check_deadline(request, now, needed_s, kind, cost_s)
         self._order += 1
         record = _Record(request, self._order, kind, cost_s, now, said_s, "" if cost_s is None else loads)
+        self._in_flight.enter(tenant, request.input_bytes, self._retry_after_s(tenant))
         self._note(record).waiting.append(record)
 
     def _is_loading(self, tenant: Tenant, loads: str) -> bool:
@@ -147,6 +151,7 @@ class Scheduler(Generic[R]):
         What it is charged, the ``whole`` is reckoned to have cost.
         """
         record = _Record(request, 0, None, None, 0.0, None, whole=whole)
+        self._in_flight.follow(request.tenant, request.input_bytes)
         self._note(record).waiting.appendleft(record)
 
     def _note(self, record: _Record[R]) -> _Tenancy[R]:
@@ -163,34 +168,18 @@ class Scheduler(Generic[R]):
     def check_room(self, tenant: Tenant, input_bytes: int = 0) -> None:
         """Raise QueueFull or QuotaExceeded when no request of a tenant would be taken. Any thread: it reads numbers."""
         tenancy = self._tenancies.get(tenant.name)
-        if tenancy is None:
-            return
-        if (waiting := len(tenancy.waiting)) >= self._limit:
+        if tenancy is not None and (waiting := len(tenancy.waiting)) >= self._limit:
             raise QueueFull(
                 f"{waiting} requests are waiting, the limit is {self._limit}; try again shortly",
                 waiting_count=waiting,
                 limit_count=self._limit,
-                retry_after_s=self._retry_after_s(tenancy),
+                retry_after_s=self._retry_after_s(tenant),
             )
-        if tenancy.count >= tenant.in_flight_limit:
-            raise QuotaExceeded(
-                f"{tenancy.count} requests of {tenant.name} are under way, its quota is {tenant.in_flight_limit}; "
-                "try again shortly",
-                in_flight_count=tenancy.count,
-                limit_count=int(tenant.in_flight_limit),
-                retry_after_s=self._retry_after_s(tenancy),
-            )
-        if tenancy.count and tenancy.input_bytes + input_bytes > tenant.queued_limit_bytes:
-            raise QuotaExceeded(
-                f"the requests of {tenant.name} under way have {tenancy.input_bytes} bytes of inputs, with {input_bytes} more "
-                f"that is over its quota of {tenant.queued_limit_bytes}; try again shortly",
-                queued_bytes=tenancy.input_bytes,
-                limit_bytes=int(tenant.queued_limit_bytes),
-                retry_after_s=self._retry_after_s(tenancy),
-            )
+        self._in_flight.check(tenant, input_bytes, self._retry_after_s(tenant))
 
-    def _retry_after_s(self, tenancy: _Tenancy[R]) -> float:
+    def _retry_after_s(self, tenant: Tenant) -> float:
         # Until one of its requests is answered, about.
+        tenancy = self._tenancies.get(tenant.name) or _Tenancy()
         return round(max(_SHORTEST_WAIT_S, tenancy.backlog_s / max(1, tenancy.count)), 3)
 
     def _check_deadline(self, request: R, now: float, needed_s: float, kind: Hashable, cost_s: float) -> None:
@@ -282,6 +271,7 @@ class Scheduler(Generic[R]):
         tenancy = self._tenancies[name]
         tenancy.count -= 1
         tenancy.input_bytes -= request.input_bytes
+        self._in_flight.leave(name, request.input_bytes)
         # Sums of floats drift; with nothing there, there is nothing to do.
         tenancy.backlog_s = tenancy.backlog_s - record.left_s if tenancy.count else 0.0
         self.shares.leave(name)
@@ -335,6 +325,9 @@ class Scheduler(Generic[R]):
             own = [record for record in self._records.values() if record.request.tenant.name == name]
             assert tenancy.count == len(own), f"{name} has {len(own)} requests, {tenancy.count} were counted"
             assert tenancy.input_bytes == sum(record.request.input_bytes for record in own), f"{name} was lost count of"
+            count, input_bytes = self._in_flight.of(name)
+            assert count >= tenancy.count, f"{name} has {tenancy.count} requests here, {count} were counted in all"
+            assert input_bytes >= tenancy.input_bytes, f"{name} has {tenancy.input_bytes} bytes here, {input_bytes} in all"
             assert math.isclose(tenancy.backlog_s, sum(record.left_s for record in own), abs_tol=1e-6), (
                 f"{name}'s backlog is wrong"
             )

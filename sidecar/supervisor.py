@@ -63,7 +63,11 @@ class RunDirectory:
 
     @property
     def constraints(self) -> Path:
-        return self.root / "placement.json"
+        return self.root / "constraints.json"
+
+    @property
+    def places(self) -> Path:
+        return self.root / "places.json"
 
     def pins(self, number: int) -> Path:
         """Return where it is kept which models an operator pinned on a device."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sidecar.config import Settings
 from sidecar.http.server import AdminServer, listen_tcp, listen_unix
+from sidecar.inflight import InFlight
 from sidecar.machine import raise_descriptor_limit
 from sidecar.pins import Pins
 from sidecar.quotas import read_quotas
@@ -98,11 +99,14 @@ def _engine_process(
         quotas = quota_file.read_or_keep()
     # Swept when the sidecar started; to look through it again would keep those waiting who were served before a restart.
     store = Store(settings.store_dir, sweep=False)
-    engines = [_engine(settings, run, store, quotas, generation, number, segment) for number, segment in enumerate(segments)]
+    in_flight = InFlight()
+    engines = [
+        _engine(settings, run, store, quotas, in_flight, generation, number, segment) for number, segment in enumerate(segments)
+    ]
     engine: Engine | Engines = engines[0]
     if len(engines) > 1:
         by_device = {each.device_name: each for each in engines}
-        engine = Engines(by_device, Constraints(run.constraints, list(by_device)))
+        engine = Engines(by_device, Constraints(run.constraints, list(by_device)), run.places)
     server = Server(
         listener,
         engine,
@@ -131,7 +135,14 @@ def _engine_process(
 
 
 def _engine(
-    settings: Settings, run: RunDirectory, store: Store, quotas: Quotas, generation: int, number: int, segment: int
+    settings: Settings,
+    run: RunDirectory,
+    store: Store,
+    quotas: Quotas,
+    in_flight: InFlight,
+    generation: int,
+    number: int,
+    segment: int,
 ) -> Engine:
     """Return the engine of one of the devices."""
     from sidecar.devices import open_device
@@ -161,6 +172,7 @@ def _engine(
         quotas=quotas,
         lanes=settings.lanes,
         verdicts=verdicts,
+        in_flight=in_flight,
         memory=memory_of(
             device, store, segment, blocks, budget_bytes, settings.host_budget_bytes, settings.block_files_limit_bytes
         ),

@@ -22,6 +22,7 @@ from sidecar.constraints import Constraints
 from sidecar.engine import Engine
 from sidecar.engines import Engines
 from sidecar.errors import BlobCorrupt, BlobMissing
+from sidecar.inflight import InFlight
 from sidecar.pins import Pins
 from sidecar.server import Reload, Server
 from sidecar.tenants import OPEN, Quotas
@@ -222,7 +223,7 @@ def running_server(
     *,
     device: Any = None,
     beside: Sequence[Any] = (),
-    clock: Callable[[], float] = time.monotonic,
+    placing_clock: Callable[[], float] = time.monotonic,
     budget_bytes: int = 1 << 20,
     queue_limit: int = 64,
     arena_limit_bytes: int = 1 << 22,
@@ -236,7 +237,7 @@ def running_server(
     """Serve ``source`` on a socket in ``directory`` until the block ends; check that nothing was left behind.
 
     ``source`` is a ``FakeSource`` or a real store, ``device`` a real one or, where there is none, a ``FakeDevice``. Devices
-    ``beside`` it have engines of their own; models are placed by ``clock``.
+    ``beside`` it have engines of their own; models are placed by ``placing_clock``.
     """
     path = directory / "trunkline.sock"
     path.unlink(missing_ok=True)
@@ -244,6 +245,7 @@ def running_server(
     listener.bind(str(path))
     listener.listen(64)
     device = device or FakeDevice()
+    in_flight = InFlight()
     all_engines = [
         Engine(
             each,
@@ -252,6 +254,7 @@ def running_server(
             budget_bytes=budget_bytes,
             queue_limit=queue_limit,
             quotas=quotas,
+            in_flight=in_flight,
             **engine_settings,
         )
         for number, each in enumerate((device, *beside))
@@ -259,7 +262,8 @@ def running_server(
     engine, engines = all_engines[0], None
     if beside:
         by_device = {each.device_name: each for each in all_engines}
-        engines = Engines(by_device, Constraints(directory / "placement.json", list(by_device)), clock)
+        constraints = Constraints(directory / "constraints.json", list(by_device))
+        engines = Engines(by_device, constraints, directory / "places.json", placing_clock)
     serving = engines or engine
     server = Server(
         listener,
@@ -287,5 +291,6 @@ def running_server(
     assert not any(thread.is_alive() for thread in threads), "engine or server did not stop"
     for each in all_engines:
         each.check_invariants()
+    assert not in_flight._by_tenant, "requests are under way that nobody has"
     for each in (device, *beside):
         assert getattr(each, "peak_bytes", 0) <= budget_bytes, "the budget was exceeded"

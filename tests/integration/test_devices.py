@@ -579,7 +579,7 @@ def test_lack_of_memory_is_told_from_other_failures(device: TorchDevice, error: 
     unready: Any = Unready(error)
     works: list[Callable[[], object]] = [
         lambda: device._brought(unready),
-        lambda: device.run_stacked(unready, [], [], 2),
+        lambda: device.run_stacked(unready, [], [[], []]),
         lambda: device.read_output(torch.ones(1), unready),
     ]
     for work in works:

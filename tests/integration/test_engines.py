@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 from trunkline import client, model, models
 from trunkline.admin import AdminConnection
-from trunkline.errors import InvalidInput, QueueFull, TrunklineError, UnknownModel
+from trunkline.client import Model
+from trunkline.errors import InvalidInput, QueueFull, QuotaExceeded, TrunklineError, UnknownModel
+from trunkline.pool import Pool
 
 from sidecar import placing
 from sidecar.placement import REST_S
 from sidecar.placing import LOOK_EVERY_S, Placing
-from sidecar.tenants import ANYONE
+from sidecar.tenants import ANYONE, OPEN, Quotas
 from tests.fakes import ADMIN_TOKEN, FakeDevice, FakeSource, Running, bundle_of, running_server
 from tests.integration.test_lanes import Gate
 from tests.nodes import until
@@ -121,7 +124,7 @@ def two(tmp_path: Path, source: FakeSource, clock: Time, monkeypatch: pytest.Mon
     monkeypatch.setattr(Placing, "_pause_s", lambda self: 3600.0)
     one, other = Device("one"), Device("other")
     source.put(bundle_of("other", [b"other"]), [b"other"])
-    with running_server(tmp_path, source, device=one, beside=[other], clock=clock) as made:
+    with running_server(tmp_path, source, device=one, beside=[other], placing_clock=clock) as made:
         monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
         yield Two(made, one, other, clock)
         for device in (one, other):
@@ -295,9 +298,9 @@ def test_nobody_can_be_placed_who_is_not_there(two: Two) -> None:
 
 def test_constraints_outlive_the_engines(tmp_path: Path, source: FakeSource, clock: Time) -> None:
     for device in ("one", "other"):
-        with running_server(tmp_path, source, device=Device("one"), beside=[Device("other")], clock=clock) as made:
+        with running_server(tmp_path, source, device=Device("one"), beside=[Device("other")], placing_clock=clock) as made:
             AdminConnection(made.path, ADMIN_TOKEN).command("place", {"name": "age", "allow": [device]})
-        with running_server(tmp_path, source, device=Device("one"), beside=[Device("other")], clock=clock) as made:
+        with running_server(tmp_path, source, device=Device("one"), beside=[Device("other")], placing_clock=clock) as made:
             assert made.engines is not None
             assert made.engines._placing.table["age"] == {device}
 
@@ -455,3 +458,60 @@ def test_a_tenant_is_told_to_wait_only_when_no_device_has_room(tmp_path: Path, s
         with pytest.raises(QueueFull):
             engines.check_room(ANYONE)
         assert made.engine._turned_away == 1
+
+
+def test_caps_on_what_is_under_way_hold_for_all_devices_together(
+    tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quotas = Quotas({"anyone": replace(ANYONE, in_flight_limit=2)})
+    one, other = Device("one"), Device("other")
+    with running_server(tmp_path, source, device=one, beside=[other], quotas=quotas) as made:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
+        admin = AdminConnection(made.path, ADMIN_TOKEN)
+        for name, device in (("age", "one"), ("gender", "other")):
+            admin.command("place", {"name": name, "allow": [device]})
+        one.gate, other.gate = Gate(), Gate()
+        pools = [Pool() for _ in range(3)]
+        with ThreadPoolExecutor(3) as threads:
+            asked = [threads.submit(Model(name, pool), X) for name, pool in zip(("age", "gender"), pools, strict=False)]
+            assert one.gate.entered.wait(LATE)
+            assert other.gate.entered.wait(LATE)
+            for name in ("age", "gender"):
+                with pytest.raises(QuotaExceeded, match="2 requests of anyone are under way, its quota is 2"):
+                    Model(name, pools[2])(X)
+            one.gate.leave.set()
+            other.gate.leave.set()
+            for each in asked:
+                each.result(LATE)
+            Model("age", pools[2])(X)
+        for pool in pools:
+            pool.close()
+
+
+def test_models_are_asked_where_they_were_before_a_restart(tmp_path: Path, source: FakeSource, clock: Time) -> None:
+    for device in ("other", "one"):
+        with running_server(tmp_path, source, device=Device("one"), beside=[Device("other")], placing_clock=clock) as made:
+            admin = AdminConnection(made.path, ADMIN_TOKEN)
+            for limits in ([device], []):
+                admin.command("place", {"name": "age", "allow": limits})
+        with running_server(tmp_path, source, device=Device("one"), beside=[Device("other")], placing_clock=clock) as made:
+            assert made.engines is not None
+            assert made.engines._placing.table["age"] == {device}
+
+
+def test_a_change_of_quotas_is_over_when_it_is_on_all_devices(two: Two) -> None:
+    engines = two.running.engines
+    assert engines is not None
+    two.command("place", name="age", allow=["one"])
+    two.one.gate = Gate()
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(check, "age")
+        assert two.one.gate.entered.wait(LATE)
+        engines.use_quotas(OPEN, done.set)
+        # The other device has done this after that.
+        two.command("place", name="gender", allow=["other"])
+        assert not done.is_set()
+        two.one.gate.leave.set()
+        asked.result(LATE)
+    assert done.wait(LATE)

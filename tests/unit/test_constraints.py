@@ -17,18 +17,18 @@ DEVICES = ["cpu:0", "cpu:1"]
 
 
 def test_without_a_word_a_model_may_be_anywhere(tmp_path: Path) -> None:
-    assert Constraints(tmp_path / "placement.json", DEVICES).devices_of("m") == DEVICES
+    assert Constraints(tmp_path / "constraints.json", DEVICES).devices_of("m") == DEVICES
 
 
 def test_what_is_said_outlives_the_engine(tmp_path: Path) -> None:
-    made = Constraints(tmp_path / "placement.json", DEVICES)
+    made = Constraints(tmp_path / "constraints.json", DEVICES)
     made.change("m", {"allow": ["cpu:1"]})
     made.change("n", {"forbid": ["cpu:1"]})
     made.change("o", {"forbid": ["cpu:1"]})
     made.change("o", {"forbid": []})
-    again = Constraints(tmp_path / "placement.json", DEVICES)
+    again = Constraints(tmp_path / "constraints.json", DEVICES)
     assert [again.devices_of(name) for name in "mno"] == [["cpu:1"], ["cpu:0"], DEVICES]
-    assert json.loads((tmp_path / "placement.json").read_text()).keys() == {"m", "n"}
+    assert json.loads((tmp_path / "constraints.json").read_text()).keys() == {"m", "n"}
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_what_makes_no_sense_is_refused(asked: dict[str, Any], message: str) -> 
 def test_what_cannot_be_understood_is_ignored(
     tmp_path: Path, content: bytes, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "placement.json").write_bytes(content)
-    made = Constraints(tmp_path / "placement.json", DEVICES)
+    (tmp_path / "constraints.json").write_bytes(content)
+    made = Constraints(tmp_path / "constraints.json", DEVICES)
     assert made.devices_of("m") == DEVICES
     assert made.devices_of("n") == (["cpu:1"] if b'"n"' in content else DEVICES)
     assert message in caplog.text
@@ -73,7 +73,7 @@ def test_what_cannot_be_saved_holds_until_the_end(
     def refuse(*names: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    made = Constraints(tmp_path / "placement.json", DEVICES)
+    made = Constraints(tmp_path / "constraints.json", DEVICES)
     monkeypatch.setattr(os, "replace", refuse)
     with caplog.at_level(logging.WARNING):
         made.change("m", {"allow": ["cpu:1"]})
