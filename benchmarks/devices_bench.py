@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from benchmarks.harness import Sidecar
-from benchmarks.lanes_bench import NO_BATCHES, WORKLOADS, clients
+from benchmarks.lanes_bench import NO_BATCHES, clients, workloads
 from benchmarks.tenancy_bench import TenancyBench, closed_loop
 
 # Enough for every device to have something to do, all the time.
@@ -29,9 +29,7 @@ def devices(bench: TenancyBench) -> None:
     both = bench.start_sidecar("devices", len(cores), device=",".join(names), **NO_BATCHES)
     bench.fill(*alone, both)
     figures, raw = bench.report.figures, bench.report.raw.setdefault("devices", {"devices": names})
-    for workload, wanted in WORKLOADS.items():
-        if bench.report.quick and workload != "mixed":
-            continue
+    for workload, wanted in workloads(bench).items():
         models = [name for name in wanted if name in bench.families]
         together = clients(bench, both, models, _CLIENTS)
         closed_loop(together, _SETTLING_S[bench.report.quick])

@@ -29,7 +29,7 @@ DOMAIN = "shared"
 QUIET_SHARE = 0.3
 LOUD = {True: 16, False: 100}
 OVERSUBSCRIBED = 5
-MODELS = {True: 6, False: 12}
+MODELS = {True: 4, False: 12}
 
 
 def _quota_file(bench: TenancyBench) -> str:

@@ -11,7 +11,8 @@ if [ -d .whl ]; then
   export PYTHONPATH="/tmp/trunkline-site:$PYTHONPATH"
 fi
 status=0
-timeout 240 python3 -m pytest -q -m gpu --override-ini addopts=--import-mode=importlib 2>&1 | tee "$OUT/gpu_tests.txt" || status=1
-timeout 140 python3 -m benchmarks.thin --quick --device "$DEVICE" --json "$OUT/thin_gpu.json" || status=1
-timeout 140 python3 -m benchmarks.sharing --quick --device "$DEVICE" --json "$OUT/sharing_gpu.json" || status=1
+timeout 180 python3 -m pytest -q -m gpu --override-ini addopts=--import-mode=importlib 2>&1 | tee "$OUT/gpu_tests.txt" || status=1
+for name in thin sharing swap tenancy; do
+  timeout 85 python3 -m "benchmarks.$name" --quick --device "$DEVICE" --json "$OUT/${name}_gpu.json" || status=1
+done
 exit $status

@@ -14,6 +14,11 @@ WORKLOADS = {"conv": ("conv0",), "transformer": ("text0",), "mixed": ("conv0", "
 NO_BATCHES = {"TRUNKLINE_BATCH_LIMIT": "1", "TRUNKLINE_COMPUTE_ONCE": "off"}
 
 
+def workloads(bench: TenancyBench) -> dict[str, tuple[str, ...]]:
+    """Return what clients ask for; in a quick run, only all of it."""
+    return {"mixed": WORKLOADS["mixed"]} if bench.report.quick else WORKLOADS
+
+
 def asking(sidecar: Sidecar, name: str, array: np.ndarray) -> Callable[[], object]:
     model = sidecar.model(name)
     return lambda: model(array)
@@ -30,17 +35,20 @@ def lanes(bench: TenancyBench) -> None:
     """Answers per second at batch 1, and with batches across functions, with one lane and with as many as there are threads."""
     threads = bench.threads
     many = str(threads)
-    sidecars = {
-        "one": bench.start_sidecar("one", threads, TRUNKLINE_LANES="1", **NO_BATCHES),
-        "many": bench.start_sidecar("many", threads, TRUNKLINE_LANES=many, **NO_BATCHES),
-        "one_batched": bench.start_sidecar("one-batched", threads, TRUNKLINE_LANES="1"),
-        "many_batched": bench.start_sidecar("many-batched", threads, TRUNKLINE_LANES=many),
-    }
     # What one core does by itself: as many of it as there are would be the most that lanes could reach.
     single = bench.start_sidecar("single", 1, TRUNKLINE_LANES="1", **NO_BATCHES)
-    bench.fill(*sidecars.values(), single)
+    one = bench.start_sidecar("one", threads, store="lanes", TRUNKLINE_LANES="1", **NO_BATCHES)
+    bench.fill(one, single)
+    # What the first has found out about models is there for the others.
+    sidecars = {
+        "one": one,
+        "many": bench.start_sidecar("many", threads, store="lanes", TRUNKLINE_LANES=many, **NO_BATCHES),
+        "one_batched": bench.start_sidecar("one-batched", threads, store="lanes", TRUNKLINE_LANES="1"),
+        "many_batched": bench.start_sidecar("many-batched", threads, store="lanes", TRUNKLINE_LANES=many),
+    }
+    bench.fill(*sidecars.values())
     figures, raw = bench.report.figures, bench.report.raw.setdefault("lanes", {"threads": threads})
-    for workload, wanted in WORKLOADS.items():
+    for workload, wanted in workloads(bench).items():
         names = [name for name in wanted if name in bench.families]
         found: dict[str, dict[str, float]] = {name: {} for name in sidecars}
         for count in bench.scale.clients:

@@ -39,13 +39,16 @@ class _Errors:
 
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_COMPARED))
     count: int = 0
+    # In the mean, and almost at the worst.
+    mean: float = 1.0
     factor: float = 1.0
 
     def note(self, ratio: float) -> None:
-        self.ratios.append(ratio)
+        self.ratios.append(min(ratio, _MOST_FACTOR))
         self.count += 1
         if self.count % _LOOKED_UP == 0:
-            self.factor = min(_MOST_FACTOR, max(1.0, heapq.nlargest(2, self.ratios)[1]))
+            self.mean = sum(self.ratios) / len(self.ratios)
+            self.factor = max(1.0, heapq.nlargest(2, self.ratios)[1])
 
 
 class Forecast:
@@ -86,16 +89,25 @@ class Forecast:
         """Return what a request of this kind costs; None where none was seen."""
         return self._seconds.get(kind)
 
-    def raised_s(self, said_s: float, who: Hashable = None) -> float:
-        """Return by when almost every request of somebody is answered that is said to take so long."""
-        errors = self._errors.get((who, math.frexp(said_s)[1]))
-        return said_s if errors is None else said_s * errors.factor
+    def expected_s(self, reckoned_s: float, who: Hashable = None) -> float:
+        """Return how long a request of somebody takes in the mean that is reckoned to take so long.
 
-    def compare(self, said_s: float, actual_s: float, who: Hashable = None) -> None:
-        """Note how long a request of somebody took of which was said how long it would."""
+        What is reckoned is wrong in one direction for a while: weights that wait for each other on paper are read while others
+        compute, or somebody else has the processor.
+        """
+        errors = self._errors.get((who, math.frexp(reckoned_s)[1]))
+        return reckoned_s if errors is None else reckoned_s * errors.mean
+
+    def raised_s(self, reckoned_s: float, who: Hashable = None) -> float:
+        """Return by when almost every request of somebody is answered that is reckoned to take so long."""
+        errors = self._errors.get((who, math.frexp(reckoned_s)[1]))
+        return reckoned_s if errors is None else reckoned_s * errors.factor
+
+    def compare(self, reckoned_s: float, said_s: float, actual_s: float, who: Hashable = None) -> None:
+        """Note how long a request of somebody took, of which was reckoned, and by that said, how long it would."""
         self._latest.append((said_s, actual_s))
         # By powers of two: what is said to take a millisecond may well take three, and a queue of seconds hardly twice as long.
-        self._errors.setdefault((who, math.frexp(said_s)[1]), _Errors()).note(actual_s / said_s)
+        self._errors.setdefault((who, math.frexp(reckoned_s)[1]), _Errors()).note(actual_s / reckoned_s)
 
     def percentiles(self, share: float) -> tuple[float, float]:
         """Return the seconds below which this share lies of what was said of the latest requests, and of what they took."""

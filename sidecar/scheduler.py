@@ -47,9 +47,10 @@ class _Record(Generic[R]):
     order: int
     kind: Hashable
     cost_s: float | None
-    # When it was submitted, and how long it was said to take.
+    # When it was submitted, how long it was reckoned to take, and by that and what came of others, said.
     submitted_s: float
-    said_s: float | None
+    reckoned_s: float | None
+    said_s: float = 0.0
     # Of which weights the time is reckoned in that they take to be there; "" for none.
     loads: str = ""
     # The request that this one is a part of.
@@ -125,19 +126,21 @@ class Scheduler(Generic[R]):
         tenant = request.tenant
         self.check_room(tenant, request.input_bytes)
         cost_s = self.forecast.cost_s(kind)
-        said_s = None
+        reckoned_s, said_s = None, 0.0
         if cost_s is not None:
             # Whoever waits for it waits for its weights as well: where models push each other out, one is read after the other.
             # But those of one model are read once.
             if not load_s or (loads and self._is_loading(tenant, loads)):
                 loads, load_s = "", 0.0
             cost_s += load_s
-            said_s = self._wait_s(tenant, cost_s)
+            reckoned_s = said_s = needed_s = self._wait_s(tenant, cost_s)
             # With nothing under way, what held up others says nothing of it.
-            needed_s = self.forecast.raised_s(said_s, tenant.name) if self._records else said_s
+            if self._records:
+                said_s = self.forecast.expected_s(reckoned_s, tenant.name)
+                needed_s = self.forecast.raised_s(reckoned_s, tenant.name)
             self._check_deadline(request, now, needed_s, kind, cost_s)
         self._order += 1
-        record = _Record(request, self._order, kind, cost_s, now, said_s, "" if cost_s is None else loads)
+        record = _Record(request, self._order, kind, cost_s, now, reckoned_s, said_s, "" if cost_s is None else loads)
         self._in_flight.enter(tenant, request.input_bytes, self._retry_after_s(tenant))
         self._note(record).waiting.append(record)
 
@@ -278,8 +281,8 @@ class Scheduler(Generic[R]):
         if answered_s is not None:
             if record.kind is not None:
                 self.forecast.learn(record.kind, record.charged_s)
-            if record.said_s:
-                self.forecast.compare(record.said_s, answered_s - record.submitted_s, name)
+            if record.reckoned_s:
+                self.forecast.compare(record.reckoned_s, record.said_s, answered_s - record.submitted_s, name)
         if not tenancy.count and name not in self._quotas.tenants:
             del self._tenancies[name]
         return record.charged_s

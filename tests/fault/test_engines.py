@@ -114,3 +114,17 @@ def test_what_there_is_for_a_device_goes_with_it(sidecar: SidecarProcess) -> Non
     assert not segment.exists()
     pool = Pool()
     assert answer("one", pool).shape == (1, WIDTH)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_and_a_cpu_answer_alike(tmp_path: Path, bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with sidecar_process(tmp_path, "--device", "cuda:0,cpu", "--memory-budget", "64MB") as running:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", str(running.socket))
+        running.admin.push(bundles[0])
+        pool, found = Pool(), []
+        for device in ("cuda:0", "cpu"):
+            assert running.admin.post("models/one/place", {"allow": [device]})["devices"] == [device]
+            found.append(answer("one", pool))
+        np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+    (SHARED_MEMORY / segment_name(running.run_dir.resolve() / "device-1")[1:]).unlink(missing_ok=True)

@@ -256,17 +256,17 @@ def test_what_is_said_is_raised_by_how_wrong_such_predictions_were() -> None:
     forecast = Forecast()
     assert forecast.raised_s(1.0) == 1.0
     for number in range(256):
-        forecast.compare(1.0, 1.5 if number % 100 == 7 else 0.9)
+        forecast.compare(1.0, 1.0, 1.5 if number % 100 == 7 else 0.9)
     # The worst but one; and nothing of what takes much less, or much longer.
-    forecast.compare(1.0, 100.0)
+    forecast.compare(1.0, 1.0, 100.0)
     assert forecast.raised_s(1.2) == pytest.approx(1.8)
     assert forecast.raised_s(0.2) == 0.2
     assert forecast.raised_s(4.0) == 4.0
     for _ in range(256):
-        forecast.compare(1.0, 0.9)
+        forecast.compare(1.0, 1.0, 0.9)
     assert forecast.raised_s(1.0) == 1.0
     for _ in range(256):
-        forecast.compare(1.0, 100.0)
+        forecast.compare(1.0, 1.0, 100.0)
     assert forecast.raised_s(1.0) == 8.0
     assert forecast.raised_s(0.0) == 0.0
 
@@ -321,8 +321,8 @@ def test_weights_that_several_requests_wait_for_are_read_once() -> None:
 def test_predictions_are_raised_by_how_late_ones_own_requests_were() -> None:
     forecast = Forecast()
     for _ in range(256):
-        forecast.compare(1.0, 100.0, "low")
-        forecast.compare(1.0, 1.0, "high")
+        forecast.compare(1.0, 1.0, 100.0, "low")
+        forecast.compare(1.0, 1.0, 1.0, "high")
     assert forecast.raised_s(1.0, "low") == 8.0
     assert forecast.raised_s(1.0, "high") == 1.0
 
@@ -331,7 +331,7 @@ def test_percentiles_of_what_was_said_and_what_came() -> None:
     forecast = Forecast()
     assert forecast.percentiles(0.99) == (0.0, 0.0)
     for number in range(1500):
-        forecast.compare(number + 1.0, 2.0 * (number + 1))
+        forecast.compare(1.0, number + 1.0, 2.0 * (number + 1))
     # Of the latest 1000.
     assert forecast.percentiles(0.5) == (1001.0, 2002.0)
     assert forecast.percentiles(0.99) == (1491.0, 2982.0)
@@ -344,3 +344,21 @@ def test_kinds_that_are_remembered_are_bounded() -> None:
         forecast.learn(number, 1.0)
     assert forecast.cost_s(4999) == 1.0
     assert sum(forecast.cost_s(number) is not None for number in range(5000)) < 4097
+
+
+def test_what_is_said_follows_what_came_of_what_was_reckoned() -> None:
+    forecast = Forecast()
+    for _ in range(15):
+        forecast.compare(1.0, 1.0, 0.5)
+    assert forecast.expected_s(1.0) == 1.0
+    forecast.compare(1.0, 1.0, 0.5)
+    assert forecast.expected_s(1.2) == pytest.approx(0.6)
+    # It is another matter what takes four times as long, and what somebody else is told.
+    assert forecast.expected_s(4.0) == 4.0
+    assert forecast.expected_s(1.2, "other") == 1.2
+    # Deadlines are held against what almost always holds.
+    assert forecast.raised_s(1.2) == 1.2
+    # One that was held up for minutes is no measure.
+    for number in range(256):
+        forecast.compare(1.0, 0.5, 1000.0 if number == 7 else 0.5)
+    assert forecast.expected_s(1.0) == pytest.approx(0.5, rel=0.1)
