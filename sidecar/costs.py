@@ -23,6 +23,8 @@ _FEW: Final = 3
 _TOLERATED: Final = 1.03
 # What was refused so often is tried again, in case it was measured in a bad moment; the worse it was, the later.
 _TRY_AGAIN: Final = 200
+# Once in so many times rows that would be a batch are run apart: what nobody runs is not measured, and may cost less by now.
+_APART: Final = 200
 # Stages that are remembered.
 _MOST: Final = 8192
 
@@ -35,6 +37,7 @@ class BatchCosts:
         # How many runs were measured of those that are not known yet.
         self._seen: dict[tuple[Hashable, int], int] = {}
         self._refused: dict[tuple[Hashable, int], int] = {}
+        self._accepted: dict[tuple[Hashable, int], int] = {}
 
     def record(self, key: Hashable, rows: int, seconds: float) -> None:
         """Note how long a stage took for a batch. The first time counts for nothing: something is always set up then."""
@@ -42,7 +45,7 @@ class BatchCosts:
         seen = self._seen.get(place)
         if seen is None:
             if len(self._seen) >= _MOST:
-                for kept in (self._seconds, self._seen, self._refused):
+                for kept in (self._seconds, self._seen, self._refused, self._accepted):
                     kept.clear()
             self._seen[place] = 0
             return
@@ -65,18 +68,26 @@ class BatchCosts:
         """
         small, large = _class(apart), _class(together)
         ratio = self._ratio(keys, small, large)
-        if ratio <= _TOLERATED:
-            return True
         place = (keys[0], large)
+        if ratio <= _TOLERATED:
+            self._accepted[place] = self._accepted.get(place, 0) + (ratio > 0)
+            if self._accepted[place] < _APART:
+                return True
+            del self._accepted[place]
+            self._doubt(keys, small)
+            return False
         self._refused[place] = self._refused.get(place, 0) + times
         if self._refused[place] < _TRY_AGAIN * ratio:
             return False
         del self._refused[place]
-        for key in keys:
-            if (key, large) in self._seconds:
-                # One run more decides.
-                self._seen[key, large] = min(self._seen[key, large], _FEW - 1)
+        self._doubt(keys, large)
         return True
+
+    def _doubt(self, keys: Sequence[Hashable], size: int) -> None:
+        """Have one run more decide what a row costs in batches of a size, if it is faster."""
+        for key in keys:
+            if (key, size) in self._seconds:
+                self._seen[key, size] = min(self._seen[key, size], _FEW - 1)
 
     def _ratio(self, keys: Sequence[Hashable], small: int, large: int) -> float:
         """Return what a row costs in a large batch, in parts of what it costs in a small one, as far as that is known; or 0."""

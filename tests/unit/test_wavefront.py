@@ -442,6 +442,18 @@ def test_no_single_run_says_what_a_batch_costs() -> None:
     assert not costs.pays(["a"], 1, 2)
 
 
+def test_what_a_row_costs_alone_is_measured_again_now_and_then() -> None:
+    costs = BatchCosts()
+    for rows, seconds in ((1, 1.0), (4, 2.0)):
+        for _ in range(4):
+            costs.record("stage", rows, seconds)
+    # Alone it was measured in a bad moment.
+    asked = [costs.pays(["stage"], 1, 4) for _ in range(200)]
+    assert asked == [True] * 199 + [False]
+    costs.record("stage", 1, 0.4)
+    assert not costs.pays(["stage"], 1, 4)
+
+
 def test_the_first_run_and_old_stages_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.costs._MOST", 4)
     costs = BatchCosts()
