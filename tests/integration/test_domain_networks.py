@@ -140,6 +140,8 @@ def test_each_domain_finds_its_weights_again_after_a_restart(node: Node) -> None
         client._pool.close()
     node.source.blobs.clear()
     with node.serve(quotas=BOTH) as running:
+        # With the first command, all that is awaited is deployed.
+        ask(running, "models")
         assert keys(running) == before
         assert ask(running, "memory")["resident_bytes"] == resident_bytes
         for domain in domains:
@@ -156,6 +158,7 @@ def test_each_domain_finds_its_weights_again_after_a_restart(node: Node) -> None
         client._pool.close()
     # A domain that is gone leaves nothing behind.
     with node.serve(quotas=quotas(b="*")) as running:
+        ask(running, "models")
         assert keys(running) == {name: weights for name, weights in before.items() if name.endswith("@b")}
         assert ask(running, "memory")["resident_bytes"] * 2 == resident_bytes
         assert called(running, f"{made.name}@b", inputs)

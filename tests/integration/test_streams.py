@@ -113,6 +113,8 @@ def test_the_first_run_after_a_restart_is_predicted_by_the_trial_before_it(node:
     before: tuple[float, ...] = ()
     for _ in range(2):
         with node.serve() as running:
+            # What is awaited is deployed.
+            ask(running, "models")
             run_s = running.engine._catalog.deployed[made.name].run_s
             assert run_s == (before or run_s)
             check(made, 0)

@@ -180,7 +180,7 @@ def test_a_running_group_is_neither_chosen_nor_merged_nor_waited_for() -> None:
     assert second is not first
     assert [each.extent for each in (first, second)] == [1, 1]
     assert wavefront.choose() is None
-    assert wavefront.beside(first, lambda one, other: True) == []
+    assert wavefront.others(first, lambda one, other: True) == []
     end(wavefront, first)
     # It is ahead, and the other, which is behind, is under way: nobody waits.
     assert begin(wavefront).index == 1
