@@ -217,9 +217,9 @@ class Catalog:
 
     def check_deployed(self, name: str) -> None:
         """Raise UnknownModel, naming what there is in all domains, or ModelCorrupt. For operators."""
-        published = self._published
-        if name not in published:
-            raise _unknown(name, sorted(published))
+        known = {*self._awaited, *self._published}
+        if name not in known:
+            raise _unknown(name, sorted(known))
         self.signature(name)
 
     def joint(self, name: str) -> Joint:

@@ -83,6 +83,9 @@ class Commands:
         command = self._commands.get(name)
         if command is None:
             raise InvalidInput(f"there is no command {name[:64]!r}")
+        device = arguments.pop("device", own := self._catalog.device.name)
+        if device != own:
+            raise InvalidInput(f"there is no device {str(device)[:64]!r} here, there is {own}")
         return command(work, arguments)
 
     def _known(self, name: str) -> Deployed:

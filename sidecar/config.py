@@ -141,14 +141,21 @@ def _devices(value: object) -> str:
     matches = [_DEVICE.fullmatch(name) for name in names]
     if not all(matches) or (len(names) > 1 and "auto" in names):
         raise ValueError("auto, or one or several of cpu, cpu:N, cpu:N-M, cuda:N, with commas in between")
-    cores: set[int] = set()
+    taken: set[str] = set()
     for name, match in zip(names, matches, strict=True):
         assert match is not None
-        # All cores are in the way of any.
-        own = range(10_000) if name == "cpu" else range(int(match[1] or 0), int(match[2] or match[1] or -1) + 1)
-        if (match[1] and not own) or not cores.isdisjoint(own) or names.count(name) > 1:
+        kind, _, number = name.partition(":")
+        own = {f"{kind} {int(number or 0)}"}
+        if kind == "cpu":
+            # Without numbers, all cores.
+            first, last = int(match[1] or 0), int(match[2] or match[1] or 9999)
+            own = {f"core {core}" for core in range(first, last + 1)}
+            if match[1] and not os.sched_getaffinity(0).issuperset(range(first, last + 1)):
+                usable = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+                raise ValueError(f"made of cores that this process may use, which are {usable}")
+        if not own or not taken.isdisjoint(own):
             raise ValueError("a list of devices that have nothing in common, such as cpu:0-1,cpu:2-3")
-        cores.update(own)
+        taken |= own
     return ",".join(names)
 
 

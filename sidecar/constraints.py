@@ -65,6 +65,8 @@ class Constraints:
         self._path = path
         self._devices = devices
         self._by_name: dict[str, Constraint] = {}
+        # What was said with other devices, which may be back.
+        self._ignored: dict[str, Any] = {}
         try:
             stored = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -81,6 +83,7 @@ class Constraints:
                 self._by_name[name] = Constraint().changed(plain if isinstance(plain, dict) else {}, devices)
             except InvalidInput as error:
                 # Of another set of devices, perhaps.
+                self._ignored[name] = plain
                 self._ignore(f"for {name[:64]!r}, {error.message}")
 
     def _ignore(self, problem: str) -> None:
@@ -97,7 +100,9 @@ class Constraints:
     def change(self, name: str, asked: Mapping[str, Any]) -> None:
         """Say where a model may be. Raises InvalidInput."""
         self._by_name[name] = self.of(name).changed(asked, self._devices)
+        self._ignored.pop(name, None)
         kept = {name: each.to_plain() for name, each in sorted(self._by_name.items()) if each != Constraint()}
+        kept = self._ignored | kept
         temporary = self._path.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(kept))

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from trunkline.errors import (
@@ -84,6 +84,8 @@ _MOST_TAKEN: Final = 64
 _WEIGHT: Final = 0.1
 _MEASURED_FOR_S: Final = 600.0
 _MOST_MEASURED: Final = 1024
+# Whose such loads are: nobody's who has limits.
+_ITSELF: Final = replace(ANYONE, name="(sidecar)")
 # How long a load may take that nobody has asked for over a connection: of models that were pinned before a restart, say.
 _OWN_LOAD_S: Final = 600.0
 # What is on disk is read through once in so long, a MiB and then a pause: 20 MB/s at most.
@@ -217,6 +219,7 @@ class Engine:
         self._kept: set[str] = set()
         self._draining = False
         self._drained: Callable[[], None] | None = None
+        self._stays = False
         self._finished = False
         self._ended = threading.Event()
         self._counts = Counts()
@@ -327,9 +330,16 @@ class Engine:
         """Drop everything a session has queued; it is told ``released`` when nothing of it is left."""
         self._post(lambda: self._forget(session))
 
-    def drain(self, drained: Callable[[], None]) -> None:
-        """Refuse new requests from now on, finish the accepted ones, then call ``drained`` and end ``run``."""
-        self._post(lambda: self._start_drain(drained))
+    def drain(self, drained: Callable[[], None], stays: bool = False) -> None:
+        """Refuse new requests from now on, finish the accepted ones, then call ``drained`` and end ``run``.
+
+        One that ``stays`` goes on to tell whoever asks that it is draining, until ``end`` is called.
+        """
+        self._post(lambda: self._start_drain(drained, stays))
+
+    def end(self) -> None:
+        """End ``run``, of an engine that is drained."""
+        self._post(self._end)
 
     def _post(self, command: Callable[[], None]) -> None:
         self._inbox.put(command)
@@ -508,6 +518,13 @@ class Engine:
             self._lacking = deque(self._catalog.lacking())
             self._deploy_lacking()
 
+    def _deploy_first(self, names: Sequence[str]) -> None:
+        """Deploy those of these models that may be used since the quotas changed and have not had their turn yet."""
+        for name in names:
+            if name in self._lacking:
+                self._lacking.remove(name)
+                self._deploy_one(name)
+
     def _deploy_lacking(self) -> None:
         if not self._lacking:
             # Whose quotas were replaced meanwhile are told as well.
@@ -518,6 +535,9 @@ class Engine:
         name = self._lacking.popleft()
         # Others take their turn in between.
         self._post(self._deploy_lacking)
+        self._deploy_one(name)
+
+    def _deploy_one(self, name: str) -> None:
         try:
             deployed = self._catalog.complete(name)
         except UnknownModel:
@@ -624,7 +644,7 @@ class Engine:
 
     def _own_load(self, name: str, session: Session | None = None) -> Work:
         """Return a load that nobody has asked for over a connection."""
-        return Work(session or _Awaited(), 0, name, self._clock() + _OWN_LOAD_S)
+        return Work(session or _Awaited(), 0, name, self._clock() + _OWN_LOAD_S, tenant=_ITSELF)
 
     def _read_ahead(self) -> None:
         """Load the models that functions have named, while nobody waits for anything."""
@@ -660,6 +680,7 @@ class Engine:
             return
         try:
             self._complete(work.model.split(JOINT))
+            self._deploy_first(work.model.split(JOINT))
             self.signature(work.model)
             if not len(self._queue):
                 self._opened_s = self._clock()
@@ -1105,14 +1126,24 @@ class Engine:
         own = [call for call in self._runs.lanes_calls() if call.work.session in sessions]
         self._runs.when_ended(own, session.released)
 
-    def _start_drain(self, drained: Callable[[], None]) -> None:
+    def _start_drain(self, drained: Callable[[], None], stays: bool) -> None:
         self._draining = True
+        self._stays = stays
         self._drained = drained
         self._finish_if_drained()
 
     def _finish_if_drained(self) -> None:
         waiting = bool(self._wavefront or self._runs.running or len(self._queue) or self._loads.parked or self._aside)
-        self._finished = self._draining and not waiting
+        if self._draining and not waiting and self._drained is not None:
+            if self._stays:
+                # Told now: nothing comes after this.
+                drained, self._drained = self._drained, None
+                drained()
+            else:
+                self._finished = True
+
+    def _end(self) -> None:
+        self._finished = True
 
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
         try:

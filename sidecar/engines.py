@@ -21,7 +21,7 @@ from trunkline.signature import Signature
 from sidecar import gathered
 from sidecar.constraints import Constraints
 from sidecar.engine import Engine
-from sidecar.placing import MOST_NAMES, Placing, Tally
+from sidecar.placing import Placing, Tally
 from sidecar.ports import Session, Work
 from sidecar.relays import Relay
 from sidecar.tenants import ANYONE, Quotas, Tenant
@@ -58,6 +58,7 @@ class Engines:
         self._first = engines[self._devices[0]]
         self._relays: dict[Session, Relay] = {}
         self._tallies = {device: Tally() for device in engines}
+        self._draining = False
         self._placing = Placing(engines, self._tallies, constraints, path, clock)
 
     # --- the server's thread, as with one engine ---------------------------------------------------------------------
@@ -82,10 +83,7 @@ class Engines:
         except TrunklineError as error:
             work.session.fail(work.request_id, error)
             return
-        tally = self._tallies[device]
-        # What is asked together can be combined in more ways than are worth counting.
-        counted_as = work.model if work.model in self._placing.table or len(tally.begun) < MOST_NAMES else ""
-        tally.begin(counted_as)
+        counted_as = self._tallies[device].begin(work.model)
         work.session = self._relay(work.session).begin(device, counted_as)
         self._engines[device].submit(work)
 
@@ -137,11 +135,11 @@ class Engines:
         devices: Sequence[str] = self._devices
         merge = gathered.MERGES.get(name, gathered.model)
         if name in ("load", "pin"):
-            devices = sorted(self._placing.table.get(model, self._devices[:1]))
+            devices = sorted(self._placing.table.get(model) or self._placing.allowed(model)) or self._devices[:1]
         elif name in ("blocks", "graph", "trace"):
             # What one device has, the first unless another is named.
             device = arguments.pop("device", self._devices[0])
-            if device not in self._engines:
+            if not isinstance(device, str) or device not in self._engines:
                 session.fail(
                     request_id, InvalidInput(f"there is no device {str(device)[:64]!r} here: {', '.join(self._devices)}")
                 )
@@ -170,15 +168,22 @@ class Engines:
             engine.session_closed(relay.lines[device])
 
     def drain(self, drained: Callable[[], None]) -> None:
-        """Refuse new requests from now on, finish the accepted ones, then call ``drained`` and end ``run``."""
+        """Refuse new requests from now on, finish the accepted ones, then call ``drained`` and end ``run``; once is enough."""
+
+        if self._draining:
+            return
+        self._draining = True
 
         def stop() -> None:
+            # Until here, those that had nothing to do any more have said so to whoever asked.
+            for engine in self._engines.values():
+                engine.end()
             self._placing.stop()
             drained()
 
         over = Together(self._devices, stop)
         for device, engine in self._engines.items():
-            engine.drain(functools.partial(over.ended, device))
+            engine.drain(functools.partial(over.ended, device), stays=True)
 
     # --- before and while they run -----------------------------------------------------------------------------------
 

@@ -9,22 +9,32 @@ Documents = Mapping[str, Any]
 
 # What every device of a machine tells of the same memory.
 _SAME: Final = ("total_bytes",)
+# Of ages, the one that tells most: where something left memory soonest after it was used.
+_LEAST: Final = ("lru_age_s",)
 # What one model is described by is the same on all devices, but for these.
 _STATES: Final = ("resident", "loading", "stored")
 
 
 def added(found: Sequence[Any]) -> Any:
-    """Return documents of one form as one: numbers are added, objects field by field; of all else, the first counts."""
-    first = found[0]
-    if isinstance(first, dict):
-        keys = dict.fromkeys(key for each in found for key in each)
-        return {
-            key: first[key] if key in _SAME and key in first else added([each[key] for each in found if key in each])
-            for key in keys
-        }
-    if isinstance(first, (int, float)) and not isinstance(first, bool):
-        return sum(found)
-    return first
+    """Return documents of one form as one: numbers are added, objects field by field; of all else, the first counts.
+
+    What one device does not know (None) the others may.
+    """
+    known = [each for each in found if each is not None]
+    if known and all(isinstance(each, dict) for each in known):
+        keys = dict.fromkeys(key for each in known for key in each)
+        return {key: _field(key, [each[key] for each in known if key in each]) for key in keys}
+    if known and all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in known):
+        return sum(known)
+    return known[0] if known else None
+
+
+def _field(key: str, values: Sequence[Any]) -> Any:
+    if key in _SAME:
+        return values[0]
+    if key in _LEAST:
+        return min((each for each in values if each is not None), default=None)
+    return added(values)
 
 
 def models(found: Documents) -> list[dict[str, Any]]:

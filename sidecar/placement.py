@@ -15,6 +15,7 @@ noise moves nothing, a change must lower the sum of the devices concerned by a s
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ _MOST_CHANGES: Final = 4
 _CROWDED: Final = 0.95
 # A model's requests are divided in parts of this size among its replicas.
 _PARTS: Final = 16
+# How far a single model's trials may differ from others', as a factor, and how many others say anything.
+_BELIEVED: Final = 2.0
+_ENOUGH: Final = 3
 # What a request is taken to cost of which nothing is known.
 _UNKNOWN_S: Final = 0.01
 # Fewer requests per second are nobody's reason to move anything.
@@ -242,8 +246,9 @@ class Placement:
         before, after = counts
         if where < now:
             # Memory is worth something as well: a replica that takes next to nothing off the others is given up.
-            unused = profile.under_way < len(now) - 0.75
-            return max(before - after, 1e-9) if unused or after <= _TOLERATED * before else 0.0
+            # With fewer requests under way than it has devices, for more than that.
+            tolerated = GAIN if profile.under_way < len(now) - 0.75 else _TOLERATED
+            return max(before - after, 1e-9) if after <= tolerated * before else 0.0
         return before - after if before >= GAIN * after else 0.0
 
     def place(self, name: str, where: Iterable[str], now_s: float) -> None:
@@ -290,19 +295,20 @@ def _waiting(needed: float) -> float:
     return _CROWDED / (1 - _CROWDED) + (needed - _CROWDED) / (1 - _CROWDED) ** 2
 
 
-def seconds_of(costs: Mapping[str, Cost]) -> dict[str, float]:
+def seconds_of(costs: Mapping[str, Cost], slow: Mapping[str, float]) -> dict[str, float]:
     """Return what a request of one model takes on each device: as measured there, or by how its trials compare with another's.
 
-    What a request costs in batches, and with what others have computed, is known where it was asked; a trial knows one run.
+    What a request costs in batches, and with what others have computed, is known where it was asked; a trial knows one run, in a
+    bad moment perhaps: it is believed as far as it is within a factor of two of how ``slow`` devices are for other models.
     """
     measured = {name: cost.seconds for name, cost in costs.items() if cost.seconds is not None}
     found = {}
     for name, cost in costs.items():
-        ratios = [
-            seconds * cost.tried_s / tried_s
-            for other, seconds in measured.items()
-            if cost.tried_s and (tried_s := costs[other].tried_s)
-        ]
+        ratios = []
+        for other, seconds in measured.items():
+            if cost.tried_s and (tried_s := costs[other].tried_s):
+                usual = slow[name] / slow[other] if name in slow and other in slow else cost.tried_s / tried_s
+                ratios.append(seconds * min(max(cost.tried_s / tried_s, usual / _BELIEVED), usual * _BELIEVED))
         if name in measured:
             found[name] = measured[name]
         elif ratios:
@@ -310,6 +316,24 @@ def seconds_of(costs: Mapping[str, Cost]) -> dict[str, float]:
         else:
             # Without a trial nothing tells one device from another.
             found[name] = cost.tried_s or min(measured.values(), default=_UNKNOWN_S)
+    return found
+
+
+def speeds(costs: Mapping[str, Mapping[str, Cost]]) -> dict[str, float]:
+    """Return how many times as long a run takes on each device as on the first, in the median of models that were tried there.
+
+    Devices of which too little is known are left out.
+    """
+    first = next(iter(costs.values()))
+    found = {}
+    for device, told in costs.items():
+        ratios = [
+            cost.tried_s / tried_s
+            for name, cost in told.items()
+            if cost.tried_s and name in first and (tried_s := first[name].tried_s)
+        ]
+        if len(ratios) >= _ENOUGH:
+            found[device] = statistics.median(ratios)
     return found
 
 

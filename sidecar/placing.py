@@ -13,9 +13,10 @@ from __future__ import annotations
 import functools
 import logging
 import queue
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +26,7 @@ from trunkline.protocol import JOINT
 
 from sidecar.constraints import Constraints
 from sidecar.engine import Engine
-from sidecar.placement import Cost, Placement, Profile, Site, condensed, seconds_of
+from sidecar.placement import Cost, Placement, Profile, Site, condensed, seconds_of, speeds
 from sidecar.places import read_places, write_places
 from sidecar.relays import Line
 
@@ -35,33 +36,51 @@ LOOK_EVERY_S: Final = 1.0
 # How much the latest second counts in the rate of requests, and in how many are under way, as a part of 1.
 _WEIGHT: Final = 0.3
 # Models that are asked together less often in a second are placed anew when they are.
-_FEWEST: Final = 0.001
-# What is asked for by name, single models and several together, is remembered up to so many names.
-MOST_NAMES: Final = 1024
+_FEWEST: Final = 0.01
+# In so many ways models are asked together on a device that it is counted and placed; there are more ways than are worth that.
+MOST_JOINT: Final = 64
 
 
 class Tally:
-    """Requests that were sent to one device, which the server's thread counts, and those that are over, which its engine does."""
+    """Requests that were sent to one device, and those that are under way, by what was asked for. Any thread.
+
+    The server's thread counts them in, the engine's out.
+    """
 
     def __init__(self) -> None:
-        self.begun: Counter[str] = Counter()
-        self.ended: Counter[str] = Counter()
-        self._begun_count = 0
-        self._ended_count = 0
+        self.under_way = 0
+        self._lock = threading.Lock()
+        self._begun: dict[str, int] = {}
+        self._open: Counter[str] = Counter()
 
-    @property
-    def under_way(self) -> int:
-        return self._begun_count - self._ended_count
-
-    def begin(self, name: str) -> None:
-        """Count a request that is sent. The server's thread."""
-        self.begun[name] += 1
-        self._begun_count += 1
+    def begin(self, name: str) -> str:
+        """Count a request in; return under which name, which is none for what is asked together in too many ways."""
+        with self._lock:
+            if JOINT in name and name not in self._begun and sum(JOINT in each for each in self._begun) >= MOST_JOINT:
+                name = ""
+            self._begun[name] = self._begun.get(name, 0) + 1
+            self._open[name] += 1
+            self.under_way += 1
+        return name
 
     def end(self, name: str) -> None:
-        """Count one that is over. The engine's thread."""
-        self.ended[name] += 1
-        self._ended_count += 1
+        """Count out one that was counted in as ``name``."""
+        with self._lock:
+            self._open[name] -= 1
+            self.under_way -= 1
+
+    def read(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Return how many requests there were, and how many are under way, by name."""
+        with self._lock:
+            return dict(self._begun), dict(self._open)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Forget names of which no request is under way."""
+        with self._lock:
+            for name in names:
+                if not self._open[name]:
+                    self._begun.pop(name, None)
+                    del self._open[name]
 
 
 class _Demand:
@@ -69,14 +88,15 @@ class _Demand:
 
     __slots__ = ("counted", "rate", "under_way")
 
-    def __init__(self) -> None:
-        self.counted = 0
+    def __init__(self, counted: int = 0) -> None:
+        self.counted = counted
         self.rate = 0.0
         self.under_way = 0.0
 
     def note(self, count: int, under_way: int, seconds: float) -> None:
         weight = 1 - (1 - _WEIGHT) ** seconds
-        self.rate += weight * ((count - self.counted) / seconds - self.rate)
+        # Fewer than before where its count was begun anew.
+        self.rate += weight * (max(0, count - self.counted) / seconds - self.rate)
         self.under_way += weight * (under_way - self.under_way)
         self.counted = count
 
@@ -123,6 +143,8 @@ class Placing:
         # The plans that models had at the last look, and the bytes of their weights, those in common as one.
         self._plans: dict[str, tuple[str, ...]] = {}
         self._weights: dict[str, dict[str, int]] = {}
+        # How slow the devices are, relative to each other.
+        self._speeds: Mapping[str, float] = {}
         # Models on their way to other devices.
         self._moving: dict[str, _Move] = {}
         # Operators that wait until a model is where it may be.
@@ -180,18 +202,21 @@ class Placing:
         """See what was asked since the last look, and have models moved that should be elsewhere."""
         now = self._clock()
         seconds, self._looked_s = max(now - self._looked_s, 1e-3), now
-        # First those that are over: what ends meanwhile is under way, and not fewer than none.
-        ended = [dict(each.ended) for each in self._tallies.values()]
-        begun = [dict(each.begun) for each in self._tallies.values()]
+        begun, under_way = zip(*(each.read() for each in self._tallies.values()), strict=True)
         served = self._first.names()
         names = [*dict.fromkeys((*served, *(name for each in begun for name in each if JOINT in name)))]
+        demands = {}
         for name in names:
             count = sum(each.get(name, 0) for each in begun)
-            under_way = count - sum(each.get(name, 0) for each in ended)
-            self._demands.setdefault(name, _Demand()).note(count, under_way, seconds)
-        self._demands = {name: self._demands[name] for name in names}
-        # What is asked together and was not for a while has no place; there may be a lot of that.
-        names = [*served, *(name for name in names[len(served) :] if self._demands[name].rate > _FEWEST)]
+            # Of a model that comes back, what was asked before it was gone was not asked now.
+            demand = demands[name] = self._demands.get(name) or _Demand(0 if JOINT in name else count)
+            demand.note(count, sum(each.get(name, 0) for each in under_way), seconds)
+        self._demands = demands
+        # What is asked together and was not for a while has no place, and leaves room for what is.
+        quiet = [name for name in names[len(served) :] if demands[name].rate < _FEWEST]
+        names = [name for name in names if name not in quiet]
+        for tally in self._tallies.values():
+            tally.forget(quiet)
         self._names = names
         self._choose()
         # For the next look: an engine that is busy now holds up nothing here.
@@ -214,11 +239,17 @@ class Placing:
         """Take up what models cost, place those that have no place yet, and forget those that are gone."""
         for device, engine in self._engines.items():
             self._placement.sites[device] = Site(device, engine.budget_bytes, engine.pace)
-        # Packed weights may be of other sizes on other devices, but not by much.
-        self._weigh(self._costs[next(iter(self._engines))])
+        # Packed weights may be of other sizes on other devices, but not by much. After a crash one has models deployed, and
+        # another others.
+        costs: dict[str, Cost] = {}
+        for told in self._costs.values():
+            costs = {**told, **costs}
+        self._weigh(costs)
+        self._speeds = speeds(self._costs)
         self._profiles = {name: made for name in self._names if (made := self._profile(name)) is not None}
         names = set(self._names)
-        for gone in [name for name in self._placement.placed if name not in names]:
+        # Models that may not be on one device any more are not asked together.
+        for gone in [name for name in self._placement.placed if name not in names or not self.allowed(name)]:
             self._placement.forget(gone)
         for name, profile in self._profiles.items():
             if name not in self._placement.placed:
@@ -238,7 +269,7 @@ class Placing:
         pinned = {device: cost for device, cost in found.items() if cost.is_pinned}
         if not found or name not in self._weights:
             return None
-        seconds = seconds_of(found)
+        seconds = seconds_of(found, self._speeds)
         demand = self._demands.get(name) or _Demand()
         return Profile(
             # In whose memory an operator keeps it, there it stays.
@@ -297,6 +328,12 @@ class Placing:
         except TrunklineError as error:
             line.conclude(request_id, error)
             return
+        if model not in self._profiles:
+            # It is not deployed yet, and so nowhere: it will be loaded where it is asked first.
+            allowed = self.allowed(model)
+            placed = self._placement.placed.get(model, frozenset())
+            self._placement.place(model, placed & allowed or [min(allowed)], self._clock())
+            self._publish()
         self._awaiting.append((model, functools.partial(line.conclude, request_id)))
         self._choose()
 

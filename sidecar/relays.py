@@ -33,6 +33,7 @@ class Relay:
         self._lock = threading.Lock()
         # Devices whose engines still have something of the session.
         self._holders = set(devices)
+        self._hold_count = 0
         # What was told of a command, and by whom something is still to be told.
         self._merge: Merge | None = None
         self._awaited: list[str] = []
@@ -46,8 +47,11 @@ class Relay:
     def hold(self) -> Line:
         """Return a line for somebody else than an engine, who concludes what is asked now."""
         with self._lock:
-            self._holders.add("")
-        return Line(self, "")
+            # Each has a name of its own: the next may hold before the last has let go.
+            self._hold_count += 1
+            holder = f"#{self._hold_count}"
+            self._holders.add(holder)
+        return Line(self, holder)
 
     def gather(self, devices: Sequence[str], merge: Merge) -> None:
         """Have what these devices' engines tell next made one document; if any of them fails, that is the answer."""
@@ -68,7 +72,8 @@ class Relay:
                 self._told[device] = found
                 if len(self._told) < len(self._awaited):
                     return
-                errors = [each for each in self._told.values() if isinstance(each, TrunklineError)]
+                told = [self._told[name] for name in self._awaited]
+                errors = [each for each in told if isinstance(each, TrunklineError)]
                 # In one order, whichever engine was first.
                 outcome = errors[0] if errors else self._merge({name: self._told[name] for name in self._awaited})
                 self._merge = None
@@ -92,7 +97,8 @@ class Relay:
         with self._lock:
             before, self._holders = self._holders, self._holders - {device}
             over = bool(before) and not self._holders
-        if self._under_way is not None and self._under_way[0] == device:
+        under_way = self._under_way
+        if under_way is not None and under_way[0] == device:
             # One that was under way when its connection ended was told nobody.
             self.end()
         if over:

@@ -13,8 +13,8 @@ import fcntl
 import gc
 import logging
 import os
+import re
 import secrets
-import shutil
 import signal
 import socket
 import time
@@ -30,6 +30,8 @@ from sidecar.segment import Segment
 log = logging.getLogger("trunkline.supervisor")
 
 _BACKLOG: Final = 1024
+# The folder of what belongs to another device than the first.
+_DEVICE: Final = re.compile(r"device-\d+")
 _SIGNALS: Final = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 # An engine that lived longer than this was healthy; the next one is started at once.
 _HEALTHY_S: Final = 1.0
@@ -80,7 +82,7 @@ class RunDirectory:
     def device_folders(self, count: int) -> list[Path]:
         """Return the folders there are of devices beyond so many."""
         own = {self.device_folder(number) for number in range(count)}
-        return [folder for folder in sorted(self.root.glob("device-*")) if folder not in own]
+        return [folder for folder in sorted(self.root.glob("device-*")) if folder not in own and _DEVICE.fullmatch(folder.name)]
 
     @property
     def quotas(self) -> Path:
@@ -206,7 +208,13 @@ class Supervisor:
     def _open_segments(self) -> None:
         """Make or adopt a segment for each device. What there is for devices that are no more goes with their folders."""
         for folder in self._run.device_folders(len(self._segment_bytes)):
-            shutil.rmtree(folder, ignore_errors=True)
+            pins = folder / "pins.json"
+            if pins.exists():
+                log.warning("%s: there is no such device any more; what was pinned there is forgotten, pin it again", folder)
+                pins.unlink()
+            # Not what somebody else has put there.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         for number, size_bytes in enumerate(self._segment_bytes):
             folder = self._run.device_folder(number)
             folder.mkdir(exist_ok=True)

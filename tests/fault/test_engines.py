@@ -107,11 +107,17 @@ def test_what_there_is_for_a_device_goes_with_it(sidecar: SidecarProcess) -> Non
     sidecar.process.kill()
     sidecar.process.wait(30)
     assert segment.exists()
+    notes = second.parent / "device-notes"
+    notes.mkdir()
+    (notes / "notes.txt").write_text("somebody else's")
+    (second / "pins.json").write_text('["one"]')
     sidecar._flags = ("--device", DEVICES[0], "--memory-budget", "64MB")
     sidecar.start()
     assert sidecar.admin.get("status")["engine"]["device"] == DEVICES[0]
     assert not second.exists()
     assert not segment.exists()
+    assert (notes / "notes.txt").exists()
+    assert "what was pinned there is forgotten" in sidecar.log.read_text()
     pool = Pool()
     assert answer("one", pool).shape == (1, WIDTH)
 

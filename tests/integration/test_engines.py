@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import threading
 import time
@@ -17,13 +18,17 @@ import pytest
 from trunkline import client, model, models
 from trunkline.admin import AdminConnection
 from trunkline.client import Model
-from trunkline.errors import InvalidInput, QueueFull, QuotaExceeded, TrunklineError, UnknownModel
+from trunkline.connection import Connection
+from trunkline.errors import Draining, InvalidInput, QueueFull, QuotaExceeded, TrunklineError, UnknownModel
 from trunkline.pool import Pool
+from trunkline.protocol import JOINT
 
 from sidecar import placing
+from sidecar.devicememory import DeviceMemory
+from sidecar.engine import Engine
 from sidecar.placement import REST_S
-from sidecar.placing import LOOK_EVERY_S, Placing
-from sidecar.tenants import ANYONE, OPEN, Quotas
+from sidecar.placing import LOOK_EVERY_S, MOST_JOINT, Placing
+from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant, hash_of
 from tests.fakes import ADMIN_TOKEN, FakeDevice, FakeSource, Running, bundle_of, running_server
 from tests.integration.test_lanes import Gate
 from tests.nodes import until
@@ -515,3 +520,164 @@ def test_a_change_of_quotas_is_over_when_it_is_on_all_devices(two: Two) -> None:
         two.one.gate.leave.set()
         asked.result(LATE)
     assert done.wait(LATE)
+
+
+def test_while_one_device_drains_the_other_still_says_so(two: Two) -> None:
+    two.command("place", name="age", allow=["one"])
+    two.command("place", name="gender", allow=["other"])
+    two.one.gate = Gate()
+    engines = two.running.engines
+    assert engines is not None
+    stopped = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(check, "age")
+        assert two.one.gate.entered.wait(LATE)
+        pool = Pool()
+        Model("gender", pool)(X)
+        engines.drain(stopped.set)
+        # Told twice, as by a service manager and by the supervisor.
+        engines.drain(stopped.set)
+        with pytest.raises(Draining):
+            Model("gender", pool).call({"x": X}, deadline_s=LATE)
+        assert not stopped.is_set()
+        two.one.gate.leave.set()
+        asked.result(LATE)
+        pool.close()
+    assert stopped.wait(LATE)
+    two.running.server.stop()
+
+
+def test_models_that_were_parted_are_not_asked_together_any_more(two: Two) -> None:
+    models("age", "gender")(X)
+    two.look()
+    assert any(JOINT in name for name in two.placing.table)
+    two.command("place", name="age", allow=["one"])
+    two.command("place", name="gender", allow=["other"])
+    with pytest.raises(InvalidInput, match="may not be on one device"):
+        models("age", "gender")(X)
+
+
+def test_a_model_that_is_pushed_again_is_asked_as_much_as_it_is(two: Two, source: FakeSource) -> None:
+    for _ in range(50):
+        check("age")
+    for _ in range(30):
+        two.look()
+    bundle = source.bundles.pop("age")
+    two.command("model_removed", name="age")
+    two.look()
+    source.bundles["age"] = bundle
+    two.command("model_changed", name="age")
+    two.look()
+    (age,) = [each for each in two.command("placement")["models"] if each["name"] == "age"]
+    assert age["rate"] < 0.01
+
+
+def test_there_is_room_again_for_what_is_asked_together_when_others_rest(two: Two) -> None:
+    engines = two.running.engines
+    assert engines is not None
+    for tally in engines._tallies.values():
+        for number in range(2 * MOST_JOINT):
+            # Somebody asks others together each time.
+            tally.end(tally.begin(f"age{JOINT}b{number}"))
+    models("age", "gender")(X)
+    two.look()
+    assert f"age{JOINT}gender" not in two.placing.table
+    for _ in range(40):
+        two.look()
+    models("age", "gender")(X)
+    two.look()
+    assert f"age{JOINT}gender" in two.placing.table
+    assert [each.under_way for each in engines._tallies.values()] == [0, 0]
+
+
+def test_what_left_memory_on_one_device_only_is_told(tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_server(tmp_path, source, device=Device("one"), beside=[Device("other")], budget_bytes=107) as made:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
+        admin = AdminConnection(made.path, ADMIN_TOKEN)
+        for name in ("age", "gender"):
+            admin.command("place", {"name": name, "allow": ["one"]})
+        for name in ("age", "gender", "age"):
+            check(name)
+        ages = [each["residency"]["lru_age_s"] for each in admin.command("memory", {})["devices"].values()]
+        assert admin.command("status", {})["memory"]["residency"]["lru_age_s"] == pytest.approx(ages[0], abs=10)
+        assert ages[1] is None
+        client._pool.close()
+
+
+def test_a_model_that_is_not_deployed_yet_can_be_placed(
+    tmp_path: Path, source: FakeSource, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As after a crash: there are weights in memory, and models are deployed when they are asked for.
+    monkeypatch.setattr(DeviceMemory, "kept", lambda self: ["f" * 64])
+    monkeypatch.setattr(Engine, "_can_complete", lambda self: False)
+    monkeypatch.setattr(Placing, "_pause_s", lambda self: 3600.0)
+    one, other = Device("one"), Device("other")
+    with running_server(tmp_path, source, device=one, beside=[other], placing_clock=clock) as made:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
+        two = Two(made, one, other, clock)
+        assert two.command("place", name="gender", allow=["other"])["devices"] == ["other"]
+        check("gender")
+        assert (one.run_count, other.run_count > 0) == (0, True)
+        # That it is asked is known, though it is deployed on this device alone.
+        for _ in range(3):
+            two.clock.now += LOOK_EVERY_S
+            two.placing._inbox.put(two.placing._look)
+            two.command("placement")
+            check("gender")
+        until(lambda: "gender" in two.placing._costs["other"])
+        assert "gender" not in two.placing._costs["one"]
+        two.placing._inbox.put(two.placing._look)
+        until(lambda: "gender" in two.placing._profiles and two.placing._profiles["gender"].rate > 0)
+        client._pool.close()
+
+
+def test_a_move_is_nobodys_request(tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    quotas = Quotas({"anyone": replace(ANYONE, in_flight_limit=1)})
+    with running_server(tmp_path, source, device=Device("one"), beside=[Device("other")], quotas=quotas) as made:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
+        admin = AdminConnection(made.path, ADMIN_TOKEN)
+        for name in ("age", "gender"):
+            admin.command("place", {"name": name, "allow": ["one"]})
+        check("age")
+        reading, go_on = threading.Event(), threading.Event()
+
+        def wait(digest: str) -> None:
+            reading.set()
+            assert go_on.wait(LATE)
+
+        source.before_read = wait
+        with ThreadPoolExecutor(1) as threads:
+            placed = threads.submit(admin.command, "place", {"name": "gender", "allow": ["other"]})
+            assert reading.wait(LATE)
+            check("age")
+            go_on.set()
+            placed.result(LATE)
+        client._pool.close()
+
+
+def test_a_tenant_that_was_let_in_need_not_wait_for_its_turn(
+    tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "constraints.json").write_text(json.dumps({"gender@t": {"allow": ["other"]}}))
+    other = Device("other")
+    token = b"t" * 32
+    quotas = Quotas({"anyone": ANYONE, "t": Tenant(name="t", domain="t", token_hashes=(hash_of(token),), models=("*",))})
+    with running_server(tmp_path, source, device=Device("one"), beside=[other]) as made:
+        monkeypatch.setenv("TRUNKLINE_SOCKET", made.path)
+        AdminConnection(made.path, ADMIN_TOKEN).command("place", {"name": "age", "allow": ["other"]})
+        other.gate = Gate()
+        pool = Pool(lambda path, **options: Connection(path, **{**options, "token": token}))
+        with ThreadPoolExecutor(2) as threads:
+            asked = threads.submit(check, "age")
+            assert other.gate.entered.wait(LATE)
+            made.server.use_quotas(quotas)
+            until(lambda: "gender@t" in made.engine.names())
+            found = threads.submit(Model("gender", pool), X)
+            assert made.engines is not None
+            tally = made.engines._tallies["other"]
+            until(lambda: tally.under_way == 2)
+            other.gate.leave.set()
+            asked.result(LATE)
+            assert found.result(LATE).shape == (1, 3)
+        pool.close()
+        client._pool.close()

@@ -79,3 +79,13 @@ def test_what_cannot_be_saved_holds_until_the_end(
         made.change("m", {"allow": ["cpu:1"]})
     assert made.devices_of("m") == ["cpu:1"]
     assert "No space left on device" in caplog.text
+
+
+def test_what_was_said_with_other_devices_is_there_when_they_are_back(tmp_path: Path) -> None:
+    path = tmp_path / "constraints.json"
+    Constraints(path, ["cpu:0", "cuda:0"]).change("m", {"allow": ["cuda:0"]})
+    Constraints(path, DEVICES).change("n", {"allow": ["cpu:1"]})
+    assert Constraints(path, ["cpu:0", "cuda:0"]).devices_of("m") == ["cuda:0"]
+    # Said anew, it is what was said last.
+    Constraints(path, DEVICES).change("m", {"allow": ["cpu:1"]})
+    assert Constraints(path, DEVICES).devices_of("m") == ["cpu:1"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from sidecar.placement import GAIN, REST_S, Placement, Profile, Site
+from sidecar.placement import GAIN, REST_S, Cost, Placement, Profile, Site, condensed, seconds_of, speeds
 
 MIB = 1 << 20
 PACE = 500e6
@@ -248,3 +248,55 @@ def test_noise_moves_nothing(seed: int) -> None:
             changes += 1
     # Some mixes stand where a little more tips them over, once.
     assert changes <= 2 * len(models)
+
+
+@pytest.mark.parametrize("used", [0.5, 0.62, 0.65, 0.7, 0.75, 0.85])
+def test_a_steady_load_comes_to_rest(used: float) -> None:
+    placement = Placement(sites())
+    placement.place("a", {"d0"}, 0.0)
+    under_way, changes = 0.0, 0
+    for second in range(300):
+        for name, where in placement.look(second, profiles(a=profile(0.01, 0.01, rate=100 * used, under_way=under_way))).items():
+            placement.place(name, where, second)
+            changes += 1
+        # As many as a queue really has, on one device or on two.
+        count = len(placement.placed["a"])
+        under_way += 0.3 * (count * (used / count) / (1 - used / count) - under_way)
+    assert changes <= 1
+
+
+def cost(seconds: float | None, tried_s: float | None) -> Cost:
+    return Cost(seconds, tried_s, ("plan",), ({"w": 1},), 0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "slow", "expected"),
+    [
+        # Measured on both.
+        ({"d0": cost(1.0, 9.0), "d1": cost(2.0, 9.0)}, {}, {"d0": 1.0, "d1": 2.0}),
+        # Half as fast when it was tried.
+        ({"d0": cost(1.0, 5.0), "d1": cost(None, 10.0)}, {}, {"d0": 1.0, "d1": 2.0}),
+        # A hundred times as slow, where others are as fast: tried in a bad moment.
+        ({"d0": cost(1.0, 5.0), "d1": cost(None, 500.0)}, {"d0": 1.0, "d1": 1.0}, {"d0": 1.0, "d1": 2.0}),
+        ({"d0": cost(1.0, 5.0), "d1": cost(None, 0.05)}, {"d0": 1.0, "d1": 4.0}, {"d0": 1.0, "d1": 2.0}),
+        # Nobody has asked yet.
+        ({"d0": cost(None, 5.0), "d1": cost(None, 10.0)}, {}, {"d0": 5.0, "d1": 10.0}),
+        # Not tried.
+        ({"d0": cost(1.0, None), "d1": cost(None, None)}, {}, {"d0": 1.0, "d1": 1.0}),
+        ({"d0": cost(None, None)}, {}, {"d0": 0.01}),
+    ],
+)
+def test_what_a_request_takes_elsewhere(costs: dict[str, Cost], slow: dict[str, float], expected: dict[str, float]) -> None:
+    assert seconds_of(costs, slow) == pytest.approx(expected)
+
+
+def test_how_slow_a_device_is_three_models_tell() -> None:
+    first = {name: cost(None, seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    second = {name: cost(None, seconds) for name, seconds in (("a", 3.0), ("b", 6.0), ("c", 400.0), ("d", 1.0))}
+    assert speeds({"d0": first, "d1": second, "d2": {"a": cost(None, 1.0)}}) == {"d0": 1.0, "d1": 3.0}
+
+
+def test_weights_that_the_same_models_have_are_as_one() -> None:
+    trunk = {"t1": 1, "t2": 2}
+    found = condensed({"a": [trunk | {"a": 4}], "b": [trunk], "a+b": [trunk | {"a": 4}, trunk]})
+    assert found == {"a": {"t1": 3, "a": 4}, "b": {"t1": 3}, "a+b": {"t1": 3, "a": 4}}
