@@ -65,6 +65,14 @@ class TenancyBench(Bench):
             name: [self._input(family, number) for number in range(MOST_CLIENTS)] for name, family in self.families.items()
         }
 
+    def start_sidecar(
+        self, name: str = "ours", threads: int = 1, *, store: str | None = None, device: str = "", **environment: str
+    ) -> Sidecar:
+        """Start a sidecar; in a quick run one that packs no weights, since to try that out takes longer than all else."""
+        if self.report.quick:
+            environment = {"TRUNKLINE_PACKING": "off"} | environment
+        return super().start_sidecar(name, threads, store=store, device=device, **environment)
+
     def _input(self, family: Family, number: int) -> np.ndarray:
         generator = np.random.default_rng(1000 * self.seed + number)
         shape = tuple(family.example.shape)

@@ -26,6 +26,9 @@ GAIN: Final = 1.2
 _TOLERATED: Final = 1.1
 # How long a model stays as it is after a change.
 REST_S: Final = 15.0
+# How long a model must do with fewer devices before it has fewer: who asks in bursts asks again, and weights that nobody asks for
+# leave memory in any case when others need it.
+KEEP_S: Final = 60.0
 # Most changes at one look: each changes what the next is worth.
 _MOST_CHANGES: Final = 4
 # The part of a device's time from which on waiting grows in a straight line.
@@ -169,6 +172,8 @@ class Placement:
         self.sites = {site.name: site for site in sites}
         self.placed: dict[str, frozenset[str]] = {}
         self._changed_s: dict[str, float] = {}
+        # Since when models would do with fewer devices.
+        self._spare_s: dict[str, float] = {}
 
     def first(self, profile: Profile, profiles: Mapping[str, Profile]) -> str:
         """Return where a model is to be that is nowhere yet: where most of it lies, or else where it is answered soonest."""
@@ -203,6 +208,11 @@ class Placement:
                 if name in placed and name not in changes and profile.rate > _FEWEST and not self._rests(name, now_s)
             ]
             found = [(*self._best(node, name, profiles[name], placed[name]), name) for name in free]
+            found = [
+                (gain, where, name)
+                for gain, where, name in found
+                if not self._may_be_needed(name, gain > 0 and len(where) < len(placed[name]), now_s)
+            ]
             gain, where, name = max(found, key=lambda each: each[0], default=(0.0, frozenset(), ""))
             if gain <= 0:
                 break
@@ -219,6 +229,13 @@ class Placement:
             if allowed != self.placed[name]:
                 changes[name] = allowed or frozenset({self.first(profiles[name], profiles)})
         return changes
+
+    def _may_be_needed(self, name: str, is_less: bool, now_s: float) -> bool:
+        """Say whether a model would have fewer devices, and has not been as well off with them for long enough."""
+        if not is_less:
+            self._spare_s.pop(name, None)
+            return False
+        return now_s < self._spare_s.setdefault(name, now_s) + KEEP_S
 
     def _rests(self, name: str, now_s: float) -> bool:
         return now_s < self._changed_s.get(name, now_s - REST_S) + REST_S
@@ -255,12 +272,14 @@ class Placement:
         """Note where a model is asked from now on."""
         if name in self.placed:
             self._changed_s[name] = now_s
+        self._spare_s.pop(name, None)
         self.placed[name] = frozenset(where)
 
     def forget(self, name: str) -> None:
         """Forget a model that is asked no more."""
         self.placed.pop(name, None)
         self._changed_s.pop(name, None)
+        self._spare_s.pop(name, None)
 
     def needed(self, profiles: Mapping[str, Profile]) -> dict[str, float]:
         """Return the part of its time that each device needs for what is asked of it."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from sidecar.placement import GAIN, REST_S, Cost, Placement, Profile, Site, condensed, seconds_of, speeds
+from sidecar.placement import GAIN, KEEP_S, REST_S, Cost, Placement, Profile, Site, condensed, seconds_of, speeds
 
 MIB = 1 << 20
 PACE = 500e6
@@ -47,7 +47,7 @@ def settled(placement: Placement, found: Mapping[str, Profile], now_s: float = 0
         for name, where in wanted.items():
             placement.place(name, where, now_s)
             changes += 1
-        now_s += REST_S
+        now_s += KEEP_S
     raise AssertionError("it never comes to rest")
 
 
@@ -112,8 +112,14 @@ def test_a_replica_is_given_up_when_it_is_not_needed() -> None:
     placement = Placement(sites())
     placement.placed = {"a": frozenset({"d0", "d1"})}
     assert not placement.look(0.0, profiles(a=profile(0.01, 0.01, rate=90, under_way=8)))
-    wanted = placement.look(0.0, profiles(a=profile(0.01, 0.01, rate=5, under_way=1.1)))
-    assert [len(where) for where in wanted.values()] == [1]
+    little = profiles(a=profile(0.01, 0.01, rate=5, under_way=1.1))
+    # Not for a pause.
+    assert not placement.look(1.0, little)
+    assert not placement.look(KEEP_S, little)
+    assert not placement.look(KEEP_S + 1, profiles(a=profile(0.01, 0.01, rate=90, under_way=8)))
+    assert not placement.look(KEEP_S + 2, little)
+    assert not placement.look(2 * KEEP_S + 1, little)
+    assert [len(where) for where in placement.look(2 * KEEP_S + 2, little).values()] == [1]
 
 
 def test_what_does_not_fit_together_parts() -> None:
