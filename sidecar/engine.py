@@ -867,8 +867,8 @@ class Engine:
                 return False
         # What takes nobody knows how much takes all there is.
         work.activation_bytes = sum(reserves.budget_bytes if size_bytes is None else size_bytes for size_bytes in needed)
-        if work.activation_bytes > most_bytes and joint is not None:
-            # Each of them has room by itself.
+        if work.activation_bytes > most_bytes and joint is not None and None not in needed:
+            # Each of them has room by itself. While that is not known they go alone, together: once may be all they are asked.
             self._begin_in_turn(work, parts, joint)
             return False
         taken: Counter[str] = Counter()
