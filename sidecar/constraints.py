@@ -5,7 +5,6 @@ Models are known here by the names they are deployed under, one in each domain. 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Collection, Mapping
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 from trunkline.errors import InvalidInput
 
+from sidecar.jsonfile import read_json, replace_json
 from sidecar.strictjson import shown
 
 log = logging.getLogger("trunkline.engine")
@@ -68,10 +68,8 @@ class Constraints:
         # What was said with other devices, which may be back.
         self._ignored: dict[str, Any] = {}
         try:
-            stored = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, RecursionError):
+            stored = read_json(path, missing={})
+        except (OSError, ValueError):
             # Losing a constraint must not keep the node from serving.
             self._ignore("it cannot be read")
             return
@@ -91,7 +89,7 @@ class Constraints:
 
     def devices_of(self, name: str) -> list[str]:
         """Return the devices where a model may be. Any thread."""
-        return self._by_name.get(name, Constraint()).of(self._devices)
+        return self.of(name).of(self._devices)
 
     def of(self, name: str) -> Constraint:
         """Return what was said of a model. Any thread."""
@@ -102,11 +100,8 @@ class Constraints:
         self._by_name[name] = self.of(name).changed(asked, self._devices)
         self._ignored.pop(name, None)
         kept = {name: each.to_plain() for name, each in sorted(self._by_name.items()) if each != Constraint()}
-        kept = self._ignored | kept
-        temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(kept))
-            os.replace(temporary, self._path)
+            replace_json(self._path, self._ignored | kept)
         except OSError as error:
             log.warning(
                 "where models may be cannot be saved (%s); it holds until the engine restarts", os.strerror(error.errno or 0)

@@ -366,19 +366,20 @@ class Engine:
     def _complete(self, names: Iterable[str]) -> None:
         """Deploy those of these models that are awaited."""
         for name in names:
-            if name not in self._catalog.awaited:
-                continue
-            try:
-                deployed = self._catalog.complete(name)
-            except UnknownModel:
-                log.info("%s was removed from the store before it was deployed", name)
-                continue
-            if deployed is not None:
+            if name in self._catalog.awaited and (deployed := self._completed(name)) is not None:
                 self._begin(deployed)
         if self._kept and not self._catalog.awaited:
             # No model needs it.
             self._loads.free(list(self._kept))
             self._kept.clear()
+
+    def _completed(self, name: str) -> Deployed | None:
+        """Deploy a model and return it; None when it is not to be, or cannot, or is there no more."""
+        try:
+            return self._catalog.complete(name)
+        except UnknownModel:
+            log.info("%s was removed from the store before it was deployed", name)
+            return None
 
     def _begin(self, deployed: Deployed) -> None:
         """Go on with a model as the engine before this one has left it: as its trial has shown, and with what is in memory."""
@@ -538,11 +539,7 @@ class Engine:
         self._deploy_one(name)
 
     def _deploy_one(self, name: str) -> None:
-        try:
-            deployed = self._catalog.complete(name)
-        except UnknownModel:
-            log.info("%s was removed from the store before it was deployed", name)
-            return
+        deployed = self._completed(name)
         if deployed is not None:
             self._is_new(deployed)
             if name in self._catalog.pinned():
@@ -679,8 +676,9 @@ class Engine:
             work.session.fail(work.request_id, _draining())
             return
         try:
-            self._complete(work.model.split(JOINT))
-            self._deploy_first(work.model.split(JOINT))
+            names = work.model.split(JOINT)
+            self._complete(names)
+            self._deploy_first(names)
             self.signature(work.model)
             if not len(self._queue):
                 self._opened_s = self._clock()

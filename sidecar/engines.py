@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from trunkline.errors import InvalidInput, TrunklineError
 from trunkline.protocol import JOINT
@@ -21,13 +21,11 @@ from trunkline.signature import Signature
 from sidecar import gathered
 from sidecar.constraints import Constraints
 from sidecar.engine import Engine
+from sidecar.placement import UNKNOWN_S
 from sidecar.placing import Placing, Tally
 from sidecar.ports import Session, Work
 from sidecar.relays import Relay
 from sidecar.tenants import ANYONE, Quotas, Tenant
-
-# What a request is taken to cost before anything is known, in seconds.
-_UNKNOWN_S: Final = 0.01
 
 
 class Together:
@@ -102,7 +100,7 @@ class Engines:
         if len(where) == 1:
             return next(iter(where))
         seconds = self._placing.seconds.get(name, {})
-        return min(sorted(where), key=lambda device: self._answered_in_s(device, seconds.get(device, _UNKNOWN_S)))
+        return min(sorted(where), key=lambda device: self._answered_in_s(device, seconds.get(device, UNKNOWN_S)))
 
     def _answered_in_s(self, device: str, seconds: float) -> float:
         """Return in how long a request is answered by a device, about, that it takes so many seconds for."""
@@ -169,7 +167,6 @@ class Engines:
 
     def drain(self, drained: Callable[[], None]) -> None:
         """Refuse new requests from now on, finish the accepted ones, then call ``drained`` and end ``run``; once is enough."""
-
         if self._draining:
             return
         self._draining = True

@@ -5,7 +5,6 @@ Models are known here by the names they are deployed under, one in each domain. 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Final
 
 from trunkline.errors import InvalidInput
 
+from sidecar.jsonfile import read_json, replace_json
 from sidecar.keeping import Keep
 from sidecar.tenants import unqualified
 
@@ -33,10 +33,8 @@ class Pins:
         self._names: set[str] = set()
         self._kept: dict[str, Keep] = {}
         try:
-            stored = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, RecursionError):
+            stored = read_json(path, missing={})
+        except (OSError, ValueError):
             # All of this is preference: losing it must not keep the node from serving.
             self._ignore("it cannot be read")
             return
@@ -93,10 +91,8 @@ class Pins:
 
     def _write(self) -> None:
         kept = {name: keep.to_plain() for name, keep in sorted(self._kept.items()) if keep != _DEFAULT}
-        temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps({"pinned": self.names(), "kept": kept}))
-            os.replace(temporary, self._path)
+            replace_json(self._path, {"pinned": self.names(), "kept": kept})
         except OSError as error:
             log.warning(
                 "pins and how models are kept cannot be saved (%s); they hold until the engine restarts",

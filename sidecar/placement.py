@@ -38,8 +38,8 @@ _PARTS: Final = 16
 # How far a single model's trials may differ from others', as a factor, and how many others say anything.
 _BELIEVED: Final = 2.0
 _ENOUGH: Final = 3
-# What a request is taken to cost of which nothing is known.
-_UNKNOWN_S: Final = 0.01
+# What a request is taken to cost of which nothing is known, in seconds.
+UNKNOWN_S: Final = 0.01
 # Fewer requests per second are nobody's reason to move anything.
 _FEWEST: Final = 0.02
 
@@ -334,7 +334,7 @@ def seconds_of(costs: Mapping[str, Cost], slow: Mapping[str, float]) -> dict[str
             found[name] = min(ratios)
         else:
             # Without a trial nothing tells one device from another.
-            found[name] = cost.tried_s or min(measured.values(), default=_UNKNOWN_S)
+            found[name] = cost.tried_s or min(measured.values(), default=UNKNOWN_S)
     return found
 
 

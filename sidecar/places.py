@@ -5,11 +5,12 @@ Owned by one thread. All of this is for speed: what cannot be read or written is
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+
+from sidecar.jsonfile import read_json, replace_json
 
 log = logging.getLogger("trunkline.engine")
 
@@ -17,10 +18,8 @@ log = logging.getLogger("trunkline.engine")
 def read_places(path: Path, devices: Collection[str]) -> dict[str, frozenset[str]]:
     """Return the devices of models, by name, as ``write_places`` wrote them, but for devices that are no more."""
     try:
-        stored = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError):
+        stored = read_json(path, missing={})
+    except (OSError, ValueError):
         log.warning("%s cannot be read; models are placed anew", path)
         return {}
     found = {}
@@ -33,10 +32,8 @@ def read_places(path: Path, devices: Collection[str]) -> dict[str, frozenset[str
 
 def write_places(path: Path, placed: Mapping[str, frozenset[str]]) -> None:
     """Write where models are asked, in place of what was written before."""
-    temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text(json.dumps({name: sorted(where) for name, where in sorted(placed.items())}))
-        os.replace(temporary, path)
+        replace_json(path, {name: sorted(where) for name, where in sorted(placed.items())})
     except OSError as error:
         log.warning(
             "where models are asked cannot be saved (%s); after a restart they are placed anew", os.strerror(error.errno or 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,10 +65,7 @@ def _device(sidecar: SidecarProcess) -> str:
 
 
 def until_tried(sidecar: SidecarProcess) -> None:
-    deadline = time.monotonic() + 60
-    while not all(sidecar.admin.get(f"models/{name}")["tried"] for name in NAMES):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: all(sidecar.admin.get(f"models/{name}")["tried"] for name in NAMES))
 
 
 @needs_two_cores

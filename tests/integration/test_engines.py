@@ -95,6 +95,11 @@ class Two:
         """Let so much time pass that models may be moved again."""
         self.look(REST_S)
 
+    def start_on(self, name: str, device: str) -> None:
+        """Have a model be asked on one device, from where it may go anywhere."""
+        for allowed in ([device], []):
+            self.command("place", name=name, allow=allowed)
+
     def until_on(self, name: str, *devices: str) -> None:
         """Wait until a model is asked on just these devices."""
         until(lambda: self.where(name) == sorted(devices))
@@ -155,8 +160,7 @@ def test_models_are_placed_at_the_start_and_asked_there(two: Two) -> None:
 
 
 def test_a_slower_device_is_left_for_a_faster_one(two: Two) -> None:
-    two.command("place", name="age", allow=["one"])
-    two.command("place", name="age", allow=[])
+    two.start_on("age", "one")
     assert two.where("age") == ["one"]
     two.asks("age", 20.0, 1.0, one=0.04, other=0.004)
     two.rest()
@@ -167,8 +171,7 @@ def test_a_slower_device_is_left_for_a_faster_one(two: Two) -> None:
 
 
 def test_a_model_that_one_device_cannot_keep_up_with_is_asked_on_both(two: Two) -> None:
-    two.command("place", name="age", allow=["one"])
-    two.command("place", name="age", allow=[])
+    two.start_on("age", "one")
     two.asks("age", 500.0, 12.0, one=0.01, other=0.01)
     two.rest()
     two.until_on("age", "one", "other")
@@ -224,8 +227,7 @@ def test_nothing_is_lost_while_models_move_to_and_fro(two: Two) -> None:
 
 def test_a_model_that_cannot_be_loaded_elsewhere_stays(two: Two, source: FakeSource, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "trunkline.engine")
-    two.command("place", name="age", allow=["one"])
-    two.command("place", name="age", allow=[])
+    two.start_on("age", "one")
     check("age")
     two.other.capacity_bytes = 0
     two.asks("age", 20.0, 1.0, one=0.04, other=0.004)
@@ -311,8 +313,7 @@ def test_constraints_outlive_the_engines(tmp_path: Path, source: FakeSource, clo
 
 
 def test_a_pinned_model_stays(two: Two) -> None:
-    two.command("place", name="age", allow=["one"])
-    two.command("place", name="age", allow=[])
+    two.start_on("age", "one")
     assert two.command("pin", name="age")["pinned"]
     two.asks("age", 20.0, 1.0, one=0.04, other=0.004)
     two.rest()

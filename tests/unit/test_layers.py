@@ -41,6 +41,7 @@ LAYERS = {
         "strictjson",
         "processes",
         "disk",
+        "jsonfile",
         "keeping",
         "tenants",
         "quotas",

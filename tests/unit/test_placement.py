@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -17,22 +18,15 @@ def sites(*budgets: int) -> list[Site]:
     return [Site(f"d{number}", budget_bytes, PACE) for number, budget_bytes in enumerate(budgets or (1 << 30, 1 << 30))]
 
 
-def profile(
-    *seconds: float, rate: float = 0.0, under_way: float = 1.0, size_bytes: int = MIB, common: int = 0, name: str = ""
-) -> Profile:
-    weights = {f"own {name}": size_bytes} | ({"common": common} if common else {})
+def profile(*seconds: float, rate: float = 0.0, under_way: float = 1.0, size_bytes: int = MIB, common: int = 0) -> Profile:
+    weights = {"own": size_bytes} | ({"common": common} if common else {})
     return Profile({f"d{number}": each for number, each in enumerate(seconds)}, weights, rate, under_way)
 
 
 def profiles(**given: Profile) -> dict[str, Profile]:
+    """Return profiles by name, each with the weights of its own called by that."""
     return {
-        name: Profile(
-            each.seconds,
-            {f"{key} {name}" if key == "own " else key: size for key, size in each.weights.items()},
-            each.rate,
-            each.under_way,
-            each.resident_bytes,
-        )
+        name: replace(each, weights={name if key == "own" else key: size for key, size in each.weights.items()})
         for name, each in given.items()
     }
 
