@@ -20,3 +20,13 @@ def die_with_parent(parent_pid: int, by: signal.Signals = signal.SIGTERM) -> Non
     LIBC.prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
     if os.getppid() != parent_pid:
         raise ProcessLookupError(f"process {parent_pid} died before its child was ready")
+
+
+def end_within(seconds: float) -> None:
+    """Have the kernel end this process after so many seconds, even if it does nothing else any more. The first call counts.
+
+    For whoever has been told to end, and has no parent any more who would see to it.
+    """
+    if not signal.getitimer(signal.ITIMER_REAL)[0]:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -9,111 +9,30 @@ would copy locks that nobody holds any more.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import logging
 import os
-import re
-import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from sidecar.errors import ConfigError
 from sidecar.processes import die_with_parent
+from sidecar.rundirectory import RunDirectory, write_token
 from sidecar.segment import Segment
 
 log = logging.getLogger("trunkline.supervisor")
 
 _BACKLOG: Final = 1024
-# The folder of what belongs to another device than the first.
-_DEVICE: Final = re.compile(r"device-\d+")
 _SIGNALS: Final = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 # An engine that lived longer than this was healthy; the next one is started at once.
 _HEALTHY_S: Final = 1.0
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
 # Beyond the drain itself: time for the exit.
-_EXIT_GRACE_S: Final = 2.0
-
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """Where a running sidecar can be found. Functions mount ``public`` and nothing else."""
-
-    root: Path
-
-    @property
-    def public(self) -> Path:
-        return self.root / "public"
-
-    @property
-    def socket(self) -> Path:
-        return self.public / "trunkline.sock"
-
-    @property
-    def admin_socket(self) -> Path:
-        return self.root / "admin.sock"
-
-    @property
-    def token(self) -> Path:
-        return self.root / "admin.token"
-
-    @property
-    def constraints(self) -> Path:
-        return self.root / "constraints.json"
-
-    @property
-    def places(self) -> Path:
-        return self.root / "places.json"
-
-    def pins(self, number: int) -> Path:
-        """Return where it is kept which models an operator pinned on a device."""
-        return self.device_folder(number) / "pins.json"
-
-    def device_folder(self, number: int) -> Path:
-        """Return the folder of what belongs to one device; all there is lies in it where there is but one."""
-        return self.root / f"device-{number}" if number else self.root
-
-    def device_folders(self, count: int) -> list[Path]:
-        """Return the folders there are of devices beyond so many."""
-        own = {self.device_folder(number) for number in range(count)}
-        return [folder for folder in sorted(self.root.glob("device-*")) if folder not in own and _DEVICE.fullmatch(folder.name)]
-
-    @property
-    def quotas(self) -> Path:
-        return self.root / "quotas.toml"
-
-    @property
-    def lock(self) -> Path:
-        return self.root / "lock"
-
-    def create(self) -> None:
-        """Make the directories. ``public`` is open to any uid, since functions run as all sorts of them."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        self.public.mkdir(exist_ok=True)
-        self.public.chmod(0o755)
-
-
-@contextlib.contextmanager
-def _sole_owner(run: RunDirectory) -> Iterator[None]:
-    # A lock of the file system, not a pid file: it is free the moment its holder is gone, however it went.
-    descriptor = os.open(run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"a sidecar is running in {run.root} already; stop it or choose another --run-dir",
-                run_dir=str(run.root),
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
+EXIT_GRACE_S: Final = 2.0
 
 
 def _listen(run: RunDirectory) -> socket.socket:
@@ -133,18 +52,6 @@ def _listen(run: RunDirectory) -> socket.socket:
     listener.listen(_BACKLOG)
     temporary.rename(run.socket)
     return listener
-
-
-def write_token(path: Path) -> bytes:
-    """Write a new administrator's token, readable by this user alone, and return it."""
-    token = secrets.token_hex(32)[:64].encode()
-    temporary = path.with_suffix(".new")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(token)
-    temporary.rename(path)
-    return token
 
 
 class Supervisor:
@@ -180,29 +87,27 @@ class Supervisor:
         self._pause_s = 0.0
 
     def run(self) -> int:
-        """Serve until told to stop; return the exit code."""
-        self._run.create()
-        with _sole_owner(self._run):
-            listener = _listen(self._run)
-            token = write_token(self._run.token)
-            # Signals are waited for, not handled: nothing here can be interrupted half-way.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            # Before any fork: what a parent imports later would take apart what it shares with its child.
-            self._preload()
-            try:
-                self._open_segments()
-                self._start_http(listener)
-                self._start_engine(listener, token)
-                log.info("listening on %s", self._run.socket)
-                self._keep_alive(listener, token)
-            finally:
-                self._stop_children()
-                for segment in self._segments:
-                    segment.unlink()
-                    segment.close()
-                listener.close()
-                for path in (self._run.socket, self._run.token, self._run.admin_socket, self._run.quotas):
-                    path.unlink(missing_ok=True)
+        """Serve until told to stop; return the exit code. The run directory is the caller's."""
+        listener = _listen(self._run)
+        token = write_token(self._run.token)
+        # Signals are waited for, not handled: nothing here can be interrupted half-way.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        # Before any fork: what a parent imports later would take apart what it shares with its child.
+        self._preload()
+        try:
+            self._open_segments()
+            self._start_http(listener)
+            self._start_engine(listener, token)
+            log.info("listening on %s", self._run.socket)
+            self._keep_alive(listener, token)
+        finally:
+            self._stop_children()
+            for segment in self._segments:
+                segment.unlink()
+                segment.close()
+            listener.close()
+            for path in (self._run.socket, self._run.token, self._run.admin_socket, self._run.quotas):
+                path.unlink(missing_ok=True)
         return 0
 
     def _open_segments(self) -> None:
@@ -281,11 +186,11 @@ class Supervisor:
 
     def _stop_children(self) -> None:
         """End both children: politely, the engine with time to drain, then for good."""
-        if self._engine_pid and not _ended(self._engine_pid, self._drain_timeout_s + _EXIT_GRACE_S):
+        if self._engine_pid and not _ended(self._engine_pid, self._drain_timeout_s + EXIT_GRACE_S):
             log.error("the engine did not drain within %.1f s and is killed", self._drain_timeout_s)
             os.kill(self._engine_pid, signal.SIGKILL)
             os.waitpid(self._engine_pid, 0)
-        if self._http_pid and not _ended(self._http_pid, _EXIT_GRACE_S):
+        if self._http_pid and not _ended(self._http_pid, EXIT_GRACE_S):
             os.kill(self._http_pid, signal.SIGKILL)
             os.waitpid(self._http_pid, 0)
 

@@ -17,10 +17,12 @@ from sidecar.http.server import AdminServer, listen_tcp, listen_unix
 from sidecar.inflight import InFlight
 from sidecar.machine import raise_descriptor_limit
 from sidecar.pins import Pins
+from sidecar.processes import end_within
 from sidecar.quotas import read_quotas
 from sidecar.reloading import QuotaFile
+from sidecar.rundirectory import RunDirectory
 from sidecar.store import Store
-from sidecar.supervisor import RunDirectory, Supervisor
+from sidecar.supervisor import EXIT_GRACE_S, Supervisor
 from sidecar.tenants import OPEN, Quotas
 
 if TYPE_CHECKING:
@@ -37,6 +39,13 @@ _OTHER_DESCRIPTORS = 64
 def serve(settings: Settings) -> int:
     """Run a sidecar until SIGTERM or SIGINT; return the exit code. Raises ConfigError."""
     run = RunDirectory(settings.run_dir)
+    run.create()
+    # The children of one that was killed end by themselves, and have its sockets and its memory until then.
+    with run.owned(settings.drain_timeout_s + 2 * EXIT_GRACE_S):
+        return _serve(settings, run)
+
+
+def _serve(settings: Settings, run: RunDirectory) -> int:
     descriptors = raise_descriptor_limit()
     if (needed := _DESCRIPTORS_PER_SESSION * settings.connection_limit + _OTHER_DESCRIPTORS) > descriptors:
         log.warning(
@@ -122,6 +131,8 @@ def _engine_process(
 
     def drain(number: int, frame: FrameType | None) -> None:
         log.info("draining")
+        # Later than the supervisor would end it, if there still is one.
+        end_within(settings.drain_timeout_s + 1.5 * EXIT_GRACE_S)
         server.drain()
         engine.drain(server.stop)
 

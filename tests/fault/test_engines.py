@@ -118,7 +118,7 @@ def test_what_there_is_for_a_device_goes_with_it(sidecar: SidecarProcess) -> Non
     (second / "pins.json").write_text('["one"]')
     sidecar._flags = ("--device", DEVICES[0], "--memory-budget", "64MB")
     sidecar.start()
-    # What the killed one has left answers for a moment, perhaps.
+    # Until the new one takes over, what the killed one has left may answer.
     until(lambda: _device(sidecar) == DEVICES[0])
     assert not second.exists()
     assert not segment.exists()

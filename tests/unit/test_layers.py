@@ -42,6 +42,7 @@ LAYERS = {
         "processes",
         "disk",
         "jsonfile",
+        "rundirectory",
         "keeping",
         "tenants",
         "quotas",

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +16,9 @@ from trunkline.errors import InvalidInput
 from sidecar.errors import ConfigError
 from sidecar.keeping import Keep
 from sidecar.pins import Pins
-from sidecar.processes import die_with_parent
-from sidecar.supervisor import RunDirectory, _listen, write_token
+from sidecar.processes import die_with_parent, end_within
+from sidecar.rundirectory import RunDirectory, write_token
+from sidecar.supervisor import _listen
 
 
 def test_pins_are_kept(tmp_path: Path) -> None:
@@ -140,6 +146,78 @@ def test_a_child_whose_parent_is_gone_already_does_not_start() -> None:
             os._exit(7)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_a_process_that_hangs_when_told_to_end_is_ended() -> None:
+    pid = os.fork()
+    if not pid:
+        end_within(0.1)
+        # Whoever says it again puts it off no longer.
+        end_within(3600.0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+        while True:
+            time.sleep(60)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGALRM
+
+
+def test_a_run_directory_is_one_sidecars(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.create()
+    with run.owned(0.0):
+        pid = os.fork()
+        if not pid:
+            try:
+                with RunDirectory(run.root).owned(3600.0):
+                    os._exit(0)
+            except ConfigError as error:
+                os._exit(7 if "is running in" in str(error) else 8)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    with run.owned(0.0):
+        pass
+
+
+@pytest.fixture
+def orphan(tmp_path: Path) -> Iterator[int]:
+    """Have a child of a sidecar that was killed, which holds on to its run directory; its pid."""
+    run, (reads, writes) = RunDirectory(tmp_path / "run"), os.pipe()
+    run.create()
+    killed = os.fork()
+    if not killed:
+        with run.owned(0.0):
+            if not os.fork():
+                os.write(writes, str(os.getpid()).encode())
+                time.sleep(3600)
+                os._exit(0)
+            signal.pause()
+    pid = int(os.read(reads, 32))
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    yield pid
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    os.close(reads)
+    os.close(writes)
+
+
+def test_what_a_killed_sidecar_left_is_waited_for(tmp_path: Path, orphan: int, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunDirectory(tmp_path / "run")
+    end = threading.Timer(0.3, os.kill, (orphan, signal.SIGKILL))
+    end.start()
+    with run.owned(3600.0):
+        pass
+    end.join()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a sidecar that was killed has left processes in {run.root}; they are waited for"
+    ]
+
+
+def test_what_a_killed_sidecar_left_is_not_waited_for_without_end(tmp_path: Path, orphan: int) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with (
+        pytest.raises(ConfigError, match=r"has not ended within 0\.1 s; end these processes \(fuser .*/lock shows them\)"),
+        run.owned(0.1),
+    ):
+        pass
 
 
 def test_a_socket_path_that_is_too_long_is_told(tmp_path: Path) -> None:
