@@ -122,6 +122,11 @@ class TorchDevice:
         shares = [self._threads >> halvings for halvings in range(self._threads.bit_length())] if self._is_cpu else [1]
         return tuple(self._threads // share for share in shares) if self._is_cpu else (1,)
 
+    @property
+    def is_shared_by_lanes(self) -> bool:
+        """Return whether a lane has but a part of the device, and a stage that is run by itself is done sooner outside of it."""
+        return self._is_cpu
+
     def begin_lane(self, count: int) -> None:
         """Make the calling thread one of ``count`` lanes: it has its share of the threads, or a stream, from now on.
 

@@ -1,7 +1,8 @@
 """Runs: stages on their way through the device, in the engine thread or in lanes, and what becomes of what they give.
 
 With one lane the engine thread runs stages itself; with several (``sidecar.lanes``) it hands them over, goes on with its inbox,
-and finds there what they gave. While a lane computes for a request, its inputs and weights must stay, whatever becomes of it:
+and finds there what they gave. A stage beside which there is nothing to run it keeps, where one that has the whole device is done
+sooner than in a lane. While a lane computes for a request, its inputs and weights must stay, whatever becomes of it:
 what would give them back waits until that run has ended (``when_ended``). Part of the engine thread.
 """
 
@@ -193,7 +194,7 @@ class Runs:
                 self.fail(group, error)
                 return
             run.engine_s = self._clock() - began_s
-            if self._lanes is None:
+            if self._lanes is None or self._is_alone(run):
                 outcome = attempt(compute, self._clock)
                 # It has weights; what comes now may let go of them.
                 del compute
@@ -208,6 +209,10 @@ class Runs:
         if self._lanes is None:
             return 1
         return 0 if self.alone is not None and self.running else self._lanes.idle_count
+
+    def _is_alone(self, run: _Run) -> bool:
+        """Say whether the whole device is better for a run than a lane of it: nothing else could be run meanwhile."""
+        return self._device.is_shared_by_lanes and not self.running and self._wavefront.has_only(run.groups, self._is_ready)
 
     def _choose(self) -> Group[Call] | None:
         if self._lanes is None:

@@ -330,6 +330,10 @@ class Wavefront(Generic[C]):
             chosen.apart = True
         return chosen
 
+    def has_only(self, groups: Sequence[Group[C]], is_ready: Callable[[Step], bool]) -> bool:
+        """Say whether no stage can be run but those of some groups."""
+        return all(group in groups or group.running or not is_ready(group.step) for group in self._groups)
+
     def others(self, group: Group[C], alike: Callable[[Step, Step], bool]) -> list[Group[C]]:
         """Return the groups that are about to run stages that are ``alike``: many heads on one trunk may have one structure."""
         if len(self._groups) == 1:

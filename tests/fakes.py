@@ -100,6 +100,7 @@ class FakeDevice:
 
     can_pack = False
     lane_counts: tuple[int, ...] = (1, 2)
+    is_shared_by_lanes = False
 
     def __init__(self, name: str = "fake") -> None:
         self.name = name

@@ -184,6 +184,56 @@ def test_with_one_lane_stages_run_in_the_engine_s_own_thread(device: Gated, tmp_
     assert device.lanes_begun == 2
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_stage_with_nothing_beside_it_has_the_whole_device(device: Gated, tmp_path: Path, whole: bool) -> None:
+    device.is_shared_by_lanes = whole
+    threads: queue.SimpleQueue[str] = queue.SimpleQueue()
+    device.on_run = lambda: threads.put(threading.current_thread().name.split()[0])
+    with engine_on(device, tmp_path, "a", "b") as engine:
+        askers = {name: Asker(engine) for name in "ab"}
+        for name, asker in askers.items():
+            asker.ask(name)
+            assert (asker.told()[0] == expected(name)).all()
+            assert (threads.get() == "lane") == (not whole)
+        handled(engine)
+        # Two that are there at the same time are run side by side; the second does not wait for the first.
+        gates = device.holding("a", "b")
+        held = threading.Event()
+        engine._post(lambda: held.wait(LATE) or None)
+        for name, asker in askers.items():
+            asker.ask(name)
+        held.set()
+        assert all(gate.entered.wait(LATE) for gate in gates)
+        for gate in gates:
+            gate.leave.set()
+        for name, asker in askers.items():
+            assert (asker.told()[0] == expected(name)).all()
+        assert [threads.get(), threads.get()] == ["lane", "lane"]
+
+
+def test_one_that_comes_while_a_lane_computes_has_the_other_lane(device: Gated, tmp_path: Path) -> None:
+    device.is_shared_by_lanes = True
+    with engine_on(device, tmp_path, "a", "b", "c") as engine:
+        askers = {name: Asker(engine) for name in "abc"}
+        for name, asker in askers.items():
+            asker.ask(name)
+            asker.told()
+        gates = device.holding("a", "b")
+        held = threading.Event()
+        engine._post(lambda: held.wait(LATE) or None)
+        for name in "ab":
+            askers[name].ask(name)
+        held.set()
+        assert all(gate.entered.wait(LATE) for gate in gates)
+        gates[1].leave.set()
+        askers["b"].told()
+        askers["c"].ask("c")
+        assert (askers["c"].told()[0] == expected("c")).all()
+        assert lanes_of(engine) == (2, 1)
+        gates[0].leave.set()
+        askers["a"].told()
+
+
 def test_where_the_device_cannot_be_divided_stages_run_one_at_a_time(
     device: Gated, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -630,6 +680,8 @@ def test_many_clients_get_right_answers_to_the_bit_of_one_thread(tmp_path: Path,
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
     # Whatever is faster on this machine at this moment: one form in both.
     monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    # And nothing by itself, with both threads.
+    monkeypatch.setattr(TorchDevice, "is_shared_by_lanes", False)
     made = [network(kind) for kind in ("resnet", "minilm", "densenet")]
     settings: dict[str, Any] = {"batch_limit": 1, "compute_once": False, "stacking": False}
     with serving(tmp_path, monkeypatch, lanes=2, **settings) as running:

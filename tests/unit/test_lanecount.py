@@ -32,16 +32,19 @@ def test_the_number_suits_the_model_and_how_many_ask(model: str, under_way: int,
     assert asked(choice_of(), model, under_way).look(0.0) == expected
 
 
-def test_a_single_caller_is_answered_by_one_lane() -> None:
-    assert asked(choice_of(4), "small", 1).look(0.0) == 1
-    # With two it is answered as soon.
-    assert asked(choice_of(2), "small", 1).look(0.0) == 2
-    assert asked(choice_of(2), "large", 1).look(0.0) == 1
+def test_a_single_caller_does_not_care() -> None:
+    for count in (1, 2, 4):
+        assert asked(choice_of(count), "large", 1).look(0.0) == count
+
+
+def test_who_is_under_way_alone_is_answered_as_by_one_lane() -> None:
+    choice = asked(asked(choice_of(), "small", 1, 30), "small", 4, 10)
+    assert choice.rates() == pytest.approx({1: 1.0, 2: (30 * 1.0 + 10 * 2.0) / 40, 4: (30 * 1.0 + 10 * 4 / 1.2) / 40})
 
 
 def test_promises_are_requests_per_second() -> None:
     choice = asked(asked(choice_of(), "small", 4, 30), "large", 2, 10)
-    # 3.5 under way in the mean.
+    # 3.5 under way in the mean, and as many lanes at work if there are four.
     assert choice.rates() == pytest.approx({1: 1.0, 2: 2 * 40 / (30 + 22), 4: 3.5 * 40 / (36 + 50)})
 
 
