@@ -10,7 +10,8 @@ devices is divided as well as it can be. What does not fit into a device's memor
 too; weights that models have in common count once.
 
 That models are moved between devices as the mix changes is the idea of "AI Multi-Tenancy on Edge" (Subedi et al., 2021). So that
-noise moves nothing, a change must lower the sum of the devices concerned by a sixth, and a model rests after one.
+noise moves nothing, a change must lower the sum of the devices concerned by a sixth, and a model rests after one: meanwhile it
+may only have one device more, which it then keeps for longer than that.
 """
 
 from __future__ import annotations
@@ -172,6 +173,8 @@ class Placement:
         self.sites = {site.name: site for site in sites}
         self.placed: dict[str, frozenset[str]] = {}
         self._changed_s: dict[str, float] = {}
+        # Those whose last change came to nothing, because they could not be loaded.
+        self._stuck: set[str] = set()
         # Since when models would do with fewer devices.
         self._spare_s: dict[str, float] = {}
 
@@ -203,11 +206,9 @@ class Placement:
         node = self._node(profiles, placed)
         for _ in range(_MOST_CHANGES):
             free = [
-                name
-                for name, profile in profiles.items()
-                if name in placed and name not in changes and profile.rate > _FEWEST and not self._rests(name, now_s)
+                name for name, profile in profiles.items() if name in placed and name not in changes and profile.rate > _FEWEST
             ]
-            found = [(*self._best(node, name, profiles[name], placed[name]), name) for name in free]
+            found = [(*self._best(node, name, profiles[name], placed[name], now_s), name) for name in free]
             found = [
                 (gain, where, name)
                 for gain, where, name in found
@@ -240,12 +241,15 @@ class Placement:
     def _rests(self, name: str, now_s: float) -> bool:
         return now_s < self._changed_s.get(name, now_s - REST_S) + REST_S
 
-    def _best(self, node: _Node, name: str, profile: Profile, now: frozenset[str]) -> tuple[float, frozenset[str]]:
+    def _best(self, node: _Node, name: str, profile: Profile, now: frozenset[str], now_s: float) -> tuple[float, frozenset[str]]:
         """Return where a model would best be, and how many fewer would wait; 0 where it should stay."""
+        choices = _choices(profile, now)
+        if self._rests(name, now_s):
+            choices = [where for where in choices if where > now and name not in self._stuck]
         node.take(name, profile)
         try:
             return max(
-                ((self._gain(node, name, profile, now, where), where) for where in _choices(profile, now)),
+                ((self._gain(node, name, profile, now, where), where) for where in choices),
                 key=lambda each: (each[0], sorted(each[1])),
                 default=(0.0, now),
             )
@@ -270,14 +274,19 @@ class Placement:
 
     def place(self, name: str, where: Iterable[str], now_s: float) -> None:
         """Note where a model is asked from now on."""
+        where = frozenset(where)
+        self._stuck.discard(name)
         if name in self.placed:
             self._changed_s[name] = now_s
+            if where == self.placed[name]:
+                self._stuck.add(name)
         self._spare_s.pop(name, None)
-        self.placed[name] = frozenset(where)
+        self.placed[name] = where
 
     def forget(self, name: str) -> None:
         """Forget a model that is asked no more."""
         self.placed.pop(name, None)
+        self._stuck.discard(name)
         self._changed_s.pop(name, None)
         self._spare_s.pop(name, None)
 

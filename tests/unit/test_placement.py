@@ -150,6 +150,21 @@ def test_a_model_rests_after_a_change() -> None:
     assert placement.look(REST_S, back) == {"a": frozenset({"d0"})}
 
 
+def test_a_model_that_rests_may_have_one_device_more() -> None:
+    placement = Placement(sites())
+    placement.place("a", {"d0"}, 0.0)
+    placement.place("a", {"d1"}, 0.0)
+    busy = profiles(a=profile(0.01, 0.01, rate=95, under_way=4))
+    assert placement.look(1.0, busy) == {"a": frozenset({"d0", "d1"})}
+    # Where it could not be loaded it was tried, and is not before it has rested.
+    placement.place("a", {"d1"}, 1.0)
+    assert not placement.look(REST_S, busy)
+    assert placement.look(REST_S + 1, busy) == {"a": frozenset({"d0", "d1"})}
+    # Nor does what was tried before matter when it has moved since.
+    placement.place("a", {"d0"}, REST_S + 1)
+    assert placement.look(REST_S + 1, busy) == {"a": frozenset({"d0", "d1"})}
+
+
 def test_what_a_model_may_not_use_any_more_it_leaves_at_once() -> None:
     placement = Placement(sites())
     placement.place("a", {"d0", "d1"}, 0.0)
