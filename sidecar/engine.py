@@ -14,21 +14,15 @@ import functools
 import logging
 import math
 import queue
-import secrets
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from trunkline.errors import (
-    BudgetExceeded,
     CapacityError,
-    DeadlineExceeded,
     Draining,
-    SidecarFault,
-    SignatureMismatch,
     TrunklineError,
     UnknownModel,
 )
@@ -36,23 +30,25 @@ from trunkline.protocol import JOINT
 from trunkline.signature import Signature
 
 from sidecar.activations import Activations
+from sidecar.admission import Admission
 from sidecar.catalog import Catalog, Deployed, Joint
 from sidecar.claims import Claims
 from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
 from sidecar.devicememory import DeviceMemory
 from sidecar.inflight import InFlight
-from sidecar.inturn import InTurn
+from sidecar.inturn import AllInTurn
 from sidecar.lanecount import LaneChoice
 from sidecar.loads import Loads, Parked
-from sidecar.logs import RateLimit
 from sidecar.memory import Memory
 from sidecar.mover import Mover
+from sidecar.ownloads import own_load
 from sidecar.pins import Pins
 from sidecar.placement import Cost
 from sidecar.policies import Either
-from sidecar.ports import Device, OutputSpecs, Session, Source, Work
-from sidecar.residency import Grant
+from sidecar.ports import Device, Session, Source, Work
+from sidecar.readahead import ReadAhead
+from sidecar.refusals import Refusals, as_told, incident
 from sidecar.rivals import open_residency
 from sidecar.runs import Call, Runs
 from sidecar.scheduler import Scheduler
@@ -60,16 +56,13 @@ from sidecar.shortage import Shortage
 from sidecar.streams import Streams
 from sidecar.sweeps import Sweeps
 from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant
-from sidecar.traces import Lease, Recorder
+from sidecar.traces import Recorder
 from sidecar.trials import Trials, Verdict
 from sidecar.turns import Turns
 from sidecar.verdicts import Verdicts
 from sidecar.wavefront import Group, Ticket, Wavefront
 
 log = logging.getLogger("trunkline.engine")
-# One line a refused request, as long as there are not too many of them.
-refusals = logging.getLogger("trunkline.engine.refusals")
-refusals.addFilter(RateLimit(20))
 
 # An engine that had nothing to do for so long gives back what its last runs left in the allocator.
 _IDLE_S: Final = 1.0
@@ -84,22 +77,9 @@ _MOST_TAKEN: Final = 64
 _WEIGHT: Final = 0.1
 _MEASURED_FOR_S: Final = 600.0
 _MOST_MEASURED: Final = 1024
-# Whose such loads are: nobody's who has limits.
-_ITSELF: Final = replace(ANYONE, name="(sidecar)")
-# How long a load may take that nobody has asked for over a connection: of models that were pinned before a restart, say.
-_OWN_LOAD_S: Final = 600.0
 # What is on disk is read through once in so long, a MiB and then a pause: 20 MB/s at most.
 _SCRUB_EVERY_S: Final = 24 * 3600.0
 _SCRUB_PAUSE_S: Final = 0.05
-
-
-@dataclass(slots=True)
-class Counts:
-    """What the engine has done since it started."""
-
-    answered: int = 0
-    failed: int = 0
-    expired: int = 0
 
 
 class Engine:
@@ -149,18 +129,17 @@ class Engine:
         # Without a budget nothing is reckoned.
         self._activations: Activations | None = None
         if activation_budget_bytes is not None:
-            self._activations = Activations(device, activation_budget_bytes, self._post, self._unblock, verdicts)
+            self._activations = Activations(
+                device, activation_budget_bytes, self._post, lambda: self._admission.unblock(), verdicts
+            )
         self._streams = Streams(self._residency, self._loads, self._drop, lambda: self._mover.pace, clock)
         self._shortage = Shortage(
             device, self._residency, self._loads, self._mover, self._drop, gives_back=self._memory.gives_back
         )
-        # Requests that wait for the run of a model that streams to end.
-        self._aside: list[Work] = []
-        # Calls about several models for which there is no room together.
-        self._in_turn: list[InTurn] = []
-        # Models that functions have named and not asked for yet, by whose functions they are.
-        self._ahead: dict[tuple[str, str], Tenant] = {}
         self._queue: Scheduler[Work] = Scheduler(queue_limit, in_flight=in_flight)
+        self._refusals = Refusals(self._queue, clock)
+        # Calls about several models for which there is no room together.
+        self._in_turn = AllInTurn(self._queue, clock)
         # Enough of one tenant for the largest batch, and for another to form meanwhile; the others keep their deadlines.
         self._turns: Turns[Call] = Turns(self._queue, 2 * batch_limit)
         self._costs = BatchCosts()
@@ -197,15 +176,38 @@ class Engine:
             advance=self._advance,
             failed=self._calls_failed,
         )
-        # Set while a request waits to be the only one.
-        self._blocked = False
-        # The tenant that waits for a lease of somebody else to end; until then, nobody else gets memory that it needs.
-        self._first_in_line: str | None = None
-        # Set from then on until nobody does: meanwhile the model that streams takes no more than it must.
-        self._is_short_of_memory = False
-        # Tenants whose next request waits for room to compute, and those that wait for something else to be given back.
-        self._short: set[str] = set()
-        self._patient: set[str] = set()
+        self._admission = Admission(
+            self._catalog,
+            self._queue,
+            self._turns,
+            self._wavefront,
+            self._runs,
+            self._loads,
+            self._claims,
+            self._streams,
+            self._in_turn,
+            self._activations,
+            self._refusals,
+            self._recorder,
+            clock,
+            batch_limit=batch_limit,
+            is_held=self._is_to_be_divided,
+            complete_for=self._complete_for,
+            enter=self._enter,
+            drop=self._drop,
+            failed=self._calls_failed,
+        )
+        self._read_ahead = ReadAhead(
+            self._catalog,
+            self._queue,
+            self._loads,
+            self._claims,
+            self._admission,
+            clock,
+            complete=self._complete,
+            complete_for=self._complete_for,
+            drop=self._drop,
+        )
         self._untrimmed = False
         self._audited_s = -math.inf
         # Commands and requests taken from the inbox since a stage was last run.
@@ -222,7 +224,7 @@ class Engine:
         self._stays = False
         self._finished = False
         self._ended = threading.Event()
-        self._counts = Counts()
+        self._answered_count = 0
         # Device seconds that a request for a model took of late, and when; what was measured long ago may have been a bad moment.
         self._request_s: dict[str, tuple[float, float]] = {}
         # Device seconds that are reckoned to be needed for what waits and runs. Others may read it.
@@ -235,7 +237,7 @@ class Engine:
             self._loads,
             accept=self._accept,
             drop=self._drop,
-            unblock=self._unblock,
+            unblock=self._admission.unblock,
             deployed=self._is_new,
             requests=self._request_counts,
             trace=self._recorder.to_plain,
@@ -279,7 +281,7 @@ class Engine:
 
     def bring(self, name: str, over: Callable[[TrunklineError | None], None]) -> None:
         """Have a model loaded, or several together; somebody is told when it is over, in the engine's thread."""
-        self._post(lambda: self._accept(self._own_load(name, _Awaited(over))))
+        self._post(lambda: self._accept(own_load(name, self._clock(), over)))
 
     def submit(self, work: Work) -> None:
         """Queue a request; its session is told the outcome."""
@@ -322,7 +324,7 @@ class Engine:
 
         def count() -> None:
             self._session_count += 1
-            self._prefetch(models, tenant)
+            self._read_ahead.note(models, tenant)
 
         self._post(count)
 
@@ -431,7 +433,7 @@ class Engine:
             threading.Thread(target=self._activations.run, name="dry runs", daemon=True).start()
         threading.Thread(target=self._scrub, name="scrub", daemon=True).start()
         for name in self._catalog.pinned():
-            self._accept(self._own_load(name))
+            self._accept(own_load(name, self._clock()))
         while not self._finished:
             try:
                 self._step()
@@ -459,7 +461,7 @@ class Engine:
     def _step(self) -> None:
         self._expire()
         # Work goes on while there is some, but what has been posted meanwhile comes first.
-        busy = (bool(self._wavefront) and not self._runs.stalled) or self._can_take_up()
+        busy = (bool(self._wavefront) and not self._runs.stalled) or self._admission.can_take_up()
         window_s = self._window_left_s() if busy else 0.0
         try:
             if busy:
@@ -512,7 +514,7 @@ class Engine:
         self._claims.use(quotas.tenants.values())
         if self._activations is not None:
             self._activations.reserves.use(quotas.tenants.values())
-        self._unblock()
+        self._admission.unblock()
         self._drop(self._catalog.use_domains(quotas.domains()))
         self._when_complete.append(done)
         if self._has_begun:
@@ -543,7 +545,7 @@ class Engine:
         if deployed is not None:
             self._is_new(deployed)
             if name in self._catalog.pinned():
-                self._accept(self._own_load(name))
+                self._accept(own_load(name, self._clock()))
 
     def _is_new(self, deployed: Deployed) -> None:
         self._expect(deployed)
@@ -594,7 +596,7 @@ class Engine:
         name = deployed.name
         if was_resident and not self._catalog.is_deployed(deployed) and name in self._catalog.deployed:
             # It serves on in another form, whose weights are made while nobody waits for them.
-            self._accept(self._own_load(name))
+            self._accept(own_load(name, self._clock()))
 
     def _measure_lanes(self) -> None:
         """Have it found out what runs of the next model take in several lanes, while nobody waits for anything."""
@@ -623,6 +625,10 @@ class Engine:
         self._divide()
         self._trials.then(functools.partial(self._sweeps.keep_count, count))
 
+    def _is_to_be_divided(self) -> bool:
+        """Say whether what is under way is to be finished before the device is divided otherwise."""
+        return self._lane_choice is not None and self._lane_choice.count != self._lane_count
+
     def _forget_weights(self, digests: Collection[str]) -> None:
         if self._trials is not None:
             self._trials.then(lambda: self._memory.forget(digests))
@@ -633,43 +639,6 @@ class Engine:
         if not self._batch_window_s or self._wavefront or self._draining or not 0 < waiting < self._batch_limit:
             return 0.0
         return max(0.0, self._opened_s + self._batch_window_s - self._clock())
-
-    def _prefetch(self, models: Sequence[str], tenant: Tenant) -> None:
-        for name in (each for joint in models for each in joint.split(JOINT)):
-            if name in self._catalog.deployed or name in self._catalog.awaited:
-                self._ahead[name, tenant.name] = tenant
-
-    def _own_load(self, name: str, session: Session | None = None) -> Work:
-        """Return a load that nobody has asked for over a connection."""
-        return Work(session or _Awaited(), 0, name, self._clock() + _OWN_LOAD_S, tenant=_ITSELF)
-
-    def _read_ahead(self) -> None:
-        """Load the models that functions have named, while nobody waits for anything."""
-        while self._ahead and not len(self._queue) and not self._is_shut() and self._first_in_line is None:
-            name, _ = place = next(iter(self._ahead))
-            tenant = self._ahead.pop(place)
-            self._complete([name])
-            deployed = self._catalog.deployed.get(name)
-            if deployed is None or deployed.loaded or deployed in self._loads or self._draining:
-                continue
-            self._complete_for([deployed])
-            try:
-                self._catalog.prepare(deployed)
-                # Of its quota, as if it had asked; or whoever names many models would push out those of others.
-                freed = self._claims.make_room(tenant, [deployed.plan])
-                if freed is None:
-                    continue
-                self._drop(freed)
-                grant = self._residency.lease(deployed.plan)
-            except TrunklineError:
-                # Whoever asks for it is told, or has it streamed.
-                continue
-            # Where there is no room just now it is read when it is asked for.
-            if grant is not None:
-                self._claims.claim(tenant, [deployed.plan])
-                self._record(grant, (deployed,))
-                self._drop(grant.evict)
-                self._loads.want(self._own_load(name), (deployed,), None)
 
     def _accept(self, work: Work) -> None:
         if self._draining:
@@ -683,66 +652,25 @@ class Engine:
             if not len(self._queue):
                 self._opened_s = self._clock()
             self._queue.submit(work, self._clock(), *self._forecast(work))
-        except TrunklineError as error:
-            self._fail(work, error)
-        except Exception as error:  # noqa: BLE001 - _incident logs it
+        except Exception as error:  # noqa: BLE001 - what is not ours is logged
             # It is nowhere yet: whoever asked must not wait for ever.
-            self._fail(work, _incident(f"{work.model} (call {work.call_id})", error))
+            self._refusals.fail(work, as_told(work, error))
 
     def _go_on(self) -> None:
         # A run may have ended with what was just posted.
-        self._follow_stream()
+        self._admission.follow_stream()
         if self._window_left_s() > 0:
             return
-        self._take_up_all()
-        if self._first_in_line is not None and self._streams.deployed is not None:
-            # Who was refused has what the stream lets go of for it, before anybody else is asked.
-            self._follow_stream()
-            self._take_up_all()
-        if self._first_in_line is None and not self._is_shut():
-            self._is_short_of_memory = False
-        self._read_ahead()
-        self._follow_stream()
+        self._admission.take_up()
+        if not self._draining:
+            self._read_ahead.go_on()
+        self._admission.follow_stream()
         if self._wavefront:
             self._runs.go_on()
-        self._follow_stream()
+        self._admission.follow_stream()
         self.backlog_s = self._queue.backlog_s()
         self._choose_lanes()
         self._finish_if_drained()
-
-    def _take_up_all(self) -> None:
-        """Take up what can be, in the order of turns."""
-        while len(self._queue) and not self._is_shut():
-            expired, work = self._queue.take(self._clock(), self._admission())
-            for late in expired:
-                self._counts.expired += 1
-                self._turn_away(late, self._late(late, "waiting"))
-            if work is None:
-                break
-            self._take_up(work)
-
-    def _is_shut(self) -> bool:
-        """Say whether no request of anybody can be taken up before something is given back."""
-        if self._lane_choice is not None and self._lane_choice.count != self._lane_count:
-            # What is under way is finished before the device is divided otherwise.
-            return True
-        return self._blocked or self._streams.starved
-
-    def _can_take_up(self) -> bool:
-        if not len(self._queue) or self._is_shut():
-            return False
-        return self._queue.can_take(self._admission())
-
-    def _admission(self) -> Callable[[Tenant], bool]:
-        """Return what says of a tenant whether one of its requests can be taken up now."""
-        aside = Counter(work.tenant.name for work in self._aside)
-        full = {name for name, count in aside.items() if count >= 2 * self._batch_limit}
-        excluded = self._turns.occupied(self._wavefront) | self._short | self._patient | full
-        first = self._first_in_line
-        if first is None:
-            return lambda tenant: tenant.name not in excluded
-        shares = self._queue.shares
-        return lambda tenant: tenant.name not in excluded and shares.is_before(tenant.name, first)
 
     def _forecast(self, work: Work) -> tuple[object, float, str]:
         """Return the kind of a request, by which its cost is known, the seconds its weights take to be there, and their name."""
@@ -761,194 +689,18 @@ class Engine:
         )
         return kind, missing_bytes / self._mover.pace, work.model
 
-    def _follow_stream(self) -> None:
-        deployed = self._streams.deployed
-        if deployed is None:
-            return
-
-        def belongs(ticket: Ticket[Call]) -> bool:
-            return deployed in ticket.call.parts
-
-        try:
-            ended = self._streams.move(self._wavefront.standing(belongs), self._is_short_of_memory)
-        except TrunklineError as error:
-            self._calls_failed([ticket for ticket in self._wavefront.tickets() if belongs(ticket)], error)
-            ended = self._streams.move(())
-        if self._is_short_of_memory and self._streams.gave_way:
-            # There may be room now for who waits.
-            self._first_in_line = None
-            self._patient.clear()
-        if ended:
-            # In the order in which they came.
-            for work in reversed(self._aside):
-                self._queue.put_back(work)
-            self._aside.clear()
-
-    def _take_up(self, work: Work) -> None:
-        try:
-            self._admit(work)
-        except Exception as error:  # noqa: BLE001 - _incident logs it
-            # Out of the queue, and nowhere else: whoever asked must not wait for ever.
-            self._turn_away(work, _incident(f"{work.model} (call {work.call_id})", error))
-
-    def _admit(self, work: Work) -> None:
-        try:
-            signature = self.signature(work.model)
-            parts = self._catalog.parts(work.model)
-            self._complete_for(parts)
-            joint = self._catalog.joint(work.model) if JOINT in work.model else None
-        except TrunklineError as error:
-            self._turn_away(work, error)
-            return
-        if work.signature is not None and not _takes_the_same(work.signature, signature):
-            # What was checked is what is computed: these inputs were another version's.
-            message = f"{work.model} became version {signature.version} while the request was waiting"
-            self._turn_away(work, SignatureMismatch(message))
-            return
-        if self._first_in_line is not None and not all(deployed.loaded for deployed in parts):
-            # Somebody waits for memory: what it waits for must not go to others, whose turn it may be.
-            self._wait(work)
-            return
-        if not self._has_room_to_compute(work, parts, joint):
-            return
-        try:
-            for deployed in parts:
-                self._catalog.prepare(deployed)
-            if self._streams.deployed in parts:
-                self._stream(work, parts)
-                return
-            plans = [deployed.plan for deployed in parts]
-            if not self._has_room_in_quota(work, plans):
-                return
-            grant = self._residency.lease(*plans)
-        except BudgetExceeded as error:
-            if work.inputs is None:
-                self._turn_away(work, error)
-            elif joint is not None:
-                self._begin_in_turn(work, parts, joint)
-            else:
-                self._stream(work, parts)
-            return
-        except TrunklineError as error:
-            self._turn_away(work, error)
-            return
-        if grant is None:
-            self._first_in_line = self._first_in_line or work.tenant.name
-            self._is_short_of_memory = True
-            self._wait(work)
-            return
-        self._claims.claim(work.tenant, plans)
-        self._record(grant, parts)
-        self._drop(grant.evict)
-        self._loads.want(work, parts, joint)
-
-    def _has_room_to_compute(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None) -> bool:
-        """Say whether what a call takes beside weights can be had now; if not, it was refused, or put back to wait."""
-        if self._activations is None or work.inputs is None:
-            return True
-        reserves = self._activations.reserves
-        needed = [
-            self._activations.needed_bytes(
-                deployed.bundle, work.inputs if joint is None else joint.inputs_of(deployed, work.inputs)
-            )
-            for deployed in parts
-        ]
-        most_bytes = reserves.most_bytes(work.tenant.name)
-        for deployed, size_bytes in zip(parts, needed, strict=True):
-            if size_bytes is not None and size_bytes > most_bytes:
-                message = (
-                    f"a call of {deployed.name} with inputs of these sizes takes about {size_bytes} bytes beside weights, of "
-                    f"the activation budget it may have {most_bytes}; send less at a time, or start the sidecar with a larger "
-                    "--activation-budget"
-                )
-                self._turn_away(work, BudgetExceeded(message, needed_bytes=size_bytes, budget_bytes=most_bytes))
-                return False
-        # What takes nobody knows how much takes all there is.
-        work.activation_bytes = sum(reserves.budget_bytes if size_bytes is None else size_bytes for size_bytes in needed)
-        if work.activation_bytes > most_bytes and joint is not None and None not in needed:
-            # Each of them has room by itself. While that is not known they go alone, together: once may be all they are asked.
-            self._begin_in_turn(work, parts, joint)
-            return False
-        taken: Counter[str] = Counter()
-        for each in (*(call.work for call in self._runs.calls()), *(parked.work for parked in self._loads.parked)):
-            taken[each.tenant.name] += each.activation_bytes
-        if work.activation_bytes > most_bytes:
-            # It goes alone, and so that it ever does, all others wait for it.
-            self._blocked = any(taken.values())
-        elif not reserves.fits(work.tenant.name, work.activation_bytes, taken, waiting=bool(self._short)):
-            self._queue.put_back(work)
-            self._short.add(work.tenant.name)
-            return False
-        if self._blocked:
-            self._queue.put_back(work)
-        return not self._blocked
-
-    def _begin_in_turn(self, work: Work, parts: tuple[Deployed, ...], joint: Joint) -> None:
-        """Have the models of a call run one after the other, because there is no room for them together."""
-        in_turn = InTurn(work, parts, joint, self._queue.follow, self._end_in_turn)
-        self._in_turn.append(in_turn)
-        in_turn.go_on()
-
-    def _end_in_turn(self, in_turn: InTurn, answered: bool) -> None:
-        # Its caller may have left before a lane was done with it.
-        if in_turn in self._in_turn:
-            self._in_turn.remove(in_turn)
-        self._queue.leave(in_turn.work, self._clock() if answered else None)
-
-    def _has_room_in_quota(self, work: Work, plans: Sequence[str]) -> bool:
-        """Say whether a tenant may have models in memory now; if not, the request was refused, or put back to wait."""
-        try:
-            freed = self._claims.make_room(work.tenant, plans)
-        except BudgetExceeded as error:
-            self._turn_away(work, error)
-            return False
-        if freed is None:
-            # Until one of its own requests is answered.
-            self._wait(work)
-            return False
-        self._drop(freed)
-        return True
-
-    def _wait(self, work: Work) -> None:
-        """Have a tenant wait until something is given back."""
-        self._queue.put_back(work)
-        self._patient.add(work.tenant.name)
-
-    def _stream(self, work: Work, parts: tuple[Deployed, ...]) -> None:
-        """Take up a request for a model that does not fit, or put it aside until the run of one has ended."""
-        try:
-            entered = len(parts) == 1 and work.inputs is not None and self._streams.enter(parts[0])
-        except TrunklineError as error:
-            self._turn_away(work, error)
-            return
-        if entered:
-            self._enter(Parked(work, parts, None, set()))
-        else:
-            self._aside.append(work)
-
-    def _record(self, grant: Grant, parts: Sequence[Deployed]) -> None:
-        weights = [self._residency.weights(deployed.plan) for deployed in parts]
-        lease = Lease(
-            self._clock() - self._started_s,
-            tuple(deployed.plan for deployed in parts),
-            grant.hit_bytes,
-            grant.missed_bytes,
-            grant.evicted_bytes,
-        )
-        self._recorder.record(lease, weights)
-
     def _enter(self, parked: Parked) -> None:
         """Let a request whose weights are in memory into the wavefront."""
         work, parts = parked.work, parked.parts
         if work.inputs is None:
             self._conclude(work, parts, lambda: work.session.document(work.request_id, self._commands.describe(parts[0])))
         elif work.deadline <= self._clock():
-            self._refuse(work, parts, self._late(work, "waiting for its model to be loaded"))
+            self._refuse(work, parts, self._refusals.late(work, "waiting for its model to be loaded"))
         else:
             try:
                 self._wavefront.add(self._call(work, parts, parked.joint, work.inputs).tickets)
-            except Exception as error:  # noqa: BLE001 - _incident logs it
-                self._refuse(work, parts, _incident(f"{work.model} (call {work.call_id})", error))
+            except Exception as error:  # noqa: BLE001 - incident logs it
+                self._refuse(work, parts, incident(f"{work.model} (call {work.call_id})", error))
 
     def _call(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None, inputs: Sequence[Any]) -> Call:
         names = parts[0].staged.inputs if joint is None else joint.interface.values
@@ -975,8 +727,8 @@ class Engine:
         now = self._clock()
         late = [ticket for ticket in self._wavefront.tickets() if ticket.call.work.deadline <= now]
         for call in dict.fromkeys(ticket.call for ticket in late):
-            self._counts.expired += 1
-            self._calls_failed(call.tickets, self._late(call.work, "being computed"))
+            self._refusals.expired_count += 1
+            self._calls_failed(call.tickets, self._refusals.late(call.work, "being computed"))
 
     def _advance(self, group: Group[Call], outputs: Sequence[Any]) -> None:
         finished = self._wavefront.advance(group, outputs)
@@ -993,8 +745,7 @@ class Engine:
         for call in dict.fromkeys(ticket.call for ticket in failed):
             self._wavefront.drop(lambda ticket, call=call: ticket.call is call)  # type: ignore[misc]
             work = call.work
-            told = error if isinstance(error, TrunklineError) else _incident(f"{work.model} (call {work.call_id})", error)
-            self._runs.when_ended((call,), functools.partial(self._refuse, work, call.parts, told))
+            self._runs.when_ended((call,), functools.partial(self._refuse, work, call.parts, as_told(work, error)))
 
     def _answer(self, call: Call) -> None:
         outputs = [output for ticket in call.tickets for output in call.results[ticket]]
@@ -1002,7 +753,7 @@ class Engine:
             (spec.name, *self._device.output_spec(output)) for spec, output in zip(call.signature.outputs, outputs, strict=True)
         )
         call.work.session.answer(call.work.request_id, specs, outputs, self._device.read_output)
-        self._counts.answered += 1
+        self._answered_count += 1
         now = self._clock()
         self._measured(call.work.model, self._queue.leave(call.work, now), now)
         for deployed in call.parts:
@@ -1022,16 +773,14 @@ class Engine:
         """Tell a request's session the outcome, whatever happens on the way, and return its leases."""
         try:
             tell()
-        except TrunklineError as error:
-            self._fail(work, error)
-        except Exception as error:  # noqa: BLE001 - _incident logs it
-            self._fail(work, _incident(f"{work.model} (call {work.call_id})", error))
+        except Exception as error:  # noqa: BLE001 - what is not ours is logged
+            self._refusals.fail(work, as_told(work, error))
         finally:
             # What was told of it is told: an error is no measure of how long an answer takes.
             self._give_back(work, parts)
 
     def _refuse(self, work: Work, parts: tuple[Deployed, ...], error: TrunklineError) -> None:
-        self._conclude(work, parts, functools.partial(self._fail, work, error))
+        self._conclude(work, parts, functools.partial(self._refusals.fail, work, error))
 
     def _load_failed(self, deployed: Deployed, concerned: Sequence[Parked], error: TrunklineError) -> None:
         for parked in concerned:
@@ -1055,14 +804,8 @@ class Engine:
 
     def _release(self, deployed: Deployed) -> None:
         self._residency.release(deployed.plan)
-        self._unblock()
+        self._admission.unblock()
         self._drop(self._catalog.let_go(deployed))
-
-    def _unblock(self) -> None:
-        self._blocked = False
-        self._first_in_line = None
-        self._short.clear()
-        self._patient.clear()
 
     def _drop(self, digests: Sequence[str]) -> None:
         if not digests:
@@ -1080,38 +823,11 @@ class Engine:
             if self._residency.lease_count(deployed.plan):
                 self._loads.fetch(deployed, [digest for digest in deployed.weights if digest in lost])
 
-    def _late(self, work: Work, doing: str) -> DeadlineExceeded:
-        late_s = self._clock() - work.deadline
-        # Of other tenants nobody is told anything.
-        waiting_count = self._queue.waiting_count(work.tenant)
-        return DeadlineExceeded(
-            f"the deadline passed {late_s:.3f} s ago while the request was {doing}; {waiting_count} others of the same tenant "
-            "wait",
-            late_s=round(late_s, 3),
-            waiting_count=waiting_count,
-        )
-
-    def _turn_away(self, work: Work, error: TrunklineError) -> None:
-        """Refuse a request that was taken from the queue and has no leases."""
-        self._queue.leave(work)
-        self._fail(work, error)
-
-    def _fail(self, work: Work, error: TrunklineError) -> None:
-        self._counts.failed += 1
-        refusals.info("%s refused (call %s): %s: %s", work.model, work.call_id or "-", error.code, error.message)
-        work.session.fail(work.request_id, error)
-
     def _forget(self, session: Session) -> None:
         self._session_count -= 1
-        over = [each for each in self._in_turn if each.work.session is session]
-        for in_turn in over:
-            self._end_in_turn(in_turn, answered=False)
-        sessions: tuple[Session, ...] = (session, *over)
+        sessions: tuple[Session, ...] = (session, *self._in_turn.forget(session))
         self._queue.drop(lambda work: work.session in sessions)
-        for work in self._aside:
-            if work.session in sessions:
-                self._queue.leave(work)
-        self._aside = [work for work in self._aside if work.session not in sessions]
+        self._admission.forget(sessions)
         gone = [parked for parked in self._loads.parked if parked.work.session in sessions]
         self._loads.parked = [parked for parked in self._loads.parked if parked not in gone]
         calls = {ticket.call: None for ticket in self._wavefront.tickets() if ticket.call.work.session in sessions}
@@ -1131,7 +847,8 @@ class Engine:
         self._finish_if_drained()
 
     def _finish_if_drained(self) -> None:
-        waiting = bool(self._wavefront or self._runs.running or len(self._queue) or self._loads.parked or self._aside)
+        under_way = self._wavefront or self._runs.running or self._loads.parked
+        waiting = bool(under_way or len(self._queue) or self._admission.aside_count)
         if self._draining and not waiting and self._drained is not None:
             if self._stays:
                 # Told now: nothing comes after this.
@@ -1152,20 +869,19 @@ class Engine:
                 work.session.document(work.request_id, answer)
         except TrunklineError as error:
             work.session.fail(work.request_id, error)
-            return
-        except Exception as error:  # noqa: BLE001 - _incident logs it
+        except Exception as error:  # noqa: BLE001 - incident logs it
             # A bug in one command is answered like any other failure; whoever asked must not wait for ever.
-            work.session.fail(work.request_id, _incident(name[:64], error))
+            work.session.fail(work.request_id, incident(name[:64], error))
 
     def _request_counts(self) -> dict[str, object]:
         return {
             "draining": self._draining,
             "sessions": self._session_count,
             "requests": {
-                "answered": self._counts.answered,
-                "failed": self._counts.failed + self._turned_away,
-                "expired": self._counts.expired,
-                "waiting": len(self._queue) + len(self._aside),
+                "answered": self._answered_count,
+                "failed": self._refusals.failed_count + self._turned_away,
+                "expired": self._refusals.expired_count,
+                "waiting": len(self._queue) + self._admission.aside_count,
                 "running": len(self._wavefront),
                 "fetched_bytes": self._loads.fetched_bytes,
                 "evicted_bytes": self._residency.evicted_bytes,
@@ -1210,34 +926,5 @@ class Engine:
             assert found == expected, f"{deployed.plan}: {found} leases, {expected} requests under way"
 
 
-class _Awaited:
-    """The session of a load that nobody has asked for over a connection. ``over`` is told when it is, and what was wrong."""
-
-    def __init__(self, over: Callable[[TrunklineError | None], None] = lambda error: None) -> None:
-        self._over = over
-
-    def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None:
-        raise AssertionError("the engine asks itself for loads only")
-
-    def document(self, request_id: int, plain: object) -> None:
-        self._over(None)
-
-    def fail(self, request_id: int, error: TrunklineError) -> None:
-        self._over(error)
-
-    def released(self) -> None:
-        raise AssertionError("a load has no connection")
-
-
-def _incident(what: str, error: Exception) -> SidecarFault:
-    incident = secrets.token_hex(4)
-    log.error("incident %s: %s failed", incident, what, exc_info=error)
-    return SidecarFault(f"the sidecar failed at {what}; its log has incident {incident}", incident=incident)
-
-
 def _draining() -> Draining:
     return Draining("the sidecar is shutting down; the next one will answer")
-
-
-def _takes_the_same(one: Signature, other: Signature) -> bool:
-    return one is other or (one.inputs == other.inputs and one.symbols == other.symbols)

@@ -14,7 +14,8 @@ from typing import Any
 from trunkline.errors import TrunklineError
 
 from sidecar.catalog import Deployed, Joint
-from sidecar.ports import OutputSpecs, Work
+from sidecar.ports import OutputSpecs, Session, Work
+from sidecar.scheduler import Scheduler
 
 
 class InTurn:
@@ -67,3 +68,34 @@ class InTurn:
 
     def released(self) -> None:
         raise AssertionError("the parts of a call have no connection")
+
+
+class AllInTurn:
+    """Such calls, from their first part to their end."""
+
+    def __init__(self, scheduler: Scheduler[Work], clock: Callable[[], float]) -> None:
+        self._scheduler = scheduler
+        self._clock = clock
+        self._calls: list[InTurn] = []
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def begin(self, work: Work, parts: Sequence[Deployed], joint: Joint) -> None:
+        """Have the models of a call run one after the other."""
+        in_turn = InTurn(work, parts, joint, self._scheduler.follow, self._end)
+        self._calls.append(in_turn)
+        in_turn.go_on()
+
+    def _end(self, in_turn: InTurn, answered: bool) -> None:
+        # Its caller may have left before a lane was done with it.
+        if in_turn in self._calls:
+            self._calls.remove(in_turn)
+        self._scheduler.leave(in_turn.work, self._clock() if answered else None)
+
+    def forget(self, session: Session) -> list[InTurn]:
+        """End the calls of a session that is no more; return what is the session of their parts."""
+        over = [each for each in self._calls if each.work.session is session]
+        for in_turn in over:
+            self._end(in_turn, answered=False)
+        return over

@@ -181,7 +181,7 @@ class Runs:
             self._look()
             try:
                 group = self._choose()
-            except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
+            except Exception as error:  # noqa: BLE001 - what is not ours is logged
                 # It would be chosen again, for ever.
                 self._failed(self._wavefront.abandon(), error)
                 return
@@ -390,7 +390,7 @@ class Runs:
         self.counts.stage_requests += sum(1 for _ in group.tickets())
         try:
             self._advance(group, outputs)
-        except Exception as error:  # noqa: BLE001 - _incident logs what is not ours
+        except Exception as error:  # noqa: BLE001 - what is not ours is logged
             self.fail(group, error)
 
     def _has_no_room(self, group: Group[Call], error: DeviceOutOfMemory, beside: bool) -> None:

@@ -485,7 +485,7 @@ def test_weights_of_a_running_stage_stay_though_others_need_the_room(device: Gat
         engine.session_closed(asker)
         other.ask(names[1])
         handled(engine)
-        assert engine._first_in_line is not None
+        assert engine._admission._first_in_line is not None
         assert device.allocated_bytes == 100
         assert not other.events
         gate.leave.set()

@@ -12,7 +12,7 @@ from trunkline import client, model, models
 from trunkline.errors import BudgetExceeded, DeadlineExceeded, ModelCorrupt, SidecarFault
 from trunkline.pool import Pool
 
-from sidecar.engine import Engine
+from sidecar.admission import Admission
 from sidecar.errors import BlobCorrupt
 from sidecar.tiermemory import TierMemory
 from sidecar.timeline import smallest_room
@@ -227,15 +227,15 @@ def test_who_is_late_at_the_last_moment_does_not_fail_who_comes_next(node: Node,
     made = network("resnet")
     (size,), (smallest,) = rooms(node, made)
     node.resize((smallest + size) // 2)
-    stream, taken_up = Engine._stream, threading.Semaphore(0)
+    stream, taken_up = Admission._stream, threading.Semaphore(0)
 
-    def late(self: Engine, work: Any, parts: Any) -> None:
+    def late(self: Admission, work: Any, parts: Any) -> None:
         # In time when it was taken from the queue, and not any more when it is to enter.
         if taken_up.acquire(blocking=False):
             work.deadline = 0.0
         stream(self, work, parts)
 
-    monkeypatch.setattr(Engine, "_stream", late)
+    monkeypatch.setattr(Admission, "_stream", late)
     with node.serve() as running:
         inputs = made.inputs(1, 0)
         pools = [Pool() for _ in range(3)]

@@ -82,9 +82,13 @@ LAYERS = {
     },
     4: {
         "activations",
+        "admission",
         "engine",
         "engines",
+        "ownloads",
         "placing",
+        "readahead",
+        "refusals",
         "relays",
         "catalog",
         "claims",
