@@ -19,6 +19,8 @@ from trunkline.signature import Signature
 from sidecar.activations import Activations
 from sidecar.catalog import Catalog, Deployed, Joint
 from sidecar.claims import Claims
+from sidecar.deployments import Deployments
+from sidecar.division import Division
 from sidecar.inturn import AllInTurn
 from sidecar.loads import Loads, Parked
 from sidecar.ports import Session, Work
@@ -37,7 +39,6 @@ class Admission:
     """What waits, and for what.
 
     ``enter`` takes a request whose weights are in memory, ``drop`` forgets evicted weights, ``failed`` ends requests under way.
-    ``complete_for`` has all models deployed before something is loaded for one; ``is_held`` says whether everybody has to wait.
     """
 
     def __init__(
@@ -52,13 +53,13 @@ class Admission:
         streams: Streams,
         in_turn: AllInTurn,
         activations: Activations | None,
+        division: Division,
+        deployments: Deployments,
         refusals: Refusals,
         recorder: Recorder,
         clock: Callable[[], float],
         *,
         batch_limit: int,
-        is_held: Callable[[], bool],
-        complete_for: Callable[[Sequence[Deployed]], None],
         enter: Callable[[Parked], None],
         drop: Callable[[Sequence[str]], None],
         failed: Callable[[Sequence[Ticket[Call]], Exception], None],
@@ -75,13 +76,13 @@ class Admission:
         self._streams = streams
         self._in_turn = in_turn
         self._activations = activations
+        self._division = division
+        self._deployments = deployments
         self._refusals = refusals
         self._recorder = recorder
         self._clock = clock
         self._started_s = clock()
         self._batch_limit = batch_limit
-        self._is_held = is_held
-        self._complete_for = complete_for
         self._enter = enter
         self._drop = drop
         self._failed = failed
@@ -169,8 +170,8 @@ class Admission:
         self._loads.want(work, parts, joint)
 
     def _is_shut(self) -> bool:
-        """Say whether no request of anybody can be taken up before something is given back."""
-        return self._is_held() or self._blocked or self._streams.starved
+        """Say whether no request of anybody can be taken up before something is given back, or all that is under way is over."""
+        return self._division.is_due or self._blocked or self._streams.starved
 
     def _admits(self) -> Callable[[Tenant], bool]:
         """Return what says of a tenant whether one of its requests can be taken up now."""
@@ -204,7 +205,7 @@ class Admission:
         try:
             signature = self._catalog.signature(work.model)
             parts = self._catalog.parts(work.model)
-            self._complete_for(parts)
+            self._deployments.complete_for(parts)
             joint = self._catalog.joint(work.model) if JOINT in work.model else None
         except TrunklineError as error:
             self._refusals.turn_away(work, error)

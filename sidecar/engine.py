@@ -16,15 +16,13 @@ import math
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 from trunkline.errors import (
     CapacityError,
     Draining,
     TrunklineError,
-    UnknownModel,
 )
 from trunkline.protocol import JOINT
 from trunkline.signature import Signature
@@ -35,10 +33,11 @@ from sidecar.catalog import Catalog, Deployed, Joint
 from sidecar.claims import Claims
 from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
+from sidecar.deployments import Deployments
 from sidecar.devicememory import DeviceMemory
+from sidecar.division import Division
 from sidecar.inflight import InFlight
 from sidecar.inturn import AllInTurn
-from sidecar.lanecount import LaneChoice
 from sidecar.loads import Loads, Parked
 from sidecar.memory import Memory
 from sidecar.mover import Mover
@@ -57,7 +56,7 @@ from sidecar.streams import Streams
 from sidecar.sweeps import Sweeps
 from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant
 from sidecar.traces import Recorder
-from sidecar.trials import Trials, Verdict
+from sidecar.trials import Trials
 from sidecar.turns import Turns
 from sidecar.verdicts import Verdicts
 from sidecar.wavefront import Group, Ticket, Wavefront
@@ -150,17 +149,9 @@ class Engine:
             self._trials = Trials(device, source, verdicts, self._post, packing=packing, keep=self._memory.keep)
             self._trials.then(lambda: self._mover.expect(self._memory.calibrate(verdicts)))
         # Without a number it is chosen, and measured for that where trials are held.
-        self._lane_count = lanes or 1
-        self._lane_choice: LaneChoice | None = None
-        self._sweeps: Sweeps | None = None
-        # How many stages could have been run side by side, of late.
-        self._breadth = 1
-        # Models whose runs in several lanes are still to be measured, by name.
-        self._unmeasured: dict[str, Callable[[], Mapping[int, float] | None]] = {}
+        sweeps: Sweeps | None = None
         if lanes is None and verdicts is not None and len(device.lane_counts) > 1:
-            self._sweeps = Sweeps(device, source, verdicts)
-            self._lane_count = self._sweeps.last_count()
-            self._lane_choice = LaneChoice(self._lane_count, clock())
+            sweeps = Sweeps(device, source, verdicts)
         self._runs = Runs(
             device,
             self._wavefront,
@@ -176,6 +167,29 @@ class Engine:
             advance=self._advance,
             failed=self._calls_failed,
         )
+        self._division = Division(
+            device,
+            self._wavefront,
+            self._turns,
+            self._runs,
+            self._trials,
+            sweeps,
+            self._post,
+            clock,
+            count=lanes or 1,
+            batch_limit=batch_limit,
+        )
+        self._deployments = Deployments(
+            self._catalog,
+            self._loads,
+            self._activations,
+            self._trials,
+            self._division,
+            self._post,
+            clock,
+            accept=self._accept,
+            drop=self._drop,
+        )
         self._admission = Admission(
             self._catalog,
             self._queue,
@@ -187,12 +201,12 @@ class Engine:
             self._streams,
             self._in_turn,
             self._activations,
+            self._division,
+            self._deployments,
             self._refusals,
             self._recorder,
             clock,
             batch_limit=batch_limit,
-            is_held=self._is_to_be_divided,
-            complete_for=self._complete_for,
             enter=self._enter,
             drop=self._drop,
             failed=self._calls_failed,
@@ -202,23 +216,15 @@ class Engine:
             self._queue,
             self._loads,
             self._claims,
+            self._deployments,
             self._admission,
             clock,
-            complete=self._complete,
-            complete_for=self._complete_for,
             drop=self._drop,
         )
         self._untrimmed = False
         self._audited_s = -math.inf
         # Commands and requests taken from the inbox since a stage was last run.
         self._taken = 0
-        # Models that may be used since the quotas changed, by the names they are still to be deployed under.
-        self._lacking: deque[str] = deque()
-        # What is to be called when there are none.
-        self._when_complete: list[Callable[[], None]] = []
-        self._has_begun = False
-        # Weights that an earlier engine has left in memory, and no model that is deployed has.
-        self._kept: set[str] = set()
         self._draining = False
         self._drained: Callable[[], None] | None = None
         self._stays = False
@@ -238,7 +244,7 @@ class Engine:
             accept=self._accept,
             drop=self._drop,
             unblock=self._admission.unblock,
-            deployed=self._is_new,
+            deployed=self._deployments.is_new,
             requests=self._request_counts,
             trace=self._recorder.to_plain,
             scheduler=self._queue,
@@ -314,7 +320,7 @@ class Engine:
         What a domain may use no more is withdrawn; requests under way are answered. What it may use besides is deployed one by
         one, while others are served; ``done`` is called in the engine thread when all of that is there.
         """
-        if self._has_begun:
+        if self._deployments.has_begun:
             self._post(lambda: self._use_quotas(quotas, done))
         else:
             self._use_quotas(quotas, done)
@@ -354,53 +360,7 @@ class Engine:
         Where weights are in memory from an engine before this one, only what is pinned is deployed now; what is asked for, when
         it is; all else while nobody waits for anything.
         """
-        self._has_begun = True
-        self._kept = set(self._memory.kept())
-        self._catalog.await_stored()
-        self._complete(self._catalog.pins.names())
-        if not self._kept:
-            self._complete_all()
-        self._deploy_lacking()
-
-    def _complete_all(self) -> None:
-        self._complete(list(self._catalog.awaited))
-
-    def _complete(self, names: Iterable[str]) -> None:
-        """Deploy those of these models that are awaited."""
-        for name in names:
-            if name in self._catalog.awaited and (deployed := self._completed(name)) is not None:
-                self._begin(deployed)
-        if self._kept and not self._catalog.awaited:
-            # No model needs it.
-            self._loads.free(list(self._kept))
-            self._kept.clear()
-
-    def _completed(self, name: str) -> Deployed | None:
-        """Deploy a model and return it; None when it is not to be, or cannot, or is there no more."""
-        try:
-            return self._catalog.complete(name)
-        except UnknownModel:
-            log.info("%s was removed from the store before it was deployed", name)
-            return None
-
-    def _begin(self, deployed: Deployed) -> None:
-        """Go on with a model as the engine before this one has left it: as its trial has shown, and with what is in memory."""
-        self._expect(deployed)
-        verdict = self._trials.known(deployed.bundle, deployed.staged) if self._trials is not None else None
-        if verdict is None:
-            self._try_out(deployed)
-        else:
-            self._adopt(deployed, verdict, is_new=False)
-        serving = self._catalog.deployed[deployed.name]
-        self._residency.take_over(serving.plan, self._kept & serving.weights.keys())
-        self._kept -= serving.weights.keys()
-
-    def _complete_for(self, parts: Sequence[Deployed]) -> None:
-        """Deploy all models before something is to be loaded: what has to leave memory for it is chosen among all."""
-        if self._catalog.awaited and not all(
-            self._residency.is_committed(digest) for deployed in parts for digest in deployed.weights
-        ):
-            self._complete_all()
+        self._deployments.begin()
 
     def costs(self, names: Sequence[str]) -> dict[str, Cost]:
         """Return what those of some models cost that are deployed, alone or several together. While the engine does not run."""
@@ -425,7 +385,7 @@ class Engine:
     def run(self) -> None:
         """Serve until drained. The engine thread's body."""
         self._device.enter()
-        self._divide()
+        self._division.divide()
         threading.Thread(target=self._mover.run, name="mover", daemon=True).start()
         if self._trials is not None:
             threading.Thread(target=self._trials.run, name="trials", daemon=True).start()
@@ -450,10 +410,6 @@ class Engine:
         if self._drained is not None:
             self._drained()
 
-    def _divide(self) -> None:
-        """Divide the device into as many lanes as there are to be. Nothing is under way."""
-        self._turns.most = 2 * max(self._batch_limit, self._runs.divide(self._lane_count))
-
     def _scrub(self) -> None:
         while not self._ended.wait(_SCRUB_EVERY_S):
             self._memory.scrub(lambda: self._ended.wait(_SCRUB_PAUSE_S))
@@ -472,13 +428,14 @@ class Engine:
             if busy:
                 self._go_on()
             elif self._can_complete():
-                self._complete(list(self._catalog.awaited)[:1])
+                self._deployments.complete(list(self._catalog.awaited)[:1])
             elif self._untrimmed and not self._runs.running:
                 self._device.trim()
                 self._loads.trim()
                 self._untrimmed = False
                 self._audit()
-                self._measure_lanes()
+                if not self._draining:
+                    self._division.measure()
             return
         self._untrimmed = True
         if isinstance(command, Work):
@@ -509,51 +466,14 @@ class Engine:
         self._mover.audit()
 
     def _use_quotas(self, quotas: Quotas, done: Callable[[], None] = lambda: None) -> None:
-        self._complete_all()
+        self._deployments.complete_all()
         self._queue.use(quotas)
         self._claims.use(quotas.tenants.values())
         if self._activations is not None:
             self._activations.reserves.use(quotas.tenants.values())
         self._admission.unblock()
         self._drop(self._catalog.use_domains(quotas.domains()))
-        self._when_complete.append(done)
-        if self._has_begun:
-            self._lacking = deque(self._catalog.lacking())
-            self._deploy_lacking()
-
-    def _deploy_first(self, names: Sequence[str]) -> None:
-        """Deploy those of these models that may be used since the quotas changed and have not had their turn yet."""
-        for name in names:
-            if name in self._lacking:
-                self._lacking.remove(name)
-                self._deploy_one(name)
-
-    def _deploy_lacking(self) -> None:
-        if not self._lacking:
-            # Whose quotas were replaced meanwhile are told as well.
-            told, self._when_complete = self._when_complete, []
-            for done in told:
-                done()
-            return
-        name = self._lacking.popleft()
-        # Others take their turn in between.
-        self._post(self._deploy_lacking)
-        self._deploy_one(name)
-
-    def _deploy_one(self, name: str) -> None:
-        deployed = self._completed(name)
-        if deployed is not None:
-            self._is_new(deployed)
-            if name in self._catalog.pinned():
-                self._accept(own_load(name, self._clock()))
-
-    def _is_new(self, deployed: Deployed) -> None:
-        self._expect(deployed)
-        self._try_out(deployed)
-
-    def _expect(self, deployed: Deployed) -> None:
-        if self._activations is not None:
-            self._activations.expect(deployed.bundle)
+        self._deployments.domains_changed(done)
 
     def _rest_s(self) -> float | None:
         """Return for how long nothing is to be done unless it is asked for; None: not before."""
@@ -574,61 +494,6 @@ class Engine:
             self._drop(freed)
             self._untrimmed |= bool(freed)
 
-    def _try_out(self, deployed: Deployed) -> None:
-        if self._trials is not None and (deployed.verdict is None or not deployed.verdict.held):
-            self._trials.ask(deployed.bundle, deployed.staged, lambda verdict: self._tried(deployed, verdict))
-
-    def _adopt(self, deployed: Deployed, verdict: Verdict, *, is_new: bool) -> None:
-        assert self._trials is not None
-        self._drop(self._catalog.adopt(deployed, verdict))
-        # After a restart what is on disk stays there: else each would make room for itself at the cost of the next.
-        self._trials.keep(deployed.bundle, deployed.staged, verdict.forms, evicts=is_new)
-        if self._sweeps is not None:
-            self._unmeasured[deployed.name] = functools.partial(
-                self._sweeps.seconds, deployed.bundle, deployed.staged, verdict.forms
-            )
-            # That it has rested is seen when it has done something before.
-            self._untrimmed = True
-
-    def _tried(self, deployed: Deployed, verdict: Verdict) -> None:
-        was_resident = self._residency.is_held(deployed.plan) if self._catalog.is_deployed(deployed) else False
-        self._adopt(deployed, verdict, is_new=True)
-        name = deployed.name
-        if was_resident and not self._catalog.is_deployed(deployed) and name in self._catalog.deployed:
-            # It serves on in another form, whose weights are made while nobody waits for them.
-            self._accept(own_load(name, self._clock()))
-
-    def _measure_lanes(self) -> None:
-        """Have it found out what runs of the next model take in several lanes, while nobody waits for anything."""
-        choice, trials = self._lane_choice, self._trials
-        if choice is None or trials is None or not self._unmeasured or self._draining:
-            return
-        name = next(iter(self._unmeasured))
-        seconds_of = self._unmeasured.pop(name)
-
-        def measure() -> None:
-            seconds = seconds_of()
-            # With this the engine is not idle; when it is again, the next has its turn.
-            self._post(lambda: choice.learn(name, seconds or {}))
-
-        trials.then(measure)
-
-    def _choose_lanes(self) -> None:
-        """Divide the device otherwise where that suits what is asked better; first, what is under way is finished."""
-        if self._lane_choice is None or self._sweeps is None or self._trials is None:
-            return
-        count = self._lane_choice.look(self._clock())
-        if count == self._lane_count or self._wavefront or self._runs.running:
-            return
-        log.info("%s is divided into %d lanes instead of %d from now on", self._device.name, count, self._lane_count)
-        self._lane_count = count
-        self._divide()
-        self._trials.then(functools.partial(self._sweeps.keep_count, count))
-
-    def _is_to_be_divided(self) -> bool:
-        """Say whether what is under way is to be finished before the device is divided otherwise."""
-        return self._lane_choice is not None and self._lane_choice.count != self._lane_count
-
     def _forget_weights(self, digests: Collection[str]) -> None:
         if self._trials is not None:
             self._trials.then(lambda: self._memory.forget(digests))
@@ -646,8 +511,8 @@ class Engine:
             return
         try:
             names = work.model.split(JOINT)
-            self._complete(names)
-            self._deploy_first(names)
+            self._deployments.complete(names)
+            self._deployments.deploy_first(names)
             self.signature(work.model)
             if not len(self._queue):
                 self._opened_s = self._clock()
@@ -669,7 +534,7 @@ class Engine:
             self._runs.go_on()
         self._admission.follow_stream()
         self.backlog_s = self._queue.backlog_s()
-        self._choose_lanes()
+        self._division.choose()
         self._finish_if_drained()
 
     def _forecast(self, work: Work) -> tuple[object, float, str]:
@@ -722,8 +587,7 @@ class Engine:
 
     def _look(self) -> None:
         """Let go of requests whose deadline has passed: what is left of them need not be computed."""
-        if self._lane_choice is not None:
-            self._breadth = self._wavefront.breadth()
+        self._division.look()
         now = self._clock()
         late = [ticket for ticket in self._wavefront.tickets() if ticket.call.work.deadline <= now]
         for call in dict.fromkeys(ticket.call for ticket in late):
@@ -759,8 +623,7 @@ class Engine:
         for deployed in call.parts:
             deployed.request_count += 1
             deployed.last_used_s = now
-            if self._lane_choice is not None:
-                self._lane_choice.answered(deployed.name, self._breadth)
+            self._division.answered(deployed)
 
     def _measured(self, name: str, seconds: float, now: float) -> None:
         """Note the device seconds that a request took."""
@@ -863,7 +726,7 @@ class Engine:
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
         try:
             # Operators are told of all models.
-            self._complete_all()
+            self._deployments.complete_all()
             answer = self._commands.run(work, name, arguments)
             if answer is not None:
                 work.session.document(work.request_id, answer)
@@ -895,7 +758,7 @@ class Engine:
             "lanes": {
                 "count": self._wavefront.lanes,
                 "running": len(self._runs.running),
-                "promised_rates": {} if self._lane_choice is None else self._lane_choice.rates(),
+                "promised_rates": self._division.rates(),
             },
             "shortage": {
                 "splits": self._shortage.counts.splits,

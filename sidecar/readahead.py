@@ -13,6 +13,7 @@ from trunkline.protocol import JOINT
 from sidecar.admission import Admission
 from sidecar.catalog import Catalog, Deployed
 from sidecar.claims import Claims
+from sidecar.deployments import Deployments
 from sidecar.loads import Loads
 from sidecar.ownloads import own_load
 from sidecar.ports import Work
@@ -21,7 +22,7 @@ from sidecar.tenants import Tenant
 
 
 class ReadAhead:
-    """What was named. ``complete`` and ``complete_for`` deploy what is to be deployed, ``drop`` forgets evicted weights."""
+    """What was named. ``drop`` forgets evicted weights."""
 
     def __init__(
         self,
@@ -29,11 +30,10 @@ class ReadAhead:
         scheduler: Scheduler[Work],
         loads: Loads,
         claims: Claims,
+        deployments: Deployments,
         admission: Admission,
         clock: Callable[[], float],
         *,
-        complete: Callable[[Sequence[str]], None],
-        complete_for: Callable[[Sequence[Deployed]], None],
         drop: Callable[[Sequence[str]], None],
     ) -> None:
         self._catalog = catalog
@@ -41,10 +41,9 @@ class ReadAhead:
         self._scheduler = scheduler
         self._loads = loads
         self._claims = claims
+        self._deployments = deployments
         self._admission = admission
         self._clock = clock
-        self._complete = complete
-        self._complete_for = complete_for
         self._drop = drop
         # By whose functions they were named, too.
         self._named: dict[tuple[str, str], Tenant] = {}
@@ -60,13 +59,13 @@ class ReadAhead:
         while self._named and not len(self._scheduler) and self._admission.is_open:
             name, _ = place = next(iter(self._named))
             tenant = self._named.pop(place)
-            self._complete([name])
+            self._deployments.complete([name])
             deployed = self._catalog.deployed.get(name)
             if deployed is not None and not deployed.loaded and deployed not in self._loads:
                 self._load(deployed, tenant)
 
     def _load(self, deployed: Deployed, tenant: Tenant) -> None:
-        self._complete_for([deployed])
+        self._deployments.complete_for([deployed])
         try:
             self._catalog.prepare(deployed)
             # Of its quota, as if it had asked; or whoever names many models would push out those of others.

@@ -201,7 +201,7 @@ def test_a_request_whose_model_cannot_be_deployed_is_told_so(
             (ValueError("a bug"), SidecarFault),
         ):
             name = ("age", "gender")[len(asked)]
-            monkeypatch.setattr(running.engine, "_begin", failing(problem))
+            monkeypatch.setattr(running.engine._deployments, "_begin", failing(problem))
             asked.append(submitted(running, name, X))
             with pytest.raises(told):
                 asked[-1].result()

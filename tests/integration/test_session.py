@@ -360,7 +360,7 @@ def test_a_model_can_be_replaced_and_removed_while_in_use(running: Running) -> N
         bundle_of("age", contents, inputs=wider, outputs=(TensorSpec("y", "float32", ("batch", 5)),), version="2"),
         contents,
     )
-    changed = threading.Thread(target=lambda: answers.append(admin(running).command("model_changed", {"name": "age"})))
+    changed = threading.Thread(target=lambda: admin(running).command("model_changed", {"name": "age"}))
     changed.start()
     leave.set()
     old.join()

@@ -150,7 +150,7 @@ def lanes(running: Running) -> dict[str, Any]:
 
 
 def measured(engine: Engine, *networks: Network) -> bool:
-    choice = engine._lane_choice
+    choice = engine._division._choice
     return choice is not None and all(each.name in choice._costs for each in networks)
 
 
@@ -191,7 +191,7 @@ def test_models_are_measured_as_they_are_served(tmp_path: Path, monkeypatch: pyt
     with serving(tmp_path, monkeypatch, lanes=None) as running:
         deploy(running, *made)
         until(lambda: measured(running.engine, *made))
-        choice = running.engine._lane_choice
+        choice = running.engine._division._choice
         assert choice is not None
         assert all(choice._costs[each.name].keys() == {1, 2} for each in made)
     # After a restart they are known without another trial.

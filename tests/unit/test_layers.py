@@ -93,6 +93,8 @@ LAYERS = {
         "catalog",
         "claims",
         "commands",
+        "deployments",
+        "division",
         "inturn",
         "lanes",
         "loads",
