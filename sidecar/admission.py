@@ -26,20 +26,17 @@ from sidecar.loads import Loads, Parked
 from sidecar.ports import Session, Work
 from sidecar.refusals import Refusals, incident
 from sidecar.residency import Grant
-from sidecar.runs import Call, Runs
 from sidecar.scheduler import Scheduler
 from sidecar.streams import Streams
 from sidecar.tenants import Tenant
 from sidecar.traces import Lease, Recorder
 from sidecar.turns import Turns
+from sidecar.underway import Call, UnderWay
 from sidecar.wavefront import Ticket, Wavefront
 
 
 class Admission:
-    """What waits, and for what.
-
-    ``enter`` takes a request whose weights are in memory, ``drop`` forgets evicted weights, ``failed`` ends requests under way.
-    """
+    """What waits, and for what. ``drop`` forgets evicted weights."""
 
     def __init__(
         self,
@@ -47,7 +44,7 @@ class Admission:
         scheduler: Scheduler[Work],
         turns: Turns[Call],
         wavefront: Wavefront[Call],
-        runs: Runs,
+        under_way: UnderWay,
         loads: Loads,
         claims: Claims,
         streams: Streams,
@@ -60,9 +57,7 @@ class Admission:
         clock: Callable[[], float],
         *,
         batch_limit: int,
-        enter: Callable[[Parked], None],
         drop: Callable[[Sequence[str]], None],
-        failed: Callable[[Sequence[Ticket[Call]], Exception], None],
     ) -> None:
         """Without ``activations`` there is room to compute for everybody."""
         self._catalog = catalog
@@ -70,7 +65,7 @@ class Admission:
         self._scheduler = scheduler
         self._turns = turns
         self._wavefront = wavefront
-        self._runs = runs
+        self._under_way = under_way
         self._loads = loads
         self._claims = claims
         self._streams = streams
@@ -83,9 +78,7 @@ class Admission:
         self._clock = clock
         self._started_s = clock()
         self._batch_limit = batch_limit
-        self._enter = enter
         self._drop = drop
-        self._failed = failed
         # Requests that wait for the run of a model that streams to end.
         self._aside: list[Work] = []
         # Set while a request waits to be the only one.
@@ -143,7 +136,7 @@ class Admission:
         try:
             ended = self._streams.move(self._wavefront.standing(belongs), self._is_short_of_memory)
         except TrunklineError as error:
-            self._failed([ticket for ticket in self._wavefront.tickets() if belongs(ticket)], error)
+            self._under_way.fail([ticket for ticket in self._wavefront.tickets() if belongs(ticket)], error)
             ended = self._streams.move(())
         if self._is_short_of_memory and self._streams.gave_way:
             # There may be room now for who waits.
@@ -278,7 +271,7 @@ class Admission:
             self._in_turn.begin(work, parts, joint)
             return False
         taken: Counter[str] = Counter()
-        for each in (*(call.work for call in self._runs.calls()), *(parked.work for parked in self._loads.parked)):
+        for each in (*(call.work for call in self._under_way.calls()), *(parked.work for parked in self._loads.parked)):
             taken[each.tenant.name] += each.activation_bytes
         if work.activation_bytes > most_bytes:
             # It goes alone, and so that it ever does, all others wait for it.
@@ -318,7 +311,7 @@ class Admission:
             self._refusals.turn_away(work, error)
             return
         if entered:
-            self._enter(Parked(work, parts, None, set()))
+            self._under_way.enter(Parked(work, parts, None, set()))
         else:
             self._aside.append(work)
 

@@ -15,10 +15,11 @@ from sidecar.catalog import Deployed
 from sidecar.lanecount import LaneChoice
 from sidecar.lowering import Lowered
 from sidecar.ports import Device
-from sidecar.runs import Call, Runs
+from sidecar.runs import Runs
 from sidecar.sweeps import Sweeps
 from sidecar.trials import Trials
 from sidecar.turns import Turns
+from sidecar.underway import Call
 from sidecar.wavefront import Wavefront
 
 log = logging.getLogger("trunkline.engine")
@@ -35,13 +36,14 @@ class Division:
         runs: Runs,
         trials: Trials | None,
         sweeps: Sweeps | None,
+        choice: LaneChoice | None,
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float],
         *,
         count: int,
         batch_limit: int,
     ) -> None:
-        """Without ``sweeps``, which need trials, there are ``count`` lanes; with them, to begin with, as many as last time."""
+        """Without a ``choice``, for which there must be sweeps and trials, there are ``count`` lanes."""
         self._device = device
         self._wavefront = wavefront
         self._turns = turns
@@ -51,10 +53,8 @@ class Division:
         self._post = post
         self._clock = clock
         self._batch_limit = batch_limit
-        self._count = count if sweeps is None else sweeps.last_count()
-        self._choice = None if sweeps is None else LaneChoice(self._count, clock())
-        # How many stages could have been run side by side, of late.
-        self._breadth = 1
+        self._choice = choice
+        self._count = count if choice is None else choice.count
         # Models whose runs in several lanes are still to be measured, by name.
         self._unmeasured: dict[str, Callable[[], Mapping[int, float] | None]] = {}
 
@@ -66,16 +66,6 @@ class Division:
     def is_due(self) -> bool:
         """Say whether what is under way is to be finished before the device is divided otherwise."""
         return self._choice is not None and self._choice.count != self._count
-
-    def look(self) -> None:
-        """Note how much is under way, which the requests count for that are answered next."""
-        if self._choice is not None:
-            self._breadth = self._wavefront.breadth()
-
-    def answered(self, deployed: Deployed) -> None:
-        """Note that a request for a model was answered."""
-        if self._choice is not None:
-            self._choice.answered(deployed.name, self._breadth)
 
     def rates(self) -> Mapping[int, float]:
         """Return the requests per second that each number of lanes promises; empty where that is not known."""

@@ -4,13 +4,13 @@ Everybody else posts a command to its inbox and is told the outcome through the 
 here waits for a disk: a mover thread reads weights and posts them to the same inbox. Devices and the store
 come in as arguments; this module imports neither torch nor the store.
 
-Life of a request: queued; leased (the weights of its models may no longer be evicted); parked while those of its first stage are
-read; in the wavefront, which is run stage by stage as weights arrive; answered; leases returned.
+Life of a request: queued; taken up (``sidecar.admission``), which is to lease the weights of its models, so that they may no
+longer be evicted; parked while those of its first stage are read (``sidecar.loads``); under way (``sidecar.underway``) in the
+wavefront, which is run stage by stage as weights arrive (``sidecar.runs``); answered; leases returned.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import queue
@@ -19,17 +19,13 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
-from trunkline.errors import (
-    CapacityError,
-    Draining,
-    TrunklineError,
-)
+from trunkline.errors import CapacityError, Draining, TrunklineError
 from trunkline.protocol import JOINT
 from trunkline.signature import Signature
 
 from sidecar.activations import Activations
 from sidecar.admission import Admission
-from sidecar.catalog import Catalog, Deployed, Joint
+from sidecar.catalog import Catalog
 from sidecar.claims import Claims
 from sidecar.commands import Commands
 from sidecar.costs import BatchCosts
@@ -38,7 +34,8 @@ from sidecar.devicememory import DeviceMemory
 from sidecar.division import Division
 from sidecar.inflight import InFlight
 from sidecar.inturn import AllInTurn
-from sidecar.loads import Loads, Parked
+from sidecar.lanecount import LaneChoice
+from sidecar.loads import Loads
 from sidecar.memory import Memory
 from sidecar.mover import Mover
 from sidecar.ownloads import own_load
@@ -48,8 +45,9 @@ from sidecar.policies import Either
 from sidecar.ports import Device, Session, Source, Work
 from sidecar.readahead import ReadAhead
 from sidecar.refusals import Refusals, as_told, incident
+from sidecar.requestcosts import RequestCosts
 from sidecar.rivals import open_residency
-from sidecar.runs import Call, Runs
+from sidecar.runs import Runs
 from sidecar.scheduler import Scheduler
 from sidecar.shortage import Shortage
 from sidecar.streams import Streams
@@ -58,8 +56,9 @@ from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant
 from sidecar.traces import Recorder
 from sidecar.trials import Trials
 from sidecar.turns import Turns
+from sidecar.underway import Call, UnderWay
 from sidecar.verdicts import Verdicts
-from sidecar.wavefront import Group, Ticket, Wavefront
+from sidecar.wavefront import Wavefront
 
 log = logging.getLogger("trunkline.engine")
 
@@ -72,10 +71,6 @@ _QUIET_S: Final = 0.1
 # Commands and requests that are taken from the inbox before a stage must be run: mostly all that came meanwhile, or whose turn it
 # is would depend on who was the first to send a lot.
 _MOST_TAKEN: Final = 64
-# How much the latest request counts in what requests for a model take, how long that is believed, and of how many models.
-_WEIGHT: Final = 0.1
-_MEASURED_FOR_S: Final = 600.0
-_MOST_MEASURED: Final = 1024
 # What is on disk is read through once in so long, a MiB and then a pause: 20 MB/s at most.
 _SCRUB_EVERY_S: Final = 24 * 3600.0
 _SCRUB_PAUSE_S: Final = 0.05
@@ -115,13 +110,44 @@ class Engine:
         self._batch_window_s = batch_window_s
         # When the first of the requests came that wait for others.
         self._opened_s = 0.0
-        self._compute_once = compute_once
         self._inbox: queue.SimpleQueue[Work | Callable[[], None]] = queue.SimpleQueue()
         self._memory = DeviceMemory(device, source) if memory is None else memory
         self._mover = Mover(self._memory, self._post, self._moved)
         self._residency = open_residency(budget_bytes, eviction_policy, clock)
         self._catalog = Catalog(source, device, self._memory, self._residency, pins, self._forget_weights)
-        self._loads = Loads(device, self._residency, self._mover, self._enter, self._load_failed, self._release)
+        self._queue: Scheduler[Work] = Scheduler(queue_limit, in_flight=in_flight)
+        self._refusals = Refusals(self._queue, clock)
+        self._request_costs = RequestCosts(self._catalog, clock)
+        batch_costs = BatchCosts()
+        self._wavefront: Wavefront[Call] = Wavefront(device, batch_costs, batch_limit)
+        # Without a number of lanes it is chosen, and measured for that where trials are held.
+        sweeps: Sweeps | None = None
+        choice: LaneChoice | None = None
+        if lanes is None and verdicts is not None and len(device.lane_counts) > 1:
+            sweeps = Sweeps(device, source, verdicts)
+            choice = LaneChoice(sweeps.last_count(), clock())
+        self._under_way = UnderWay(
+            device,
+            self._catalog,
+            self._queue,
+            self._wavefront,
+            self._refusals,
+            self._request_costs,
+            choice,
+            clock,
+            compute_once=compute_once,
+            describe=lambda deployed: self._commands.describe(deployed),
+            drop=self._drop,
+            unblock=lambda: self._admission.unblock(),
+        )
+        self._loads = Loads(
+            device,
+            self._residency,
+            self._mover,
+            self._under_way.enter,
+            self._under_way.load_failed,
+            self._under_way.release,
+        )
         self._claims = Claims(self._residency)
         self._recorder = Recorder()
         self._started_s = clock()
@@ -135,23 +161,15 @@ class Engine:
         self._shortage = Shortage(
             device, self._residency, self._loads, self._mover, self._drop, gives_back=self._memory.gives_back
         )
-        self._queue: Scheduler[Work] = Scheduler(queue_limit, in_flight=in_flight)
-        self._refusals = Refusals(self._queue, clock)
         # Calls about several models for which there is no room together.
         self._in_turn = AllInTurn(self._queue, clock)
         # Enough of one tenant for the largest batch, and for another to form meanwhile; the others keep their deadlines.
         self._turns: Turns[Call] = Turns(self._queue, 2 * batch_limit)
-        self._costs = BatchCosts()
-        self._wavefront: Wavefront[Call] = Wavefront(device, self._costs, batch_limit)
         # Without a place for verdicts nothing is tried, and so nothing batched.
         self._trials: Trials | None = None
         if verdicts is not None:
             self._trials = Trials(device, source, verdicts, self._post, packing=packing, keep=self._memory.keep)
             self._trials.then(lambda: self._mover.expect(self._memory.calibrate(verdicts)))
-        # Without a number it is chosen, and measured for that where trials are held.
-        sweeps: Sweeps | None = None
-        if lanes is None and verdicts is not None and len(device.lane_counts) > 1:
-            sweeps = Sweeps(device, source, verdicts)
         self._runs = Runs(
             device,
             self._wavefront,
@@ -159,13 +177,11 @@ class Engine:
             self._loads,
             self._streams,
             self._shortage,
-            self._costs,
+            batch_costs,
+            self._under_way,
             self._post,
             clock,
             stacking=stacking,
-            look=self._look,
-            advance=self._advance,
-            failed=self._calls_failed,
         )
         self._division = Division(
             device,
@@ -174,6 +190,7 @@ class Engine:
             self._runs,
             self._trials,
             sweeps,
+            choice,
             self._post,
             clock,
             count=lanes or 1,
@@ -195,7 +212,7 @@ class Engine:
             self._queue,
             self._turns,
             self._wavefront,
-            self._runs,
+            self._under_way,
             self._loads,
             self._claims,
             self._streams,
@@ -207,9 +224,7 @@ class Engine:
             self._recorder,
             clock,
             batch_limit=batch_limit,
-            enter=self._enter,
             drop=self._drop,
-            failed=self._calls_failed,
         )
         self._read_ahead = ReadAhead(
             self._catalog,
@@ -230,9 +245,6 @@ class Engine:
         self._stays = False
         self._finished = False
         self._ended = threading.Event()
-        self._answered_count = 0
-        # Device seconds that a request for a model took of late, and when; what was measured long ago may have been a bad moment.
-        self._request_s: dict[str, tuple[float, float]] = {}
         # Device seconds that are reckoned to be needed for what waits and runs. Others may read it.
         self.backlog_s = 0.0
         self._session_count = 0
@@ -364,23 +376,7 @@ class Engine:
 
     def costs(self, names: Sequence[str]) -> dict[str, Cost]:
         """Return what those of some models cost that are deployed, alone or several together. While the engine does not run."""
-        return {name: self._cost(name) for name in names if self._catalog.has_all(name)}
-
-    def _cost(self, name: str) -> Cost:
-        parts = self._catalog.parts(name)
-        weights = tuple(self._residency.weights(deployed.plan) for deployed in parts)
-        seconds, measured_s = self._request_s.get(name, (None, -math.inf))
-        resident_bytes = sum(
-            size_bytes for part in weights for digest, size_bytes in part.items() if self._residency.is_resident(digest)
-        )
-        return Cost(
-            seconds if self._clock() < measured_s + _MEASURED_FOR_S else None,
-            sum(sum(deployed.run_s) for deployed in parts) if all(deployed.run_s for deployed in parts) else None,
-            tuple(deployed.plan for deployed in parts),
-            weights,
-            resident_bytes,
-            any(self._residency.is_pinned(deployed.plan) for deployed in parts),
-        )
+        return self._request_costs.of(names)
 
     def run(self) -> None:
         """Serve until drained. The engine thread's body."""
@@ -554,122 +550,6 @@ class Engine:
         )
         return kind, missing_bytes / self._mover.pace, work.model
 
-    def _enter(self, parked: Parked) -> None:
-        """Let a request whose weights are in memory into the wavefront."""
-        work, parts = parked.work, parked.parts
-        if work.inputs is None:
-            self._conclude(work, parts, lambda: work.session.document(work.request_id, self._commands.describe(parts[0])))
-        elif work.deadline <= self._clock():
-            self._refuse(work, parts, self._refusals.late(work, "waiting for its model to be loaded"))
-        else:
-            try:
-                self._wavefront.add(self._call(work, parts, parked.joint, work.inputs).tickets)
-            except Exception as error:  # noqa: BLE001 - incident logs it
-                self._refuse(work, parts, incident(f"{work.model} (call {work.call_id})", error))
-
-    def _call(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None, inputs: Sequence[Any]) -> Call:
-        names = parts[0].staged.inputs if joint is None else joint.interface.values
-        call = Call(work, parts, parts[0].signature if joint is None else joint.signature)
-        named = dict(zip(names, inputs, strict=True))
-        # The inputs of models asked together may have batch axes of their own; as rows of a batch they must go side by side.
-        extents = {value.shape[0] if value.shape else 1 for value in inputs}
-        extent = max(extents, default=1)
-        shares = self._compute_once and work.tenant.compute_once
-        independent = all(deployed.layouts is not None for deployed in parts) and len(extents) == 1 and extent > 0
-        for deployed in parts:
-            own = {key: named[key] for key in deployed.staged.inputs} if joint is None else named
-            layouts = deployed.layouts if independent else None
-            results = deployed.staged.results
-            padding = None if layouts is None else deployed.padding(own)
-            ticket = Ticket(call, deployed.steps, results, own, extent, layouts, deployed.most_rows, shares, padding)
-            call.tickets.append(ticket)
-        return call
-
-    def _look(self) -> None:
-        """Let go of requests whose deadline has passed: what is left of them need not be computed."""
-        self._division.look()
-        now = self._clock()
-        late = [ticket for ticket in self._wavefront.tickets() if ticket.call.work.deadline <= now]
-        for call in dict.fromkeys(ticket.call for ticket in late):
-            self._refusals.expired_count += 1
-            self._calls_failed(call.tickets, self._refusals.late(call.work, "being computed"))
-
-    def _advance(self, group: Group[Call], outputs: Sequence[Any]) -> None:
-        finished = self._wavefront.advance(group, outputs)
-        for ticket, results in finished:
-            call = ticket.call
-            call.results[ticket] = results
-            if len(call.results) == len(call.tickets):
-                self._conclude(call.work, call.parts, functools.partial(self._answer, call))
-                # Call and tickets know each other; results would stay until the collector comes round.
-                call.results.clear()
-                call.tickets.clear()
-
-    def _calls_failed(self, failed: Sequence[Ticket[Call]], error: Exception) -> None:
-        for call in dict.fromkeys(ticket.call for ticket in failed):
-            self._wavefront.drop(lambda ticket, call=call: ticket.call is call)  # type: ignore[misc]
-            work = call.work
-            self._runs.when_ended((call,), functools.partial(self._refuse, work, call.parts, as_told(work, error)))
-
-    def _answer(self, call: Call) -> None:
-        outputs = [output for ticket in call.tickets for output in call.results[ticket]]
-        specs = tuple(
-            (spec.name, *self._device.output_spec(output)) for spec, output in zip(call.signature.outputs, outputs, strict=True)
-        )
-        call.work.session.answer(call.work.request_id, specs, outputs, self._device.read_output)
-        self._answered_count += 1
-        now = self._clock()
-        self._measured(call.work.model, self._queue.leave(call.work, now), now)
-        for deployed in call.parts:
-            deployed.request_count += 1
-            deployed.last_used_s = now
-            self._division.answered(deployed)
-
-    def _measured(self, name: str, seconds: float, now: float) -> None:
-        """Note the device seconds that a request took."""
-        if name not in self._request_s and len(self._request_s) >= _MOST_MEASURED:
-            self._request_s.clear()
-        known, _ = self._request_s.get(name, (seconds, 0.0))
-        self._request_s[name] = known + _WEIGHT * (seconds - known), now
-
-    def _conclude(self, work: Work, parts: tuple[Deployed, ...], tell: Callable[[], None]) -> None:
-        """Tell a request's session the outcome, whatever happens on the way, and return its leases."""
-        try:
-            tell()
-        except Exception as error:  # noqa: BLE001 - what is not ours is logged
-            self._refusals.fail(work, as_told(work, error))
-        finally:
-            # What was told of it is told: an error is no measure of how long an answer takes.
-            self._give_back(work, parts)
-
-    def _refuse(self, work: Work, parts: tuple[Deployed, ...], error: TrunklineError) -> None:
-        self._conclude(work, parts, functools.partial(self._refusals.fail, work, error))
-
-    def _load_failed(self, deployed: Deployed, concerned: Sequence[Parked], error: TrunklineError) -> None:
-        for parked in concerned:
-            self._refuse(parked.work, parked.parts, error)
-        # None of those under way has come to the stage whose weights are missing.
-        self._calls_failed([ticket for ticket in self._wavefront.tickets() if deployed in ticket.call.parts], error)
-        self._release(deployed)
-        own = [call for call in self._runs.lanes_calls() if deployed in call.parts]
-        self._runs.when_ended(own, functools.partial(self._evict_failed, deployed))
-
-    def _evict_failed(self, deployed: Deployed) -> None:
-        # What did arrive goes too, so that the next request starts the load afresh.
-        if not self._residency.lease_count(deployed.plan) and deployed in self._catalog.all():
-            self._drop(self._residency.evict(deployed.plan, "failed"))
-
-    def _give_back(self, work: Work, parts: Sequence[Deployed]) -> None:
-        """Let go of a request that is over."""
-        self._queue.leave(work)
-        for deployed in parts:
-            self._release(deployed)
-
-    def _release(self, deployed: Deployed) -> None:
-        self._residency.release(deployed.plan)
-        self._admission.unblock()
-        self._drop(self._catalog.let_go(deployed))
-
     def _drop(self, digests: Sequence[str]) -> None:
         if not digests:
             return
@@ -693,15 +573,7 @@ class Engine:
         self._admission.forget(sessions)
         gone = [parked for parked in self._loads.parked if parked.work.session in sessions]
         self._loads.parked = [parked for parked in self._loads.parked if parked not in gone]
-        calls = {ticket.call: None for ticket in self._wavefront.tickets() if ticket.call.work.session in sessions}
-        self._wavefront.drop(lambda ticket: ticket.call in calls)
-        for parked in gone:
-            self._give_back(parked.work, parked.parts)
-        for call in calls:
-            self._runs.when_ended((call,), functools.partial(self._give_back, call.work, call.parts))
-        # Calls of its that failed may not be over either.
-        own = [call for call in self._runs.lanes_calls() if call.work.session in sessions]
-        self._runs.when_ended(own, session.released)
+        self._under_way.forget(sessions, gone, session.released)
 
     def _start_drain(self, drained: Callable[[], None], stays: bool) -> None:
         self._draining = True
@@ -741,7 +613,7 @@ class Engine:
             "draining": self._draining,
             "sessions": self._session_count,
             "requests": {
-                "answered": self._answered_count,
+                "answered": self._under_way.answered_count,
                 "failed": self._refusals.failed_count + self._turned_away,
                 "expired": self._refusals.expired_count,
                 "waiting": len(self._queue) + self._admission.aside_count,
@@ -780,7 +652,7 @@ class Engine:
         self._residency.check_invariants()
         self._loads.check_invariants()
         self._queue.check_invariants()
-        calls = self._runs.calls()
+        calls = self._under_way.calls()
         self._runs.check_invariants()
         for deployed in self._catalog.all():
             running = sum(1 for call in calls if deployed in call.parts)

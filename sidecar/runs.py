@@ -2,30 +2,29 @@
 
 With one lane the engine thread runs stages itself; with several (``sidecar.lanes``) it hands them over, goes on with its inbox,
 and finds there what they gave. A stage beside which there is nothing to run it keeps, where one that has the whole device is done
-sooner than in a lane. While a lane computes for a request, its inputs and weights must stay, whatever becomes of it:
-what would give them back waits until that run has ended (``when_ended``). Part of the engine thread.
+sooner than in a lane. What becomes of the calls is for ``sidecar.underway``. Part of the engine thread.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError
-from trunkline.signature import Signature
 
-from sidecar.catalog import Deployed, Step
+from sidecar.catalog import Step
 from sidecar.costs import BatchCosts
 from sidecar.lanes import Lanes, Outcome, attempt
 from sidecar.loads import Loads
-from sidecar.ports import Device, Work
+from sidecar.ports import Device
 from sidecar.shortage import Shortage, Splits
 from sidecar.streams import Streams
 from sidecar.turns import Turns
-from sidecar.wavefront import Group, Ticket, Wavefront
+from sidecar.underway import Call, UnderWay
+from sidecar.wavefront import Group, Wavefront
 
 log = logging.getLogger("trunkline.engine")
 
@@ -42,19 +41,6 @@ class Counts:
     stage_requests: int = 0
     # Stages that were run within another's run, their weights stacked.
     stacked: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """A request in the wavefront: one ticket for each of its models, and the results that are there already."""
-
-    work: Work
-    parts: tuple[Deployed, ...]
-    signature: Signature
-    tickets: list[Ticket[Call]] = field(default_factory=list)
-    results: dict[Ticket[Call], list[Any]] = field(default_factory=dict)
-    # Runs in lanes that read its inputs and need its weights.
-    run_count: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -101,9 +87,7 @@ class _Rest:
 
 
 class Runs:
-    """What the device does. Before each choice ``look`` is called, after a run ``advance`` with a group and what it gave, or
-    ``failed`` with the tickets that fail and why.
-    """
+    """What the device does, for the calls that are ``under_way``."""
 
     def __init__(
         self,
@@ -114,13 +98,11 @@ class Runs:
         streams: Streams,
         shortage: Shortage,
         costs: BatchCosts,
+        under_way: UnderWay,
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float],
         *,
         stacking: bool,
-        look: Callable[[], None],
-        advance: Callable[[Group[Call], Sequence[Any]], None],
-        failed: Callable[[Sequence[Ticket[Call]], Exception], None],
     ) -> None:
         self.counts = Counts()
         # Set while everything in the wavefront waits, for weights or for a lane; whatever is posted may end that.
@@ -135,12 +117,10 @@ class Runs:
         self._streams = streams
         self._shortage = shortage
         self._costs = costs
+        self._under_way = under_way
         self._post = post
         self._clock = clock
         self._stacking = stacking
-        self._look = look
-        self._advance = advance
-        self._failed = failed
         # None while stages are run here.
         self._lanes: Lanes | None = None
         # Device time that has passed, and when that was reckoned.
@@ -148,8 +128,6 @@ class Runs:
         self._reckoned_s = 0.0
         # Of structures that it did not pay for of late.
         self._rests: dict[int, _Rest] = {}
-        # What waits for runs to end, and for whose.
-        self._deferred: list[tuple[Sequence[Call], Callable[[], None]]] = []
 
     def divide(self, count: int) -> int:
         """Divide the device into so many lanes; return how many there are. Nothing is under way."""
@@ -178,12 +156,12 @@ class Runs:
             if self.stalled:
                 return
             began_s = self._clock()
-            self._look()
+            self._under_way.look()
             try:
                 group = self._choose()
             except Exception as error:  # noqa: BLE001 - what is not ours is logged
                 # It would be chosen again, for ever.
-                self._failed(self._wavefront.abandon(), error)
+                self._under_way.fail(self._wavefront.abandon(), error)
                 return
             self.stalled = group is None
             if group is None:
@@ -228,7 +206,7 @@ class Runs:
         if not self._loads.is_ready(step):
             return False
         streams = self._streams.deployed
-        return streams is None or step not in streams.steps or not any(streams in call.parts for call in self.lanes_calls())
+        return streams is None or step not in streams.steps or not self._under_way.is_in_lane(streams)
 
     def _prepared(self, group: Group[Call]) -> tuple[_Run, Callable[[], Sequence[Sequence[Any]]]]:
         """Return the next run of a group, and what computes the outputs of each group in it. Raises what a device raises."""
@@ -301,8 +279,7 @@ class Runs:
         run.calls = tuple(dict.fromkeys(ticket.call for group in run.groups for ticket in group.tickets()))
         for group in run.groups:
             group.running = True
-        for call in run.calls:
-            call.run_count += 1
+        self._under_way.run_begins(run.calls)
         run.began_s = self._reckon()
         self.running.append(run)
         if len(self.running) > 1:
@@ -316,14 +293,11 @@ class Runs:
         self.running.remove(run)
         for group in run.groups:
             group.running = False
-        for call in run.calls:
-            call.run_count -= 1
+        self._under_way.run_ends(run.calls)
         try:
             self._ran(run, outcome, device_s)
         finally:
-            for each in [each for each in self._deferred if not any(call.run_count for call in each[0])]:
-                self._deferred.remove(each)
-                each[1]()
+            self._under_way.settle()
 
     def _reckon(self) -> float:
         """Return the device time that has passed; called whenever a run begins or ends."""
@@ -332,20 +306,6 @@ class Runs:
             self._device_s += (now - self._reckoned_s) / len(self.running)
         self._reckoned_s = now
         return self._device_s
-
-    def when_ended(self, calls: Sequence[Call], act: Callable[[], None]) -> None:
-        """Do something as soon as no lane computes for any of these calls: now, or later."""
-        if any(call.run_count for call in calls):
-            self._deferred.append((calls, act))
-        else:
-            act()
-
-    def lanes_calls(self) -> Iterator[Call]:
-        return (call for run in self.running for call in run.calls)
-
-    def calls(self) -> list[Call]:
-        """Return the calls under way, those included that are over but for a run that needs what they have."""
-        return [*dict.fromkeys((*(ticket.call for ticket in self._wavefront.tickets()), *self.lanes_calls()))]
 
     def _ran(self, run: _Run, outcome: Outcome, device_s: float) -> None:
         """Go on after a run that took so much device time, with what it gave or without."""
@@ -389,7 +349,7 @@ class Runs:
         self.counts.stage_rows += len(group.rows)
         self.counts.stage_requests += sum(1 for _ in group.tickets())
         try:
-            self._advance(group, outputs)
+            self._under_way.advance(group, outputs)
         except Exception as error:  # noqa: BLE001 - what is not ours is logged
             self.fail(group, error)
 
@@ -405,13 +365,11 @@ class Runs:
             self.fail(group, self._shortage.refusal(group, error))
 
     def fail(self, group: Group[Call], error: Exception) -> None:
-        self._failed(self._wavefront.fail(group), error)
+        self._under_way.fail(self._wavefront.fail(group), error)
 
     def check_invariants(self) -> None:
         """Raise AssertionError when runs and what waits for them do not fit together."""
-        for call in self.calls():
-            assert call.run_count == sum(call in run.calls for run in self.running), "a call's runs are miscounted"
-        assert self.running or not self._deferred, "something waits for runs that have ended"
+        self._under_way.check_invariants([run.calls for run in self.running])
 
 
 def _structures(group: Group[Call], step: Step) -> tuple[tuple[object, ...], ...]:

@@ -109,7 +109,7 @@ class Two:
         made = Demand(rate, under_way)
         self.placing._inbox.put(lambda: self.placing._demands.__setitem__(name, made))
         for device, each in seconds.items():
-            self.placing._engines[device]._request_s[name] = each, time.monotonic()
+            self.placing._engines[device]._request_costs._measured[name] = each, time.monotonic()
 
 
 class Demand(placing._Demand):

@@ -107,7 +107,7 @@ class Bench:
 
     def _on_run(self) -> None:
         # Called in the engine's thread.
-        taken = sum(call.work.activation_bytes for call in self.engine._runs.calls())
+        taken = sum(call.work.activation_bytes for call in self.engine._under_way.calls())
         self.most_activation_bytes = max(self.most_activation_bytes, taken)
         self.ran.release()
         if not self.free_running:
