@@ -156,7 +156,7 @@ class Admission:
         self._aside = [work for work in self._aside if work.session not in sessions]
 
     def load(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None, tenant: Tenant, grant: Grant) -> None:
-        """Have models loaded that were leased for a request. They are in the quota of a ``tenant``."""
+        """Have models loaded that were leased for a request, in the quota of a tenant."""
         self._claims.claim(tenant, [deployed.plan for deployed in parts])
         self._record(grant, parts)
         self._drop(grant.evict)

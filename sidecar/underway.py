@@ -146,7 +146,7 @@ class UnderWay:
             self._in_lanes[call] = None
 
     def run_ends(self, calls: Iterable[Call]) -> None:
-        """Note that it does no more. What has waited for that is done when it is ``settled``."""
+        """Note that it does no more; ``settle`` does what has waited for that."""
         for call in calls:
             call.run_count -= 1
             if not call.run_count:
