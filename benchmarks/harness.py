@@ -137,8 +137,10 @@ class Bench:
     ) -> Sidecar:
         """Start a sidecar without waiting for it. ``environment`` holds settings: TRUNKLINE_PACKING="off".
 
-        Sidecars of one ``store`` have their models in common, what was found out about them, and their block files.
+        Sidecars of one ``store`` have their models in common, what was found out about them, and their block files. They have
+        one lane unless it is said otherwise: what is compared must not change on the way.
         """
+        environment = {"TRUNKLINE_LANES": "1"} | environment
         folder = self.folder / name
         run = ["--run-dir", str(folder / "run"), "--store-dir", str(self.folder / (store or name) / "store"), "--admin-port", "0"]
         chosen = ["--threads", str(threads), "--device", device or self.report.device]

@@ -1,17 +1,24 @@
-"""Section ``lanes`` of `benchmarks.tenancy`: one lane with all threads against many with fewer, by the number of clients."""
+"""Section ``lanes`` of `benchmarks.tenancy`: one lane with all threads against many with fewer, by the number of clients.
+
+And what the sidecar makes of it when nobody says how many lanes there should be.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from benchmarks.harness import Sidecar
-from benchmarks.tenancy_bench import TenancyBench
+from benchmarks.tenancy_bench import TenancyBench, closed_loop
 
 # What the clients ask for, in turn: one model, or all of them.
 WORKLOADS = {"conv": ("conv0",), "transformer": ("text0",), "mixed": ("conv0", "text0", "conv1", "text1")}
 NO_BATCHES = {"TRUNKLINE_BATCH_LIMIT": "1", "TRUNKLINE_COMPUTE_ONCE": "off"}
+# How long a sidecar is asked until it has divided its device: it looks once a minute.
+_PATIENCE_S = 240.0
+_CLIENTS = 4
 
 
 def workloads(bench: TenancyBench) -> dict[str, tuple[str, ...]]:
@@ -64,5 +71,29 @@ def lanes(bench: TenancyBench) -> None:
             for name in sidecars:
                 figures[f"lanes_throughput_{workload}_{name}_k{count}"] = found[name][f"k{count}"] / alone
     raw["counts"] = {name: sidecar.admin.get("status")["sharing"] for name, sidecar in sidecars.items()}
-    for sidecar in (*sidecars.values(), single):
-        bench.stop(sidecar.process)
+    for name in ("many", "one_batched", "many_batched"):
+        bench.stop(sidecars[name].process)
+    bench.stop(single.process)
+    if bench.report.quick:
+        lacking = ("lanes_auto_after_s", "lanes_auto_mixed_k1", f"lanes_auto_mixed_k{_CLIENTS}")
+        bench.report.lack("left out of --quick: a sidecar looks once a minute", *lacking)
+    else:
+        _auto(bench, one)
+    bench.stop(one.process)
+
+
+def _auto(bench: TenancyBench, one: Sidecar) -> None:
+    """Ask for a mix until the number of lanes has been chosen, or for so long; then compare with one lane."""
+    auto = bench.start_sidecar("auto", bench.threads, store="lanes", TRUNKLINE_LANES="auto", **NO_BATCHES)
+    bench.fill(auto)
+    names = WORKLOADS["mixed"]
+    asking_it, began_s = clients(bench, auto, names, _CLIENTS), time.perf_counter()
+    while auto.admin.get("status")["lanes"]["count"] == 1 and time.perf_counter() < began_s + _PATIENCE_S:
+        closed_loop(asking_it, bench.scale.seconds)
+    figures = bench.report.figures
+    figures["lanes_auto_after_s"] = time.perf_counter() - began_s
+    for count in (1, _CLIENTS):
+        found = bench.rates({"one": clients(bench, one, names, count), "auto": clients(bench, auto, names, count)})
+        figures[f"lanes_auto_mixed_k{count}"] = found["auto"] / found["one"]
+    bench.report.raw["lanes"]["auto"] = auto.admin.get("status")["lanes"]
+    bench.stop(auto.process)

@@ -81,7 +81,7 @@ class Settings:
     packing: bool = True
     stacking: bool = True
     # None: chosen by measuring.
-    lanes: int | None = 1
+    lanes: int | None = None
     arena_limit_bytes: int = 64 * 2**20
     arena_total_bytes: int = 2 * 2**30
     connection_limit: int = 1024

@@ -182,7 +182,7 @@ def test_the_quota_file_has_a_shorter_flag() -> None:
 
 
 def test_lanes_are_chosen_or_said() -> None:
-    assert load_settings({}, {}).lanes == 1
+    assert load_settings({}, {}).lanes is None
     assert load_settings({"lanes": "auto"}, {}).lanes is None
     assert load_settings({"lanes": "3"}, {PREFIX + "LANES": "auto"}).lanes == 3
 
