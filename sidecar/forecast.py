@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -39,15 +40,13 @@ class _Errors:
 
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_COMPARED))
     count: int = 0
-    # In the mean, and almost at the worst.
-    mean: float = 1.0
+    # Almost at the worst.
     factor: float = 1.0
 
     def note(self, ratio: float) -> None:
         self.ratios.append(min(ratio, _MOST_FACTOR))
         self.count += 1
         if self.count % _LOOKED_UP == 0:
-            self.mean = sum(self.ratios) / len(self.ratios)
             self.factor = max(1.0, heapq.nlargest(2, self.ratios)[1])
 
 
@@ -62,6 +61,8 @@ class Forecast:
         # By who asked, whom others may not make late on paper, and by how long it was said to take.
         self._errors: dict[tuple[Hashable, int], _Errors] = {}
         self._latest: deque[tuple[float, float]] = deque(maxlen=_LATEST)
+        # The same in every run, as all else here.
+        self._random = random.Random(0)  # noqa: S311 - nobody's secret
 
     def learn(self, kind: Hashable, seconds: float) -> None:
         """Note what a request was charged."""
@@ -89,14 +90,13 @@ class Forecast:
         """Return what a request of this kind costs; None where none was seen."""
         return self._seconds.get(kind)
 
-    def expected_s(self, reckoned_s: float, who: Hashable = None) -> float:
-        """Return how long a request of somebody takes in the mean that is reckoned to take so long.
+    def likely_s(self, reckoned_s: float, who: Hashable = None) -> float:
+        """Return how long a request of somebody may well take that is reckoned to take so long: as far off as one before it was.
 
-        What is reckoned is wrong in one direction for a while: weights that wait for each other on paper are read while others
-        compute, or somebody else has the processor.
+        Any one of those, so that many of these are spread as what comes of them, which a mean would not be.
         """
         errors = self._errors.get((who, math.frexp(reckoned_s)[1]))
-        return reckoned_s if errors is None else reckoned_s * errors.mean
+        return reckoned_s if errors is None else reckoned_s * self._random.choice(errors.ratios)
 
     def raised_s(self, reckoned_s: float, who: Hashable = None) -> float:
         """Return by when almost every request of somebody is answered that is reckoned to take so long."""

@@ -136,7 +136,7 @@ class Scheduler(Generic[R]):
             reckoned_s = said_s = needed_s = self._wait_s(tenant, cost_s)
             # With nothing under way, what held up others says nothing of it.
             if self._records:
-                said_s = self.forecast.expected_s(reckoned_s, tenant.name)
+                said_s = self.forecast.likely_s(reckoned_s, tenant.name)
                 needed_s = self.forecast.raised_s(reckoned_s, tenant.name)
             self._check_deadline(request, now, needed_s, kind, cost_s)
         self._order += 1
