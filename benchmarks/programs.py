@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,13 +85,16 @@ def _push_floor(bench: Sharing, name: str, family: Family, sidecars: Iterable[Si
 
 
 def switching(bench: Sharing) -> None:
-    """One prepared program run with two sets of weights in turns, against always the same, in this process."""
+    """One prepared program run with two sets of weights in turns, against always the same; and two eager modules likewise.
+
+    Two modules have nothing to switch: what they take longer in turns is what the processor's caches miss.
+    """
     device = open_device(bench.report.device, bench.threads)
     # Little computation, so that binding is not lost in it.
     family = bench.texts if bench.report.quick else bench.encoder_family(64, 2, 2, 8)
     program = device.prepare(family.graph)
-    sets = []
-    for model in (family.base, family.tuned(len(family.base.units), bench.seed + 1)):
+    sets, models = [], (family.base, family.tuned(len(family.base.units), bench.seed + 1))
+    for model in models:
         pairs = family.weights(model)
         sets.append([device.new_weight(weight, _filling(content_of(tensor))) for weight, tensor in pairs])
     array = bench.random(family)
@@ -100,15 +104,26 @@ def switching(bench: Sharing) -> None:
     def run(handles: Sequence[Tensor]) -> None:
         device.run(program, handles, given)[0].cpu()
 
-    def alternating() -> None:
+    def eager(model: nn.Module) -> None:
+        with torch.inference_mode():
+            model(given[0]).cpu()
+
+    def other() -> int:
         nonlocal turn
         turn = 1 - turn
-        run(sets[turn])
+        return turn
 
-    times = interleaved({"same": lambda: run(sets[0]), "alternating": alternating}, 40 * bench.scale.count)
-    summaries = {name: summary(samples) for name, samples in times.items()}
-    bench.report.raw.setdefault("us", {})["switching"] = summaries
-    bench.report.figures["switch_us"] = summaries["alternating"]["median"] - summaries["same"]["median"]
+    variants = {
+        "same": lambda: run(sets[0]),
+        "alternating": lambda: run(sets[other()]),
+        "eager_same": lambda: eager(models[0]),
+        "eager_alternating": lambda: eager(models[other()]),
+    }
+    times = interleaved(variants, 40 * bench.scale.count)
+    medians = {name: float(np.median(samples)) for name, samples in times.items()}
+    bench.report.raw.setdefault("us", {})["switching"] = {name: summary(samples) for name, samples in times.items()}
+    bench.report.figures["switch_us"] = medians["alternating"] - medians["same"]
+    bench.report.figures["switch_eager_us"] = medians["eager_alternating"] - medians["eager_same"]
 
 
 def variants_per_compile(bench: Sharing) -> None:

@@ -30,18 +30,25 @@ _MOST: Final = 8192
 
 
 class BatchCosts:
-    """Seconds per row, by stage and size of batch; sizes that differ by less than a factor of two are one."""
+    """Seconds per row, by stage and size of batch; sizes that differ by less than a factor of two are one.
+
+    They are those of one of ``lanes``, which has a part of the device: with other lanes, everything is measured anew.
+    """
 
     def __init__(self) -> None:
+        self.lanes = 1
         self._seconds: dict[tuple[Hashable, int], float] = {}
         # How many runs were measured of those that are not known yet.
         self._seen: dict[tuple[Hashable, int], int] = {}
         self._refused: dict[tuple[Hashable, int], int] = {}
         self._accepted: dict[tuple[Hashable, int], int] = {}
 
-    def record(self, key: Hashable, rows: int, seconds: float) -> None:
-        """Note how long a stage took for a batch. The first time counts for nothing: something is always set up then."""
-        place, each_s = (key, _class(rows)), seconds / rows
+    def record(self, key: Hashable, rows: int, seconds: float, lanes: int | None = None) -> None:
+        """Note how long a stage took for a batch, in one of ``lanes`` if it were not as many as there are.
+
+        The first time counts for nothing: something is always set up then.
+        """
+        place, each_s = ((lanes or self.lanes, key), _class(rows)), seconds / rows
         seen = self._seen.get(place)
         if seen is None:
             if len(self._seen) >= _MOST:
@@ -59,13 +66,14 @@ class BatchCosts:
 
     def is_known(self, key: Hashable, rows: int) -> bool:
         """Say whether a stage was measured with a batch of this size."""
-        return self._seen.get((key, _class(rows)), 0) >= _FEW
+        return self._seen.get(((self.lanes, key), _class(rows)), 0) >= _FEW
 
     def pays(self, keys: Sequence[Hashable], apart: int, together: int, times: int = 1) -> bool:
         """Say whether rows should go through the stages ``keys`` as a batch of ``together``, instead of at most ``apart``.
 
         What was not measured yet is tried. If it does not pay, that is asked no more ``times`` - 1 times.
         """
+        keys = [(self.lanes, key) for key in keys]
         small, large = _class(apart), _class(together)
         ratio = self._ratio(keys, small, large)
         place = (keys[0], large)

@@ -66,6 +66,8 @@ class _Run:
     # In a lane: whose inputs and weights it needs, and whether other lanes computed at the same time.
     calls: tuple[Call, ...] = ()
     beside: bool = False
+    # It has the whole device, with lanes or without.
+    whole: bool = False
     # In device time: where several lanes compute at the same time, each has its part of that.
     began_s: float = 0.0
 
@@ -140,7 +142,7 @@ class Runs:
                     "%s cannot be divided into %d lanes (%s); stages are run one at a time, until the sidecar is started again",
                     *(self._device.name, count, error.message),
                 )
-        self._wavefront.lanes = 1 if self._lanes is None else self._lanes.count
+        self._wavefront.lanes = self._costs.lanes = 1 if self._lanes is None else self._lanes.count
         return self._wavefront.lanes
 
     def stop(self) -> None:
@@ -172,7 +174,8 @@ class Runs:
                 self.fail(group, error)
                 return
             run.engine_s = self._clock() - began_s
-            if self._lanes is None or self._is_alone(run):
+            run.whole = self._lanes is None or self._is_alone(run)
+            if run.whole:
                 outcome = attempt(compute, self._clock)
                 # It has weights; what comes now may let go of them.
                 del compute
@@ -322,8 +325,9 @@ class Runs:
             ended_s = self._clock()
             for each, outputs in zip(run.groups, outcome.given, strict=True):
                 self._go_on_with(each, outputs)
+            in_all_s = outcome.seconds + run.engine_s + self._clock() - ended_s
             for structure in run.structures if run.stacked is None else (run.stacked,):
-                self._costs.record(structure, len(run.groups), outcome.seconds + run.engine_s + self._clock() - ended_s)
+                self._costs.record(structure, len(run.groups), in_all_s, 1 if run.whole else None)
         elif run.stacked is not None and isinstance(error, DeviceFault):
             # They are chosen again, and run one by one.
             self._unstack([each for each in run.groups if next(each.tickets(), None) is not None], error)
@@ -339,7 +343,7 @@ class Runs:
         if run.stacked is not None:
             self.counts.stacked += len(run.groups) - 1
             return
-        self._costs.record(run.cost_key, run.extent, seconds)
+        self._costs.record(run.cost_key, run.extent, seconds, 1 if run.whole else None)
         if self._streams.deployed is not None:
             self._streams.ran(run.step, seconds)
 

@@ -209,6 +209,8 @@ def test_a_stage_with_nothing_beside_it_has_the_whole_device(device: Gated, tmp_
         for name, asker in askers.items():
             assert (asker.told()[0] == expected(name)).all()
         assert [threads.get(), threads.get()] == ["lane", "lane"]
+        # What a run costs there is another matter than what it costs in a lane.
+        assert {lanes for (lanes, _), _ in engine._runs._costs._seen} == ({1, 2} if whole else {2})
 
 
 def test_one_that_comes_while_a_lane_computes_has_the_other_lane(device: Gated, tmp_path: Path) -> None:

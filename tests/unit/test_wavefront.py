@@ -396,6 +396,28 @@ def test_everybody_gets_the_answer_he_would_get_alone(seed: int, most_rows: int)
             assert plain(answers[call]) == plain(parts)
 
 
+def test_costs_of_one_lane_say_nothing_of_another_number() -> None:
+    costs = BatchCosts()
+
+    def measure(lanes: int | None, one_s: float, four_s: float) -> None:
+        for _ in range(5):
+            costs.record("a", 1, one_s, lanes)
+            costs.record("a", 4, four_s, lanes)
+
+    measure(None, 1.0, 2.0)
+    assert costs.pays(["a"], 1, 4)
+    costs.lanes = 2
+    assert not costs.is_known("a", 1)
+    measure(None, 1.0, 8.0)
+    assert not costs.pays(["a"], 1, 4)
+    # Of a stage that had the whole device meanwhile.
+    measure(1, 1.0, 8.0)
+    assert not costs.pays(["a"], 1, 4)
+    costs.lanes = 1
+    assert costs.is_known("a", 4)
+    assert costs.pays(["a"], 1, 4)
+
+
 def test_a_batch_that_does_not_pay_is_not_made_and_tried_again_later() -> None:
     costs = BatchCosts()
     for _ in range(4):
