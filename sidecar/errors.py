@@ -26,6 +26,13 @@ class ConfigError(TrunklineError):
     http_status = 400
 
 
+class Forbidden(TrunklineError):
+    """Whoever asks is known, and may not do this."""
+
+    code = "forbidden"
+    http_status = 403
+
+
 class StoreError(TrunklineError):
     """The blob store could not do what was asked."""
 

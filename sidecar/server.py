@@ -62,7 +62,7 @@ from trunkline.signature import Signature
 
 from sidecar.logs import RateLimit
 from sidecar.ports import OutputSpecs, Serving, Work
-from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant, as_known_to, hash_of, qualified
+from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant, as_known_to, hash_of, qualified, unqualified
 
 log = logging.getLogger("trunkline.server")
 # One line a function that is not let in, as long as there are not too many of them.
@@ -552,7 +552,9 @@ class Session:
                 raise self._unknown(model)
             if len(self._names) >= _MOST_NAMES:
                 self._names.clear()
-            found = self._names[model] = qualified(model, self.tenant.domain)
+            # An administrator may ask for a model of any domain, by its full name.
+            is_full = self._is_admin and unqualified(model)[1]
+            found = self._names[model] = model if is_full else qualified(model, self.tenant.domain)
         return found
 
     def _signature(self, model: str) -> Signature:
@@ -684,9 +686,17 @@ class Session:
             raise MalformedFrame("the command's arguments are not JSON") from error
         if not isinstance(arguments, dict):
             raise MalformedFrame("the command's arguments are not an object")
+        if message.name == "identify":
+            self.document(message.request_id, self._identified(arguments.get("token_hash")))
+            return
         self._busy = True
         deadline = time.monotonic() + _COMMAND_DEADLINE_S
         self._server.engine.command(self, message.request_id, message.name, arguments, deadline)
+
+    def _identified(self, token_hash: object) -> dict[str, object]:
+        """Return whose token has this hash, for those who answer tenants in this sidecar's stead. Raises Unauthorized."""
+        tenant, is_admin = self._server.identify(token_hash if isinstance(token_hash, str) and token_hash.isascii() else "-")
+        return {"name": tenant.name, "domain": tenant.domain, "models": list(tenant.models), "administrator": is_admin}
 
     @property
     def arena_bytes(self) -> int:

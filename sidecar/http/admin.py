@@ -2,7 +2,7 @@
 
 A client of the engine like any other: it runs in processes of its own and may die without a function noticing. Weights are
 pushed straight into the store, which is safe for several processes; the engine is told when a model is whole. Every
-request passes ``_guard`` first, and every failure leaves through ``_failed``: one JSON shape, no path, no trace. Keeps no
+request passes ``_guard`` first, and every failure leaves through ``failures.told``: no path, no trace. Keeps no
 state between requests, so any thread may serve one. Must not import torch.
 """
 
@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import re
-import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from flask import Flask, Response, jsonify, request
 from trunkline.errors import (
     BodyTooLarge,
-    ConnectionLost,
     Draining,
     InvalidInput,
     SidecarUnavailable,
     TrunklineError,
     UnknownModel,
 )
-from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
+from sidecar import failures
 from sidecar.bundle import MODEL_NAME
 from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError
@@ -233,6 +230,9 @@ def _guard(blob_limit_bytes: int) -> None:
         raise InvalidInput("a body in chunks is not taken; announce its length in Content-Length")
     if "Origin" in request.headers:
         raise InvalidInput("requests from web pages are not taken")
+    if request.blueprint is not None:
+        # What else is served here limits its bodies itself.
+        return
     is_blob = request.endpoint == "put_blob"
     if is_blob:
         request.max_content_length = blob_limit_bytes
@@ -248,38 +248,12 @@ def _guard(blob_limit_bytes: int) -> None:
         )
 
 
-def _failed(error: Exception) -> tuple[Response, int]:
-    if isinstance(error, (SidecarUnavailable, ConnectionLost)):
-        # The engine's client says where it looked, which is the log's business.
-        log.warning("%s: %s", error.code, error.message)
-        error = SidecarUnavailable("the engine does not answer; it may be starting, and its log tells when it cannot")
-    if isinstance(error, TrunklineError):
-        response = jsonify(error=error.to_dict())
-        if error.http_status in (429, 503):
-            response.headers["Retry-After"] = str(math.ceil(float(error.details.get("retry_after_s", 1))))
-        return response, error.http_status
-    if isinstance(error, HTTPException):
-        status = error.code or 500
-        codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
-        plain = {
-            "code": codes.get(status, "bad_request"),
-            "message": error.name,
-            "retryable": False,
-            "details": {"status": status},
-        }
-        response = jsonify(error=plain)
-        if isinstance(error, MethodNotAllowed):
-            response.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
-        return response, status
-    incident = secrets.token_hex(4)
-    log.exception("incident %s", incident)
-    plain = {
-        "code": "sidecar_fault",
-        "message": f"the admin endpoint failed; its log has incident {incident}",
-        "retryable": False,
-        "details": {"incident": incident},
-    }
-    return jsonify(error=plain), 500
+def _failed(error: Exception) -> Response:
+    told = failures.told(error, request.path)
+    response = jsonify(told.body)
+    response.headers.update(told.headers)
+    response.status_code = told.status
+    return response
 
 
 def _name(name: str, rest: str = "") -> str:

@@ -1,7 +1,7 @@
-"""The process that serves the admin endpoint: gunicorn on a Unix socket and on loopback, outside the engine.
+"""The process that serves the admin endpoint and the Open Inference Protocol: gunicorn, outside the engine.
 
-One worker with a few threads, forked from a master that has imported everything: nothing here may start a thread or open a
-session with the engine before that fork. Must not import torch.
+It listens on a Unix socket and on loopback. One worker with some threads, forked from a master that has imported everything:
+nothing here may start a thread or open a session with the engine before that fork. Must not import torch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,17 @@ from trunkline.admin import AdminConnection
 from sidecar.config import Settings
 from sidecar.errors import ConfigError
 from sidecar.http.admin import EngineClient, admin_token, create_app
+from sidecar.http.callers import Callers, Room
+from sidecar.http.oip import add_open_inference
+from sidecar.openinference import MAX_JSON_BYTES
 from sidecar.store import Store
 
-_THREADS = 4
+# Threads are made as they are needed. Inferences may hold as many as there is room for, and have to wait for the engine;
+# the others are left to health, status and whatever else an operator asks meanwhile.
+_MOST_INFERENCES = 32
+_THREADS = _MOST_INFERENCES + 8
+# What all inferences may hold of this process at a time, parsed JSON included.
+_ROOM_BYTES = 1 << 30
 # A push of a large blob, or the verification of a large store, may take this long.
 _TIMEOUT_S = 600
 # Whoever sends nothing for so long in the middle of a request is not waited for.
@@ -134,5 +142,10 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
     def load(self) -> Any:
         settings = self._settings
         token = admin_token(str(settings.run_dir / "admin.token"))
-        engine = EnginePool(lambda: AdminConnection(str(settings.run_dir / "public" / "trunkline.sock"), token))
-        return create_app(engine, Store(settings.store_dir), blob_limit_bytes=settings.blob_limit_bytes)
+        path = str(settings.run_dir / "public" / "trunkline.sock")
+        engine = EnginePool(lambda: AdminConnection(path, token))
+        app = create_app(engine, Store(settings.store_dir), blob_limit_bytes=settings.blob_limit_bytes)
+        # What fits into an arena, and the JSON before it.
+        limit_bytes = settings.arena_limit_bytes + MAX_JSON_BYTES
+        add_open_inference(app, engine, Callers(path), Room(_MOST_INFERENCES, _ROOM_BYTES), body_limit_bytes=limit_bytes)
+        return app

@@ -420,7 +420,7 @@ def test_without_a_quota_file_there_is_nothing_to_reload(tmp_path: Path, source:
 
 def test_functions_may_neither_look_nor_reload(tenancy: Tenancy) -> None:
     with contextlib.closing(tenancy.connect("v1")) as connection:
-        for name in ("tenants", "quotas_reload"):
+        for name in ("tenants", "quotas_reload", "identify"):
             with pytest.raises(errors.Unauthorized, match="administrator"):
                 connection.command(name, {}, time.monotonic() + 20)
 

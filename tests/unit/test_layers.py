@@ -39,6 +39,8 @@ LAYERS = {
         "graphfile",
         "lowering",
         "strictjson",
+        "openinference",
+        "failures",
         "processes",
         "disk",
         "jsonfile",
@@ -117,13 +119,13 @@ LAYERS = {
         "turns",
         "underway",
     },
-    5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.server"},
+    5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.oip", "http.callers", "http.server"},
     6: {"__main__", "wiring", "packing", "drawing", "local"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 MAY_IMPORT_TORCH = LAYERS[3]
 # It builds what it runs in a process of its own.
-BUILDERS = {("http.server", "http.admin")}
+BUILDERS = {("http.server", "http.admin"), ("http.server", "http.oip"), ("http.server", "http.callers")}
 
 
 def imports(path: Path) -> set[str]:

@@ -67,9 +67,20 @@ class Pool:
     shared across that fork, so the pool notices by the process id that it has been copied, and starts afresh.
     """
 
-    def __init__(self, connector: Callable[..., Connection] = Connection) -> None:
+    def __init__(
+        self,
+        connector: Callable[..., Connection] = Connection,
+        *,
+        address: Callable[[], str] = socket_path,
+        credential: Callable[[], bytes] = read_token,
+        idle_limit: int = _MAX_IDLE,
+    ) -> None:
+        """``address`` and ``credential`` say where the sidecar is and who asks, for each new connection."""
         # What opens a connection; the fake sidecar of trunkline.testing stands in here.
         self.connector = connector
+        self._address = address
+        self._credential = credential
+        self._idle_limit = idle_limit
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
         self._pid = os.getpid()
@@ -126,8 +137,8 @@ class Pool:
         while True:
             try:
                 return self.connector(
-                    socket_path(),
-                    token=read_token(),
+                    self._address(),
+                    token=self._credential(),
                     models=self._models,
                     request_bytes=request_bytes,
                     reply_bytes=reply_bytes,
@@ -145,7 +156,7 @@ class Pool:
         """Put a healthy connection back for the next call."""
         with self._lock:
             self._notice_fork()
-            if not connection.closed and not connection.is_foreign and len(self._idle) < _MAX_IDLE:
+            if not connection.closed and not connection.is_foreign and len(self._idle) < self._idle_limit:
                 self._idle.append(connection)
                 return
         connection.close()

@@ -1,0 +1,314 @@
+"""The Open Inference Protocol, v2 over REST: what tools that speak it ask of a sidecar.
+
+Inference goes the way of any function's: with the caller's token, over the same socket, through the same arenas, so the
+engine decides who may use which model, and no quota or deadline is passed by. Callers are known by ``Authorization: Bearer``;
+without one they are who needs no token, if anybody. Only health is told to all. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib.metadata import version as version_of
+from typing import Any, Final, NamedTuple, Protocol
+
+from flask import Blueprint, Flask, Response, jsonify, request
+from trunkline.client import Model
+from trunkline.errors import (
+    BodyTooLarge,
+    InvalidInput,
+    SidecarFault,
+    TransportError,
+    TrunklineError,
+    Unauthorized,
+    UnknownModel,
+)
+from trunkline.pool import Pool
+from trunkline.protocol import MAX_TOKEN_BYTES
+from trunkline.signature import Signature
+
+from sidecar import failures, openinference
+from sidecar.errors import BundleError, Forbidden
+from sidecar.openinference import MAX_JSON_BYTES, MOST_PARSED_BYTES
+from sidecar.strictjson import load_json, members
+from sidecar.tenants import DEPLOYED_NAME, hash_of, matches, unqualified
+
+HEADER_LENGTH: Final = "Inference-Header-Content-Length"
+_EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+_MAX_BODY_BYTES: Final = 64 << 10
+_BEARER: Final = re.compile(r"[Bb]earer +([\x21-\x7e]+)")
+_NO_SHARED_MEMORY: Final = (
+    "clients cannot register shared memory with this server: it would let them name memory of others; send tensors in the "
+    "body, or ask over the sidecar's Unix socket, where memory is shared"
+)
+
+
+class EngineClient(Protocol):
+    """How the endpoint reaches the engine as the administrator."""
+
+    def command(self, name: str, arguments: dict[str, object] | None = None) -> Any: ...
+
+
+class Callers(Protocol):
+    """Sessions with the engine that are opened with a caller's own token."""
+
+    def pool(self, token: bytes) -> AbstractContextManager[Pool]: ...
+
+
+class Room(Protocol):
+    """What requests may hold of this process at a time."""
+
+    def taken(self, token: bytes, size_bytes: int) -> AbstractContextManager[None]: ...
+
+
+class Caller(NamedTuple):
+    """Who asks: a tenant of the engine's, or its administrator."""
+
+    name: str
+    domain: str
+    models: tuple[str, ...]
+    is_administrator: bool
+
+    def may_see(self, deployed: str) -> bool:
+        """Say whether a model, by the engine's name, is one that this caller may use."""
+        model, domain = unqualified(deployed)
+        return self.is_administrator or (domain == self.domain and matches(model, self.models))
+
+    def name_of(self, deployed: str) -> str:
+        """Return what this caller calls a model that the engine knows by this name."""
+        return deployed if self.is_administrator else unqualified(deployed)[0]
+
+
+def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room: Room, *, body_limit_bytes: int) -> None:
+    """Serve the protocol's routes under ``/v2``. An inference's body may have ``body_limit_bytes``, any other's 64 KiB."""
+    routes = Blueprint("oip", __name__)
+    routes.before_request(lambda: _check_body(body_limit_bytes))
+
+    def caller() -> Caller:
+        found = engine.command("identify", {"token_hash": hash_of(token) if (token := _token()) else ""})
+        return Caller(found["name"], found["domain"], tuple(found["models"]), found["administrator"])
+
+    def described(name: str, version: str | None) -> Signature:
+        with room.taken(token := _token(), 0), callers.pool(token) as pool:
+            return _of_version(Model(_name(name), pool).signature, version)
+
+    @routes.get("/health/live")
+    def live() -> Response:
+        """Say that the HTTP server is alive."""
+        return jsonify(live=True)
+
+    @routes.get("/health/ready")
+    def ready() -> tuple[Response, int]:
+        """Say whether the engine answers and takes work."""
+        try:
+            is_ready = not engine.command("status")["engine"]["draining"]
+        except TrunklineError as error:
+            failures.log.info("not ready: %s", error.message)
+            is_ready = False
+        return _readiness(is_ready, live=True)
+
+    @routes.get("")
+    def server() -> Response:
+        """Tell the server's name, version and what of the protocol it has."""
+        caller()
+        return jsonify(name="trunkline", version=version_of("trunkline"), extensions=_EXTENSIONS)
+
+    @_versioned(routes, "")
+    def model(name: str, version: str | None = None) -> Response:
+        """Tell a model's inputs and outputs."""
+        return jsonify(openinference.metadata(described(name, version), name))
+
+    @_versioned(routes, "/config")
+    def config(name: str, version: str | None = None) -> Response:
+        """Tell the same as Triton's configuration has it."""
+        return jsonify(openinference.config(described(name, version), name))
+
+    @_versioned(routes, "/ready")
+    def model_ready(name: str, version: str | None = None) -> tuple[Response, int]:
+        """Say whether a model may be asked; its weights are brought into memory when it is."""
+        try:
+            described(name, version)
+        except SidecarFault as error:
+            failures.log.info("%s is not ready: %s", name[:64], error.message)
+            return _readiness(False, name=name)
+        return _readiness(True, name=name)
+
+    @_versioned(routes, "/stats")
+    def stats(name: str, version: str | None = None) -> Response:
+        """Tell how often a model was asked, and when last."""
+        return jsonify(model_stats=[_stats_of(entry) for entry in counted(caller(), _name(name), version)])
+
+    @routes.get("/models/stats")
+    def all_stats() -> Response:
+        """Tell it of every model."""
+        return jsonify(model_stats=[_stats_of(entry) for entry in counted(caller(), None, None)])
+
+    def counted(who: Caller, name: str | None, version: str | None) -> list[dict[str, Any]]:
+        if not who.is_administrator and who.domain:
+            # What others asked of a model that they share is not this tenant's to know.
+            raise Forbidden("statistics need the administrator's token where there are tenants")
+        found = [entry for entry in listed(who) if "error" not in entry and name in (None, entry["name"])]
+        if name is not None and (not found or version not in (None, found[0]["version"])):
+            raise UnknownModel(f"there is no model {name[:64]} of this version that {who.name} may use")
+        return found
+
+    def listed(who: Caller) -> list[dict[str, Any]]:
+        return [entry for entry in engine.command("models")["models"] if who.may_see(entry["name"])]
+
+    @_versioned(routes, "/infer", "POST")
+    def infer(name: str, version: str | None = None) -> Response:
+        """Run a model on the tensors in the body."""
+        began_s = time.monotonic()
+        token, body_bytes = _token(), request.content_length or 0
+        json_bytes = openinference.json_length(request.headers.get(HEADER_LENGTH), body_bytes)
+        with room.taken(token, body_bytes + MOST_PARSED_BYTES * json_bytes), callers.pool(token) as pool:
+            found = Model(_name(name), pool)
+            # Who asks, and for what, is known before a byte of the body is read.
+            signature = _of_version(found.signature, version)
+            asked = openinference.decode(_body(body_bytes), json_bytes, signature)
+            deadline_s = None
+            if asked.timeout_us is not None:
+                deadline_s = asked.timeout_us / 1_000_000 - (time.monotonic() - began_s)
+            call_id = request.headers.get("X-Call-Id") or asked.id or ""
+            answered = found.call(asked.inputs, deadline_s=deadline_s, call_id=call_id)
+            if not isinstance(answered, dict):
+                answered = {found.signature.outputs[0].name: answered}
+            body, length = openinference.encode(found.signature, name, asked, answered)
+        response = Response(body, mimetype="application/json" if length is None else "application/octet-stream")
+        if length is not None:
+            response.headers[HEADER_LENGTH] = str(length)
+        return response
+
+    @routes.post("/repository/index")
+    def index() -> Response:
+        """List the models that the caller may ask; ``ready`` leaves out those that cannot be."""
+        who = caller()
+        ready_only = _json_object(("ready",)).get("ready", False)
+        if not isinstance(ready_only, bool):
+            raise InvalidInput("ready must be true or false")
+        found = [_indexed(entry, who) for entry in listed(who)]
+        return jsonify([entry for entry in found if entry["state"] == "READY" or not ready_only])
+
+    @routes.post("/repository/models/<name>/<any(load,unload):action>")
+    def repository(name: str, action: str) -> Response:
+        """Bring a model's weights into memory, or drop them from it; answered when it is done."""
+        if not caller().is_administrator:
+            raise Forbidden("loading and unloading need the administrator's token")
+        parameters = _json_object(("parameters",)).get("parameters", {})
+        _plain(lambda: members(parameters, "parameters", (), ("unload_dependents",) if action == "unload" else ()))
+        engine.command(action, {"name": _name(name)})
+        return jsonify({"name": name, action: True})
+
+    @routes.get("/<any(systemsharedmemory,cudasharedmemory):kind>/status")
+    def shared_memory(kind: str) -> Response:
+        """List the shared memory that clients have registered, which is none."""
+        caller()
+        return jsonify([])
+
+    @routes.post("/<any(systemsharedmemory,cudasharedmemory):kind>/region/<region>/<any(register,unregister):action>")
+    @routes.post("/<any(systemsharedmemory,cudasharedmemory):kind>/<any(unregister):action>")
+    def no_shared_memory(kind: str, action: str, region: str = "") -> Response:
+        """Refuse to map what a client names."""
+        caller()
+        raise Forbidden(_NO_SHARED_MEMORY)
+
+    app.register_blueprint(routes, url_prefix=failures.OPEN_INFERENCE)
+
+
+def _versioned(routes: Blueprint, rest: str, method: str = "GET") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Route ``/models/{name}`` with and without the version that may stand behind it."""
+
+    def route(view: Callable[..., Any]) -> Callable[..., Any]:
+        for rule in (f"/models/<name>{rest}", f"/models/<name>/versions/<version>{rest}"):
+            routes.add_url_rule(rule, view_func=view, methods=[method])
+        return view
+
+    return route
+
+
+def _check_body(limit_bytes: int) -> None:
+    """Refuse a body beyond its limit before any of it is read."""
+    if request.endpoint != "oip.infer":
+        limit_bytes = _MAX_BODY_BYTES
+    request.max_content_length = limit_bytes
+    if (request.content_length or 0) > limit_bytes:
+        raise BodyTooLarge(
+            f"the body has {request.content_length} bytes, at most {limit_bytes} are taken",
+            size_bytes=request.content_length or 0,
+            limit_bytes=limit_bytes,
+        )
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise InvalidInput("a compressed body is not taken; send it as it is")
+
+
+def _token() -> bytes:
+    """Return the caller's token, empty where it has none. Raises Unauthorized."""
+    given = request.headers.get("Authorization")
+    if given is None:
+        return b""
+    match = _BEARER.fullmatch(given)
+    if not match or len(match[1]) > MAX_TOKEN_BYTES:
+        raise Unauthorized(f"the Authorization must be Bearer and a token of at most {MAX_TOKEN_BYTES} characters")
+    return match[1].encode()
+
+
+def _name(name: str) -> str:
+    if not DEPLOYED_NAME.fullmatch(name):
+        raise UnknownModel("no model has such a name: a-z, 0-9, '.', '_' and '-', at most 128 of them")
+    return name
+
+
+def _of_version(signature: Signature, version: str | None) -> Signature:
+    if version not in (None, signature.version):
+        raise UnknownModel(f"{signature.model} is version {signature.version}; there is no other here")
+    return signature
+
+
+def _readiness(is_ready: bool, **told: object) -> tuple[Response, int]:
+    response = jsonify(**told, ready=is_ready)
+    if not is_ready:
+        response.headers["Retry-After"] = "1"
+    return response, 200 if is_ready else TransportError.http_status
+
+
+def _body(announced_bytes: int) -> bytes:
+    """Return the body. Raises InvalidInput when the client left in the middle of it."""
+    body = request.get_data(cache=False)
+    if len(body) != announced_bytes:
+        raise InvalidInput(f"the body ended after {len(body)} of {announced_bytes} bytes")
+    return body
+
+
+def _json_object(known: tuple[str, ...]) -> dict[str, object]:
+    data = request.get_data(cache=False) or b"{}"
+    return _plain(lambda: members(load_json(data, "the body", MAX_JSON_BYTES), "the body", (), known))
+
+
+def _plain(checked: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """Return what a check returns. Raises InvalidInput where it speaks of bundles."""
+    try:
+        return checked()
+    except BundleError as error:
+        raise InvalidInput(error.message) from error
+
+
+def _indexed(entry: dict[str, Any], who: Caller) -> dict[str, object]:
+    is_broken = "error" in entry
+    return {
+        "name": who.name_of(entry["name"]),
+        "version": entry.get("version", ""),
+        "state": "UNAVAILABLE" if is_broken else "READY",
+        "reason": entry["error"]["code"] if is_broken else "",
+    }
+
+
+def _stats_of(entry: dict[str, Any]) -> dict[str, object]:
+    idle_s = entry["last_used_s"]
+    return {
+        "name": entry["name"],
+        "version": entry["version"],
+        "last_inference": 0 if idle_s is None else round((time.time() - idle_s) * 1000),
+        "inference_count": entry["requests"],
+    }
