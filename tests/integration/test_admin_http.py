@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
+import json
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -272,3 +275,46 @@ def test_a_command_that_takes_long_holds_up_no_other() -> None:
         pool.command("unknown")
     assert pool.command("memory") in made
     assert len(made) == 2
+
+
+def test_inferences_that_wait_leave_threads_to_others(server: HttpServer) -> None:
+    path = server.run_dir / "public" / "trunkline.sock"
+    engine = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    engine.bind(str(path))
+    # Connects, and never says welcome.
+    engine.listen(64)
+    answers: queue.Queue[Any] = queue.Queue()
+
+    def ask() -> None:
+        answers.put(requests.post(f"{server.url}/v2/models/m/infer", data=b"{}", timeout=60))
+
+    threads = [threading.Thread(target=ask) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    # One caller may have 16 under way.
+    refused = [answers.get(timeout=60) for _ in range(4)]
+    assert {answer.status_code for answer in refused} == {503}
+    assert {answer.json()["code"] for answer in refused} == {"queue_full"}
+    assert {answer.headers["Retry-After"] for answer in refused} == {"1"}
+    assert requests.get(f"{server.url}/v2/health/live", timeout=60).json() == {"live": True}
+    assert requests.get(f"{server.url}/healthz", timeout=60).ok
+    assert answers.empty()
+    path.unlink()
+    engine.close()
+    for thread in threads:
+        thread.join(60)
+    ended = [answers.get_nowait() for _ in range(16)]
+    assert {answer.json()["code"] for answer in ended} == {"sidecar_unavailable"}
+    assert {answer.status_code for answer in ended} == {503}
+
+
+def test_an_inference_that_is_too_long_is_refused_before_it_is_read(server: HttpServer) -> None:
+    for size, told in ((1 << 40, "1099511627776 bytes, at most 83886080"), (20 << 20, "20971520 bytes, at most 16777216")):
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+        connection.putrequest("POST", "/v2/models/m/infer")
+        connection.putheader("Content-Length", str(size))
+        connection.endheaders()
+        answer = connection.getresponse()
+        assert answer.status == 413
+        assert told in json.loads(answer.read())["error"]
+        connection.close()

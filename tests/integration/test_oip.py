@@ -255,6 +255,16 @@ def test_bad_requests(open_one: Endpoint, body: bytes, headers: dict[str, str], 
     assert (answer.headers.get("WWW-Authenticate") == "Bearer") is (status == 401)
 
 
+def test_a_call_is_named_in_the_log_and_begins_no_line(open_one: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, seen = open_one.running.engine.submit, list[str]()
+    monkeypatch.setattr(open_one.running.engine, "submit", lambda work: (seen.append(work.call_id), submit(work)))
+    for headers in ({}, {"X-Call-Id": "theirs"}):
+        assert open_one.infer(id="mine", headers=headers).status_code == 200
+    assert open_one.infer(id="two\nlines").json["id"] == "two\nlines"
+    open_one.infer()
+    assert seen == ["mine", "theirs", "", ""]
+
+
 def test_values_beyond_their_bounds(open_one: Endpoint) -> None:
     ids = {"name": "ids", "shape": [1, 1], "datatype": "INT64", "data": [100]}
     refused(open_one.infer("text", inputs=[ids]), 400, "value_out_of_bounds", "from 0 to 99")
@@ -341,7 +351,7 @@ def test_a_token_says_whose_the_request_is(tenanted: Endpoint) -> None:
         for token, headers in (("v1", VISION), ("s1", SEARCH), ("admin", ADMINISTRATOR))
     }
     assert names["v1"] == ["age", "gender"]
-    assert names["s1"] == ["age", "gender", "half", "pair", "text"]
+    assert names["s1"] == ["age", "gender", "half", "pair", "text", "torn"]
     assert {"age@vision", "age@base"} < set(names["admin"])
     for headers in (VISION, SEARCH):
         refused(tenanted.http.get("/v2/models/stats", headers=headers), 403, "forbidden")
