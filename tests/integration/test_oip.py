@@ -112,6 +112,17 @@ def test_health_needs_no_token_and_tells_nothing(tenanted: Endpoint) -> None:
     assert tenanted.http.get("/v2/health/ready").json == {"live": True, "ready": True}
 
 
+def test_an_engine_that_drains_is_not_ready(tmp_path: Path) -> None:
+    class Drains:
+        def command(self, name: str, arguments: dict[str, object] | None = None) -> Any:
+            return {"engine": {"draining": True}}
+
+    app = create_app(Drains(), Store(tmp_path / "store"))
+    add_open_inference(app, Drains(), Callers("none"), Room(1, 1), body_limit_bytes=1)
+    answer = app.test_client().get("/v2/health/ready")
+    assert (answer.status_code, answer.json) == (503, {"live": True, "ready": False})
+
+
 def test_server_and_model_are_described(open_one: Endpoint) -> None:
     told = open_one.http.get("/v2").json
     assert told is not None
@@ -255,14 +266,14 @@ def test_bad_requests(open_one: Endpoint, body: bytes, headers: dict[str, str], 
     assert (answer.headers.get("WWW-Authenticate") == "Bearer") is (status == 401)
 
 
-def test_a_call_is_named_in_the_log_and_begins_no_line(open_one: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_named_in_the_log(open_one: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     submit, seen = open_one.running.engine.submit, list[str]()
     monkeypatch.setattr(open_one.running.engine, "submit", lambda work: (seen.append(work.call_id), submit(work)))
     for headers in ({}, {"X-Call-Id": "theirs"}):
         assert open_one.infer(id="mine", headers=headers).status_code == 200
-    assert open_one.infer(id="two\nlines").json["id"] == "two\nlines"
+    assert open_one.infer(id="\ud800").json["id"] == "\ud800"
     open_one.infer()
-    assert seen == ["mine", "theirs", "", ""]
+    assert seen == ["mine", "theirs", "?", ""]
 
 
 def test_values_beyond_their_bounds(open_one: Endpoint) -> None:

@@ -14,7 +14,17 @@ from trunkline.protocol import TensorSpec
 from trunkline.signature import Signature
 
 from sidecar import openinference
-from sidecar.openinference import MAX_JSON_BYTES, Inference, Wanted, config, decode, encode, json_length, metadata
+from sidecar.openinference import (
+    MAX_JSON_BYTES,
+    MAX_JSON_NUMBERS,
+    Inference,
+    Wanted,
+    config,
+    decode,
+    encode,
+    json_length,
+    metadata,
+)
 
 NUMBERS = Signature(
     "m",
@@ -128,8 +138,8 @@ def test_an_answer_that_cannot_be_json_is_refused() -> None:
     for bad in (np.nan, np.inf):
         with pytest.raises(UnsupportedTensor, match=r"output y holds NaN or infinity.*binary_data"):
             encode(NUMBERS, "m", asked, {"y": np.array([[bad, 1]], np.float32)})
-    with pytest.raises(UnsupportedTensor, match="1000001 numbers or more, JSON carries at most 1000000"):
-        encode(NUMBERS, "m", asked, {"y": np.zeros(1_000_001, np.float32)})
+    with pytest.raises(UnsupportedTensor, match="250001 numbers or more, JSON carries at most 250000"):
+        encode(NUMBERS, "m", asked, {"y": np.zeros(MAX_JSON_NUMBERS + 1, np.float32)})
     with pytest.raises(SignatureMismatch, match="was replaced while it was asked"):
         encode(NUMBERS, "m", asked, {"other": np.zeros(1)})
 
