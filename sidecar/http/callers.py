@@ -16,7 +16,7 @@ from trunkline.pool import Pool
 
 # Tokens whose sessions are kept, and how many are kept of each while nobody asks: they hold memory that is its tenant's.
 _MOST_TOKENS: Final = 32
-_IDLE_SESSIONS: Final = 2
+_IDLE_SESSIONS: Final = 4
 
 
 class Callers:

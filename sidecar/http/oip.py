@@ -7,6 +7,7 @@ without one they are who needs no token, if anybody. Only health is told to all.
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -38,6 +39,8 @@ from sidecar.tenants import DEPLOYED_NAME, hash_of, matches, unqualified
 HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 _EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 _MAX_BODY_BYTES: Final = 64 << 10
+# It reads files.
+_version: Final = functools.cache(version_of)
 _BEARER: Final = re.compile(r"[Bb]earer +([\x21-\x7e]+)")
 _NO_SHARED_MEMORY: Final = (
     "clients cannot register shared memory with this server: it would let them name memory of others; send tensors in the "
@@ -115,7 +118,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     def server() -> Response:
         """Tell the server's name, version and what of the protocol it has."""
         caller()
-        return jsonify(name="trunkline", version=version_of("trunkline"), extensions=_EXTENSIONS)
+        return jsonify(name="trunkline", version=_version("trunkline"), extensions=_EXTENSIONS)
 
     @_versioned(routes, "")
     def model(name: str, version: str | None = None) -> Response:

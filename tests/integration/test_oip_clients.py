@@ -136,7 +136,7 @@ def test_triton_looks_around(served: Served, client: Any) -> None:
     states = {entry["name"]: entry["state"] for entry in served.running.admin.get("models")["models"]}
     assert states["resnet"] == "stored"
     client.load_model("resnet", headers=served.administrator)
-    with pytest.raises(InferenceServerException, match="there is no model") as caught:
+    with pytest.raises(InferenceServerException, match="no model 'none'") as caught:
         client.get_model_metadata("none")
     assert caught.value.status() == "404"
 
