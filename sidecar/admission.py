@@ -10,7 +10,7 @@ call that do not fit together are asked one after the other.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from trunkline.errors import BudgetExceeded, SignatureMismatch, TrunklineError
 from trunkline.protocol import JOINT
@@ -95,6 +95,11 @@ class Admission:
     def aside_count(self) -> int:
         """Return how many requests wait for the run of a model that streams to end."""
         return len(self._aside)
+
+    def waiting(self) -> Iterator[Work]:
+        """Yield the requests that were not taken up yet."""
+        yield from self._scheduler.waiting()
+        yield from self._aside
 
     @property
     def is_open(self) -> bool:

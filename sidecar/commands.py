@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from trunkline.errors import InvalidInput
 from trunkline.protocol import JOINT
@@ -20,12 +20,15 @@ from sidecar.scheduler import Scheduler
 from sidecar.tenants import unqualified
 from sidecar.traces import LIMIT
 
+# Commands that only tell what there is now: a model that is still to be deployed after a restart may wait.
+LOOKS_ONLY: Final = frozenset({"metrics"})
+
 
 class Commands:
     """Commands by name.
 
-    ``accept``, ``drop``, ``unblock`` and ``deployed`` are the engine's; ``requests`` gives its counts,
-    ``trace`` its latest leases.
+    ``accept``, ``drop``, ``unblock`` and ``deployed`` are the engine's; ``requests`` gives its counts, ``counts`` those that only
+    metrics tell, ``trace`` its latest leases.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Commands:
         unblock: Callable[[], None],
         deployed: Callable[[Deployed], None],
         requests: Callable[[], Mapping[str, object]],
+        counts: Callable[[], Mapping[str, object]],
         trace: Callable[[int], Mapping[str, object]],
         scheduler: Scheduler[Work],
         facts: Mapping[str, object],
@@ -52,6 +56,7 @@ class Commands:
         self._unblock = unblock
         self._on_deployed = deployed
         self._requests = requests
+        self._counts = counts
         self._leases_recorded = trace
         self._scheduler = scheduler
         self._facts = facts
@@ -66,6 +71,7 @@ class Commands:
             "memory": lambda work, arguments: self._memory(),
             "trace": self._trace,
             "queues": lambda work, arguments: self._queues(),
+            "metrics": lambda work, arguments: {"devices": {self._catalog.device.name: self._metrics()}},
             "load": self._load,
             "unload": self._evict,
             "evict": self._evict,
@@ -97,6 +103,9 @@ class Commands:
     # --- what there is -----------------------------------------------------------------------------------------------
 
     def _status(self, work: Work, arguments: dict[str, Any]) -> object:
+        return {**self._overview(), "models": self._models()}
+
+    def _overview(self) -> dict[str, object]:
         requests = dict(self._requests())
         return {
             "engine": {
@@ -106,8 +115,33 @@ class Commands:
                 **self._facts,
             },
             "memory": self._memory(),
-            "models": self._models(),
             **requests,
+        }
+
+    def _metrics(self) -> dict[str, object]:
+        """Return all that is counted here, of each model what fits into a line: so that it may be asked every few seconds."""
+        return {
+            **self._overview(),
+            **self._counts(),
+            "queues": self._queues(),
+            "models": {name: self._measures(deployed) for name, deployed in self._catalog.deployed.items()},
+            "corrupt": sorted(self._catalog.broken),
+            "awaited_count": len(self._catalog.awaited),
+        }
+
+    def _measures(self, deployed: Deployed) -> dict[str, object]:
+        """Return what of a model is a number, or counts with others that are alike."""
+        plan, residency = deployed.plan, self._residency
+        model_bytes, shared_bytes = self._catalog.graph.bytes_of(deployed.name)
+        return {
+            "state": self._state(deployed),
+            "bytes": model_bytes,
+            "shared_bytes": shared_bytes,
+            "pinned": residency.is_pinned(plan),
+            "priority": residency.priority(plan),
+            "keep_alive_s": residency.ttl_s(plan),
+            "leases": residency.lease_count(plan),
+            "last_used_s": self._last_used_s(deployed),
         }
 
     def _memory(self) -> dict[str, object]:
@@ -155,6 +189,15 @@ class Commands:
         # Whole in memory, be it by its own doing or by that of others. One without weights once it was used.
         return self._residency.is_ready(deployed.plan) and (bool(deployed.weights) or self._residency.is_held(deployed.plan))
 
+    def _state(self, deployed: Deployed) -> str:
+        if self._is_resident(deployed):
+            return "resident"
+        return "loading" if deployed in self._loads else "stored"
+
+    def _last_used_s(self, deployed: Deployed) -> float | None:
+        """Return how long ago a model was last asked; None for never."""
+        return None if deployed.last_used_s is None else round(self._clock() - deployed.last_used_s, 3)
+
     def _models(self) -> list[dict[str, object]]:
         listed = [self.describe(deployed) for _, deployed in sorted(self._catalog.deployed.items())]
         broken: list[dict[str, object]] = [
@@ -167,16 +210,11 @@ class Commands:
         """Return what an operator wants to know of a model."""
         name, plan, graph = deployed.name, deployed.plan, self._catalog.graph
         model_bytes, shared_bytes = graph.bytes_of(name) if name in graph else (0, 0)
-        state = "stored"
-        if self._is_resident(deployed):
-            state = "resident"
-        elif deployed in self._loads:
-            state = "loading"
         return {
             "name": name,
             "domain": unqualified(name)[1],
             "version": deployed.bundle.version,
-            "state": state,
+            "state": self._state(deployed),
             "bytes": model_bytes,
             "shared_bytes": shared_bytes,
             "unique_bytes": model_bytes - shared_bytes,
@@ -186,7 +224,7 @@ class Commands:
             "keep_alive_s": self._residency.ttl_s(plan),
             "leases": self._residency.lease_count(plan),
             "requests": deployed.request_count,
-            "last_used_s": None if deployed.last_used_s is None else round(self._clock() - deployed.last_used_s, 3),
+            "last_used_s": self._last_used_s(deployed),
         }
 
     def _model(self, work: Work, arguments: dict[str, Any]) -> object:

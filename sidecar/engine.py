@@ -16,6 +16,7 @@ import math
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from sidecar.activations import Activations
 from sidecar.admission import Admission
 from sidecar.catalog import Catalog
 from sidecar.claims import Claims
-from sidecar.commands import Commands
+from sidecar.commands import LOOKS_ONLY, Commands
 from sidecar.costs import BatchCosts
 from sidecar.deployments import Deployments
 from sidecar.devicememory import DeviceMemory
@@ -38,6 +39,7 @@ from sidecar.lanecount import LaneChoice
 from sidecar.loads import Loads
 from sidecar.memory import Memory
 from sidecar.mover import Mover
+from sidecar.outcomes import Outcomes
 from sidecar.ownloads import own_load
 from sidecar.pins import Pins
 from sidecar.placement import Cost
@@ -116,7 +118,8 @@ class Engine:
         self._residency = open_residency(budget_bytes, eviction_policy, clock)
         self._catalog = Catalog(source, device, self._memory, self._residency, pins, self._forget_weights)
         self._queue: Scheduler[Work] = Scheduler(queue_limit, in_flight=in_flight)
-        self._refusals = Refusals(self._queue, clock)
+        self._outcomes = Outcomes(lambda name: name in self._catalog.deployed or name in self._catalog.broken)
+        self._refusals = Refusals(self._queue, self._outcomes, clock)
         self._request_costs = RequestCosts(self._catalog, clock)
         batch_costs = BatchCosts()
         self._wavefront: Wavefront[Call] = Wavefront(device, batch_costs, batch_limit)
@@ -133,6 +136,7 @@ class Engine:
             self._wavefront,
             self._refusals,
             self._request_costs,
+            self._outcomes,
             choice,
             clock,
             compute_once=compute_once,
@@ -245,6 +249,8 @@ class Engine:
         self._stays = False
         self._finished = False
         self._ended = threading.Event()
+        # For so long requests waited for weights, or for room, and nothing else could be run.
+        self._stalled_s = 0.0
         # Device seconds that are reckoned to be needed for what waits and runs. Others may read it.
         self.backlog_s = 0.0
         self._session_count = 0
@@ -258,6 +264,7 @@ class Engine:
             unblock=self._admission.unblock,
             deployed=self._deployments.is_new,
             requests=self._request_counts,
+            counts=self._counts,
             trace=self._recorder.to_plain,
             scheduler=self._queue,
             facts={"generation": generation, "device": device.name, **(facts or {})},
@@ -416,10 +423,7 @@ class Engine:
         busy = (bool(self._wavefront) and not self._runs.stalled) or self._admission.can_take_up()
         window_s = self._window_left_s() if busy else 0.0
         try:
-            if busy:
-                command = self._inbox.get(block=window_s > 0, timeout=window_s or None)
-            else:
-                command = self._inbox.get(timeout=self._rest_s())
+            command = self._inbox.get(block=window_s > 0, timeout=window_s or None) if busy else self._wait()
         except queue.Empty:
             if busy:
                 self._go_on()
@@ -444,6 +448,17 @@ class Engine:
         if self._inbox.empty() or self._taken >= _MOST_TAKEN:
             self._taken = 0
             self._go_on()
+
+    def _wait(self) -> Work | Callable[[], None]:
+        """Return what is posted next. Time in which nothing is run although requests are under way is counted. Raises Empty."""
+        parked = self._loads.parked
+        if self._runs.running or not (self._wavefront or (parked and any(each.work.inputs is not None for each in parked))):
+            return self._inbox.get(timeout=self._rest_s())
+        began_s = self._clock()
+        try:
+            return self._inbox.get(timeout=self._rest_s())
+        finally:
+            self._stalled_s += self._clock() - began_s
 
     def _can_complete(self) -> bool:
         """Say whether models are to be deployed, and nobody waits for anything."""
@@ -597,8 +612,9 @@ class Engine:
 
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
         try:
-            # Operators are told of all models.
-            self._deployments.complete_all()
+            if name not in LOOKS_ONLY:
+                # Operators are told of all models.
+                self._deployments.complete_all()
             answer = self._commands.run(work, name, arguments)
             if answer is not None:
                 work.session.document(work.request_id, answer)
@@ -644,6 +660,18 @@ class Engine:
                 "stacked": self._runs.counts.stacked,
                 "programs": len(self._catalog.programs),
             },
+        }
+
+    def _counts(self) -> dict[str, object]:
+        """Return what is counted for those who look every few seconds, and is no operator's usual reading."""
+        asked = Counter(
+            model for work in self._admission.waiting() if work.inputs is not None for model in work.model.split(JOINT)
+        )
+        return {
+            "outcomes": self._outcomes.to_plain(),
+            "waiting": asked,
+            "device_s": self._request_costs.recent(),
+            "stalled_s": round(self._stalled_s, 6),
         }
 
     def check_invariants(self) -> None:

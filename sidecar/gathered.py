@@ -101,10 +101,16 @@ def queues(found: Documents) -> dict[str, Any]:
     return {"forecast": worst, "tenants": tenants, "devices": dict(found)}
 
 
+def metrics(found: Documents) -> dict[str, Any]:
+    """Return what each device counts; nothing is added up, since whoever reads that can."""
+    return {"devices": {device: each["devices"][device] for device, each in found.items()}}
+
+
 # By command: what makes one document of those that the devices give.
 MERGES: Final[Mapping[str, Callable[[Documents], Any]]] = {
     "status": status,
     "models": lambda found: {"models": models({device: each["models"] for device, each in found.items()})},
     "memory": memory,
     "queues": queues,
+    "metrics": metrics,
 }

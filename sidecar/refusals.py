@@ -9,6 +9,7 @@ from collections.abc import Callable
 from trunkline.errors import DeadlineExceeded, SidecarFault, TrunklineError
 
 from sidecar.logs import RateLimit
+from sidecar.outcomes import Outcomes
 from sidecar.ports import Work
 from sidecar.scheduler import Scheduler
 
@@ -21,15 +22,18 @@ refusals.addFilter(RateLimit(20))
 class Refusals:
     """Tells sessions that their requests have failed. Of these, ``expired_count`` came too late."""
 
-    def __init__(self, scheduler: Scheduler[Work], clock: Callable[[], float]) -> None:
+    def __init__(self, scheduler: Scheduler[Work], outcomes: Outcomes, clock: Callable[[], float]) -> None:
         self.failed_count = 0
         self.expired_count = 0
         self._scheduler = scheduler
+        self._outcomes = outcomes
         self._clock = clock
 
     def fail(self, work: Work, error: TrunklineError) -> None:
         """Tell the session of a request what was wrong."""
         self.failed_count += 1
+        if work.inputs is not None:
+            self._outcomes.failed(work.model, error.code)
         refusals.info("%s refused (call %s): %s: %s", work.model, work.call_id or "-", error.code, error.message)
         work.session.fail(work.request_id, error)
 

@@ -35,6 +35,11 @@ class RequestCosts:
         known, _ = self._measured.get(name, (seconds, 0.0))
         self._measured[name] = known + _WEIGHT * (seconds - known), now
 
+    def recent(self) -> dict[str, float]:
+        """Return the device seconds that a request took of late, by the name of its model or models."""
+        since_s = self._clock() - _MEASURED_FOR_S
+        return {name: seconds for name, (seconds, measured_s) in self._measured.items() if measured_s > since_s}
+
     def of(self, names: Sequence[str]) -> dict[str, Cost]:
         """Return what those of some models cost that are deployed, alone or several together."""
         return {name: self._cost(name) for name in names if self._catalog.has_all(name)}

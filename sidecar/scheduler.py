@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
@@ -247,6 +247,19 @@ class Scheduler(Generic[R]):
         """Return how old a request is, the smaller the older; 0 for one that was never submitted."""
         record = self._records.get(id(request))
         return 0 if record is None else record.order
+
+    def came_s(self, request: R) -> float | None:
+        """Return when a request was submitted, or the one that it is a part of; None for one that is over, or never was."""
+        record = self._records.get(id(request))
+        if record is not None and record.whole is not None:
+            record = self._records.get(id(record.whole))
+        return None if record is None else record.submitted_s
+
+    def waiting(self) -> Iterator[R]:
+        """Yield the requests that wait."""
+        for tenancy in self._tenancies.values():
+            for record in tenancy.waiting:
+                yield record.request
 
     def charge(self, request: R, seconds: float) -> None:
         """Note that the device has worked for a request."""

@@ -132,6 +132,9 @@ class Server:
         self._greeting: dict[int, float] = {}
         # Sessions that are over but for what the engine still holds of them.
         self._ending: set[Session] = set()
+        # By the codes of their errors: requests that never came to the engine, and connections.
+        self._refused: Counter[str] = Counter()
+        self._turned_away: Counter[str] = Counter()
         self._last_session = 0
         self._draining = False
         self._listening = True
@@ -258,12 +261,18 @@ class Server:
         except (FrameTooLarge, MalformedFrame, SidecarFault) as error:
             # Whoever breaks the protocol once cannot be understood any further.
             session.refuse(0, error)
+            self._turn_away(session, error)
             self._end(session)
         except TrunklineError as error:
             session.refuse(session.current_id, error)
+            self._turn_away(session, error)
             if not session.welcomed:
                 refusals.info("session %d was refused: %s: %s", session.number, error.code, error.message)
                 self._end(session)
+
+    def _turn_away(self, session: Session, error: TrunklineError) -> None:
+        if not session.welcomed:
+            self._turned_away[error.code] += 1
 
     def _handle(self, session: Session, frame: bytes) -> None:
         try:
@@ -345,13 +354,37 @@ class Server:
                 retry_after_s=_CONNECTION_RETRY_S,
             )
 
-    def tenants(self) -> dict[str, object]:
-        """Return the tenants in force, their limits, and what they have of connections and arenas."""
+    def refused(self, error: TrunklineError) -> None:
+        """Note that a session has refused a request."""
+        self._refused[error.code] += 1
+
+    def _held(self) -> tuple[Counter[str], Counter[str]]:
+        """Return how many connections, and bytes of arenas, tenants have."""
         connections = Counter(session.tenant.name for session in self._sessions.values() if session.belongs_to(session.tenant))
         arena_bytes: Counter[str] = Counter()
         for session in (*self._sessions.values(), *self._ending):
             if session.belongs_to(session.tenant):
                 arena_bytes[session.tenant.name] += session.arena_bytes
+        return connections, arena_bytes
+
+    def connections(self) -> dict[str, object]:
+        """Return what there is of connections and arenas, and what was refused before it came to the engine."""
+        connections, arena_bytes = self._held()
+        return {
+            "connections": len(self._sessions),
+            "connection_limit": self._connection_limit,
+            "arena_bytes": self._arena_bytes,
+            "arena_limit_bytes": self._arena_total_bytes,
+            "tenants": {
+                name: {"connections": connections[name], "arena_bytes": arena_bytes[name]} for name in self._quotas.tenants
+            },
+            "refused": self._refused,
+            "turned_away": self._turned_away,
+        }
+
+    def tenants(self) -> dict[str, object]:
+        """Return the tenants in force, their limits, and what they have of connections and arenas."""
+        connections, arena_bytes = self._held()
         return {
             "tenants": [
                 {**tenant.to_plain(), "connections": connections[name], "arena_bytes": arena_bytes[name]}
@@ -468,7 +501,11 @@ class Session:
         match message:
             case Infer():
                 self.current_id = message.request_id
-                self._infer(message)
+                try:
+                    self._infer(message)
+                except TrunklineError as error:
+                    self._server.refused(error)
+                    raise
             case Describe():
                 self.current_id = message.request_id
                 plain = self._signature(message.model).to_plain()
@@ -670,6 +707,9 @@ class Session:
             raise Unauthorized("commands need the administrator's token")
         if message.name == "tenants":
             self.document(message.request_id, self._server.tenants())
+            return
+        if message.name == "connections":
+            self.document(message.request_id, self._server.connections())
             return
         if message.name == "quotas_reload":
             self._busy = True

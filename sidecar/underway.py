@@ -19,6 +19,7 @@ from trunkline.signature import Signature
 from sidecar.catalog import Catalog, Deployed, Joint
 from sidecar.lanecount import LaneChoice
 from sidecar.loads import Parked
+from sidecar.outcomes import Outcomes
 from sidecar.ports import Device, Session, Work
 from sidecar.refusals import Refusals, as_told, incident
 from sidecar.requestcosts import RequestCosts
@@ -52,6 +53,7 @@ class UnderWay:
         wavefront: Wavefront[Call],
         refusals: Refusals,
         costs: RequestCosts,
+        outcomes: Outcomes,
         choice: LaneChoice | None,
         clock: Callable[[], float],
         *,
@@ -69,6 +71,7 @@ class UnderWay:
         self._wavefront = wavefront
         self._refusals = refusals
         self._costs = costs
+        self._outcomes = outcomes
         self._choice = choice
         self._clock = clock
         self._compute_once = compute_once
@@ -217,6 +220,8 @@ class UnderWay:
         specs = tuple(
             (spec.name, *self._device.output_spec(output)) for spec, output in zip(call.signature.outputs, outputs, strict=True)
         )
+        # Before it is told: the last of several that are asked one after the other takes the whole call's record with it.
+        came_s = self._scheduler.came_s(call.work)
         call.work.session.answer(call.work.request_id, specs, outputs, self._device.read_output)
         self.answered_count += 1
         now = self._clock()
@@ -224,6 +229,8 @@ class UnderWay:
         for deployed in call.parts:
             deployed.request_count += 1
             deployed.last_used_s = now
+            if came_s is not None:
+                self._outcomes.answered(deployed.name, now - came_s)
             if self._choice is not None:
                 self._choice.answered(deployed.name, self._breadth)
 

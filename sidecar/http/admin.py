@@ -29,6 +29,7 @@ from sidecar import failures
 from sidecar.bundle import MODEL_NAME
 from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError
+from sidecar.http.metrics import CONTENT_TYPE, exposition
 from sidecar.keeping import Keep
 from sidecar.store import DIGEST, Store
 from sidecar.strictjson import encode_json, load_json, members
@@ -75,6 +76,13 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
         if draining:
             raise Draining("the sidecar is shutting down")
         return jsonify(status="ok")
+
+    scrape = exposition(engine.command)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        """Return all that is counted, as Prometheus reads it; that the engine is away is told there, too."""
+        return Response(scrape(), content_type=CONTENT_TYPE)
 
     @app.get("/admin/v1/status")
     def status() -> Response:

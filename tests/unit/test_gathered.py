@@ -46,3 +46,9 @@ def test_one_more_request_goes_where_it_waits_least() -> None:
     assert found["tenants"]["anyone"] == {"waiting": 2, "running": 4, "input_bytes": 6, "wait_s": 0.25, "device_s": 2.0}
     assert found["tenants"]["more"] == other["tenants"]["more"]
     assert found["forecast"]["actual_p99_s"] == 3.0
+
+
+def test_what_is_counted_stays_each_devices_own() -> None:
+    one, other = {"devices": {"one": {"stalled_s": 1.0}}}, {"devices": {"other": {"stalled_s": 2.0}}}
+    told = {"devices": {"one": {"stalled_s": 1.0}, "other": {"stalled_s": 2.0}}}
+    assert gathered.metrics({"one": one, "other": other}) == told

@@ -35,6 +35,7 @@ LAYERS = {
         "timeline",
         "policies",
         "traces",
+        "outcomes",
         "blocks",
         "graphfile",
         "lowering",
@@ -119,13 +120,18 @@ LAYERS = {
         "turns",
         "underway",
     },
-    5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.oip", "http.callers", "http.server"},
+    5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.metrics", "http.oip", "http.callers", "http.server"},
     6: {"__main__", "wiring", "packing", "drawing", "local"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 MAY_IMPORT_TORCH = LAYERS[3]
-# It builds what it runs in a process of its own.
-BUILDERS = {("http.server", "http.admin"), ("http.server", "http.oip"), ("http.server", "http.callers")}
+# The one builds what it runs in a process of its own, the other serves what is told there.
+BUILDERS = {
+    ("http.server", "http.admin"),
+    ("http.server", "http.oip"),
+    ("http.server", "http.callers"),
+    ("http.admin", "http.metrics"),
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -201,6 +201,19 @@ def test_what_the_parts_of_a_request_are_charged_is_its_cost() -> None:
     assert scheduler.forecast.cost_s("kind") == 0.75
 
 
+def test_a_part_of_a_call_came_when_the_call_did() -> None:
+    scheduler: Scheduler[Request] = Scheduler(9)
+    scheduler.submit(whole := Request("whole"), 3.0)
+    assert list(scheduler.waiting()) == [whole]
+    taken(scheduler)
+    scheduler.follow(part := Request("part"), whole)
+    assert (scheduler.came_s(whole), scheduler.came_s(part)) == (3.0, 3.0)
+    assert list(scheduler.waiting()) == [part]
+    scheduler.leave(whole)
+    assert scheduler.came_s(part) is None
+    assert scheduler.came_s(Request("nobody's")) is None
+
+
 def test_what_others_have_to_get_first_counts_as_far_as_they_get_it() -> None:
     light, heavy, high = (*tenants("light", "heavy"), Tenant(name="high", domain="high", priority=9))
     scheduler: Scheduler[Request] = Scheduler(99, quotas(light, heavy, high))
