@@ -187,6 +187,8 @@ class Commands:
 
     def _is_resident(self, deployed: Deployed) -> bool:
         # Whole in memory, be it by its own doing or by that of others. One without weights once it was used.
+        if deployed.loaded and deployed.weights:
+            return True
         return self._residency.is_ready(deployed.plan) and (bool(deployed.weights) or self._residency.is_held(deployed.plan))
 
     def _state(self, deployed: Deployed) -> str:

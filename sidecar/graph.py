@@ -66,6 +66,8 @@ class FusedGraph:
         self._weights: dict[str, Weight] = {}
         self._users: dict[str, set[str]] = {}
         self._node_users: dict[bytes, set[str]] = {}
+        # What ``bytes_of`` has found since a model was last added or removed: operators look more often than that happens.
+        self._bytes: dict[str, tuple[int, int]] = {}
         self._tokens = Tokens()
         # In how many models each id is.
         self._id_counts: Counter[bytes] = Counter()
@@ -92,6 +94,7 @@ class FusedGraph:
             split(bundle.graph, found, blocks),
         )
         self._entries[bundle.name] = entry
+        self._bytes.clear()
         self._id_counts.update(_ids(entry))
         for weight in bundle.graph.weights:
             self._weights[weight.digest] = weight
@@ -114,6 +117,7 @@ class FusedGraph:
         """Remove a model. Raises UnknownModel."""
         bundle = self.bundle(name)
         entry = self._entries.pop(name)
+        self._bytes.clear()
         for digest in {weight.digest for weight in bundle.graph.weights}:
             self._users[digest].discard(name)
             if not self._users[digest]:
@@ -169,9 +173,12 @@ class FusedGraph:
 
     def bytes_of(self, name: str) -> tuple[int, int]:
         """Return the bytes of a model's weights, and how many of them some other model uses too."""
-        weights = self.weights(name).values()
-        shared_bytes = sum(weight.size_bytes for weight in weights if len(self._users[weight.digest]) > 1)
-        return sum(weight.size_bytes for weight in weights), shared_bytes
+        found = self._bytes.get(name)
+        if found is None:
+            weights = self.weights(name).values()
+            shared_bytes = sum(weight.size_bytes for weight in weights if len(self._users[weight.digest]) > 1)
+            found = self._bytes[name] = (sum(weight.size_bytes for weight in weights), shared_bytes)
+        return found
 
     def nodes_of(self, name: str) -> tuple[int, int]:
         """Return how many different nodes a model computes, and how many of them some other model computes too."""

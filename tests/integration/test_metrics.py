@@ -35,7 +35,7 @@ from sidecar.http.admin import create_app
 from sidecar.http.metrics import CONTENT_TYPE, METRICS, exposition
 from sidecar.store import Store
 from sidecar.tenants import Quotas, Tenant, hash_of
-from tests.asking import submitted
+from tests.asking import called, submitted
 from tests.fakes import ADMIN_TOKEN, FakeDevice, FakeSource, Running, bundle_of, running_server
 from tests.integration.test_admin import FakeEngine
 from tests.integration.test_awaited import awaited, restarted
@@ -423,31 +423,33 @@ def test_time_is_lost_only_while_requests_wait_for_weights(running: Running, sou
         reading.set()
         assert go_on.wait(20)
 
-    def is_waiting() -> bool:
-        return bool(running.engine._loads.parked)
+    def is_waiting(with_inputs: bool) -> bool:
+        return any((parked.work.inputs is not None) is with_inputs for parked in running.engine._loads.parked)
 
     source.before_read = hold
     with ThreadPoolExecutor() as threads, closing(AdminConnection(running.path, ADMIN_TOKEN)) as admin:
         # Whom an operator has it loaded for, nobody waits.
         loading = threads.submit(admin.command, "load", {"name": "age"})
         assert reading.wait(20)
-        until(is_waiting)
+        until(lambda: is_waiting(with_inputs=False))
+        assert scraped(running)("stalled_seconds_total", device="fake") == 0
         go_on.set()
         loading.result(20)
-        assert scraped(running)("stalled_seconds_total", device="fake") == 0
-        reading.clear()
-        go_on.clear()
-        asked = threads.submit(model("gender"), X)
-        assert reading.wait(20)
-        until(is_waiting)
-        # Told while it waits, too: the engine was woken by this.
-        assert scraped(running)("model_leases", device="fake", model="gender") == 2
-        go_on.set()
-        asked.result(20)
+    assert scraped(running)("stalled_seconds_total", device="fake") == 0
+    reading.clear()
+    go_on.clear()
+    asked = submitted(running, "gender", {"x": X})
+    assert reading.wait(20)
+    until(lambda: is_waiting(with_inputs=True))
+    # A scrape has a session opened, a command run and a session closed: between them the engine waits.
+    scraped(running)
     lost_s = scraped(running)("stalled_seconds_total", device="fake")
     assert lost_s is not None
     assert lost_s > 0
-    model("gender")(X)
+    go_on.set()
+    asked.result()
+    lost_s = scraped(running)("stalled_seconds_total", device="fake")
+    called(running, "gender", {"x": X})
     assert scraped(running)("stalled_seconds_total", device="fake") == lost_s
 
 
