@@ -518,6 +518,8 @@ class Engine:
 
     def _accept(self, work: Work) -> None:
         if self._draining:
+            if work.inputs is not None:
+                self._outcomes.failed(work.model, Draining.code)
             work.session.fail(work.request_id, _draining())
             return
         try:

@@ -16,6 +16,7 @@ from typing import Any
 import flask.testing
 import numpy as np
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from trunkline import client, model, models
 from trunkline.admin import AdminConnection
@@ -23,6 +24,7 @@ from trunkline.connection import Connection
 from trunkline.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    Draining,
     SidecarUnavailable,
     TrunklineError,
     Unauthorized,
@@ -381,6 +383,19 @@ def test_failures_are_counted_by_their_code(running: Running, source: FakeSource
     assert scrape("fetched_bytes_total", device="fake") == 0
 
 
+def test_what_comes_while_the_sidecar_is_shutting_down_is_counted(running: Running) -> None:
+    release = threading.Event()
+    running.engine._post(lambda: release.wait(20) and None)
+    first = submitted(running, "age", {"x": X})
+    running.engine.drain(running.server.stop)
+    second = submitted(running, "gender", {"x": X})
+    release.set()
+    first.result()
+    with pytest.raises(Draining):
+        second.result()
+    assert running.engine._outcomes._by_model["gender"].failed == {"draining": 1}
+
+
 def test_models_asked_one_after_the_other_count_once_each(tmp_path: Path, source: FakeSource, monkeypatch: Any) -> None:
     for name in ("one", "two"):
         content = name.encode() * 30
@@ -516,6 +531,13 @@ def test_all_that_is_written_about_it_names_what_there_is() -> None:
         found = set(re.findall(r"\btrunkline_\w+", page.read_text()))
         assert found
         assert {name if name in METRICS else SUFFIXES.sub("", name) for name in found} <= METRICS.keys(), page
+
+
+def test_examples_can_be_read() -> None:
+    examples = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)]
+    assert [next(iter(each)) for each in examples] == ["scrape_configs", "scrape_configs", "apiVersion"]
+    (trigger,) = examples[-1]["spec"]["triggers"]
+    assert trigger["metadata"].keys() >= {"serverAddress", "query", "threshold"}
 
 
 def test_every_panel_asks_for_labels_that_there_are() -> None:
