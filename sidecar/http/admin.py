@@ -50,8 +50,13 @@ class EngineClient(Protocol):
     def command(self, name: str, arguments: dict[str, object] | None = None) -> Any: ...
 
 
-def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MAX_BLOB_BYTES) -> Flask:
-    """Return the endpoint's WSGI application. Blobs longer than ``blob_limit_bytes`` are refused before they are read."""
+def create_app(
+    engine: EngineClient, store: Store, *, blob_limit_bytes: int = MAX_BLOB_BYTES, scraped: EngineClient | None = None
+) -> Flask:
+    """Return the endpoint's WSGI application. Blobs longer than ``blob_limit_bytes`` are refused before they are read.
+
+    ``scraped`` is the engine as metrics ask it: by a client that gives up before whoever scrapes does.
+    """
     app = Flask("trunkline", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     # A path with an empty part is no other path's, and nothing here redirects.
@@ -77,7 +82,7 @@ def create_app(engine: EngineClient, store: Store, *, blob_limit_bytes: int = MA
             raise Draining("the sidecar is shutting down")
         return jsonify(status="ok")
 
-    scrape = exposition(engine.command)
+    scrape = exposition((scraped or engine).command)
 
     @app.get("/metrics")
     def metrics() -> Response:

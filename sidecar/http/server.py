@@ -38,6 +38,8 @@ _TIMEOUT_S = 600
 # Whoever sends nothing for so long in the middle of a request is not waited for.
 _SILENCE_S = 10
 _BACKLOG = 64
+# An engine that does not answer a scrape for so long is away; Prometheus waits for 10 s unless told otherwise.
+_SCRAPE_S = 4.0
 
 
 def _freeze(server: object, worker: object) -> None:
@@ -144,7 +146,9 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
         token = admin_token(str(settings.run_dir / "admin.token"))
         path = str(settings.run_dir / "public" / "trunkline.sock")
         engine = EnginePool(lambda: AdminConnection(path, token))
-        app = create_app(engine, Store(settings.store_dir), blob_limit_bytes=settings.blob_limit_bytes)
+        scraped = EnginePool(lambda: AdminConnection(path, token, _SCRAPE_S))
+        store = Store(settings.store_dir)
+        app = create_app(engine, store, blob_limit_bytes=settings.blob_limit_bytes, scraped=scraped)
         # What fits into an arena, and the JSON before it.
         limit_bytes = settings.arena_limit_bytes + MAX_JSON_BYTES
         add_open_inference(app, engine, Callers(path), Room(_MOST_INFERENCES, _ROOM_BYTES), body_limit_bytes=limit_bytes)

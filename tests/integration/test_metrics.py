@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from trunkline.errors import (
 )
 from trunkline.protocol import JOINT
 
+from sidecar.config import load_settings
+from sidecar.http import server
 from sidecar.http.admin import create_app
 from sidecar.http.metrics import CONTENT_TYPE, METRICS, exposition
 from sidecar.store import Store
@@ -299,6 +302,19 @@ def test_an_engine_that_is_away_does_not_lose_the_scrape(
     assert scrape("up") == 0
     assert scrape.names == {"trunkline_up", "trunkline_build_info"}
     assert error.code in caplog.text
+
+
+def test_an_engine_that_does_not_answer_does_not_lose_the_scrape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_SCRAPE_S", 0.05)
+    settings = load_settings({"admin_port": 0, "run_dir": tmp_path, "store_dir": tmp_path / "store"}, {})
+    (tmp_path / "admin.token").write_text("0" * 64)
+    (tmp_path / "public").mkdir()
+    # As while the supervisor holds the socket, and engine after engine fails to start.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, socket.socket() as unused:
+        listener.bind(str(tmp_path / "public" / "trunkline.sock"))
+        listener.listen(1)
+        scrape = read(server.AdminServer(settings, [unused]).load().test_client())
+    assert scrape("up") == 0
 
 
 def test_a_scrape_goes_by_the_rules_of_all_routes(http: flask.testing.FlaskClient, told: Told) -> None:
