@@ -144,7 +144,7 @@ def test_triton_looks_around(served: Served, client: Any) -> None:
 @pytest.mark.parametrize("name", ["resnet", "bert", "counting"])
 @pytest.mark.parametrize("binary", [True, False])
 def test_kserve_gets_what_the_socket_gives(served: Served, inputs: dict[str, Arrays], name: str, binary: bool) -> None:
-    kserve = pytest.importorskip("kserve")
+    kserve = pytest.importorskip("kserve", reason="needs KServe's client: .venv/bin/pip install --group kserve")
     expected = served.over_the_socket(name, inputs[name])
 
     async def ask() -> Any:
