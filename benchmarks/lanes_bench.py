@@ -16,7 +16,9 @@ from benchmarks.tenancy_bench import TenancyBench, closed_loop
 # What the clients ask for, in turn: one model, or all of them.
 WORKLOADS = {"conv": ("conv0",), "transformer": ("text0",), "mixed": ("conv0", "text0", "conv1", "text1")}
 NO_BATCHES = {"TRUNKLINE_BATCH_LIMIT": "1", "TRUNKLINE_COMPUTE_ONCE": "off"}
-# How long a sidecar is asked until it has divided its device: it looks once a minute.
+# How long a sidecar has nothing to do, in which it measures its models in lanes; and how long it is asked then until it has divided
+# its device: it looks once a minute.
+_MEASURING_S = 30.0
 _PATIENCE_S = 240.0
 _CLIENTS = 4
 
@@ -87,7 +89,9 @@ def _auto(bench: TenancyBench, one: Sidecar) -> None:
     auto = bench.start_sidecar("auto", bench.threads, store="lanes", TRUNKLINE_LANES="auto", **NO_BATCHES)
     bench.fill(auto)
     names = WORKLOADS["mixed"]
-    asking_it, began_s = clients(bench, auto, names, _CLIENTS), time.perf_counter()
+    asking_it = clients(bench, auto, names, _CLIENTS)
+    time.sleep(_MEASURING_S)
+    began_s = time.perf_counter()
     while auto.admin.get("status")["lanes"]["count"] == 1 and time.perf_counter() < began_s + _PATIENCE_S:
         closed_loop(asking_it, bench.scale.seconds)
     figures = bench.report.figures
