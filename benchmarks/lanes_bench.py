@@ -16,8 +16,8 @@ from benchmarks.tenancy_bench import TenancyBench, closed_loop
 # What the clients ask for, in turn: one model, or all of them.
 WORKLOADS = {"conv": ("conv0",), "transformer": ("text0",), "mixed": ("conv0", "text0", "conv1", "text1")}
 NO_BATCHES = {"TRUNKLINE_BATCH_LIMIT": "1", "TRUNKLINE_COMPUTE_ONCE": "off"}
-# How long a sidecar has nothing to do, in which it measures its models in lanes; and how long it is asked then until it has divided
-# its device: it looks once a minute.
+# How long a sidecar has nothing to do, in which it measures its models in lanes; and how long it is asked then until it has
+# divided its device: it looks once a minute.
 _MEASURING_S = 30.0
 _PATIENCE_S = 240.0
 _CLIENTS = 4
