@@ -30,6 +30,7 @@ from sidecar.bundle import MODEL_NAME
 from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError
 from sidecar.http.metrics import CONTENT_TYPE, exposition
+from sidecar.http.openapi import add_openapi
 from sidecar.keeping import Keep
 from sidecar.store import DIGEST, Store
 from sidecar.strictjson import encode_json, load_json, members
@@ -63,6 +64,7 @@ def create_app(
     app.url_map.merge_slashes = False
     app.before_request(lambda: _guard(blob_limit_bytes))
     app.register_error_handler(Exception, _failed)
+    add_openapi(app)
 
     @app.get("/healthz")
     def healthz() -> Response:

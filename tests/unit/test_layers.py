@@ -120,7 +120,18 @@ LAYERS = {
         "turns",
         "underway",
     },
-    5: {"server", "supervisor", "admin_client", "http", "http.admin", "http.metrics", "http.oip", "http.callers", "http.server"},
+    5: {
+        "server",
+        "supervisor",
+        "admin_client",
+        "http",
+        "http.admin",
+        "http.callers",
+        "http.metrics",
+        "http.oip",
+        "http.openapi",
+        "http.server",
+    },
     6: {"__main__", "wiring", "packing", "drawing", "local"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
@@ -129,6 +140,7 @@ MAY_IMPORT_TORCH = LAYERS[3]
 BUILDERS = {
     ("http.server", "http.admin"),
     ("http.server", "http.oip"),
+    ("http.admin", "http.openapi"),
     ("http.server", "http.callers"),
     ("http.admin", "http.metrics"),
 }
