@@ -501,7 +501,7 @@ class Residency:
 
     def _expect(self, plan: str) -> None:
         entry = self._plans[plan]
-        if entry.ttl_s is not None:
+        if entry.ttl_s is not None and plan in self._in_use:
             self.quiet_until_s = min(self.quiet_until_s, entry.use.at_s + entry.ttl_s)
 
     def next_expiry_s(self) -> float | None:

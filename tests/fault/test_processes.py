@@ -22,6 +22,8 @@ from sidecar.export import convert
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 ENGINE_KILLS = 20
+# Of a call, which has to outlast two restarts of everything on a busy machine.
+PATIENCE_S = 120.0
 
 
 class Scaled(torch.nn.Module):
@@ -86,7 +88,7 @@ class Load:
         while not self.stopping.is_set():
             x = random.random((1 + seed, 8)).astype(np.float32)
             try:
-                answer = model(x)
+                answer = model.call({"x": x}, deadline_s=PATIENCE_S)
             except errors.TrunklineError as error:
                 self.lost.append(error)
                 continue
@@ -97,7 +99,7 @@ class Load:
     def stop(self) -> None:
         self.stopping.set()
         for thread in self._threads:
-            thread.join(60)
+            thread.join(2 * PATIENCE_S)
         self._pool.close()
 
 

@@ -22,7 +22,9 @@ from sidecar.ir import Weight
 from tests.fakes import ADMIN_TOKEN, FakeSource, running_server
 from tests.networks import Arrays, agrees, network
 
+# They ask for so long, and on a busy machine until all of it has happened often enough.
 SECONDS = 4.0
+MOST_SECONDS = 120.0
 
 
 class PoisoningDevice(TorchDevice):
@@ -79,7 +81,7 @@ def test_no_answer_is_made_of_memory_that_was_let_go(tmp_path: Path, monkeypatch
     answered = collections.Counter[str]()
     with running_server(tmp_path, source, device=device, budget_bytes=budget_bytes) as running:
         monkeypatch.setenv("TRUNKLINE_SOCKET", running.path)
-        end = time.monotonic() + SECONDS
+        began_s = time.monotonic()
 
         def check(name: str, answer: object, rights: list[Arrays]) -> None:
             given = answer.values() if isinstance(answer, dict) else [answer]
@@ -89,11 +91,23 @@ def test_no_answer_is_made_of_memory_that_was_let_go(tmp_path: Path, monkeypatch
                 problems.append(f"{name} answered wrongly")
             answered[name] += 1
 
+        def is_over() -> bool:
+            passed_s = time.monotonic() - began_s
+            return passed_s > MOST_SECONDS or (passed_s > SECONDS and has_all_happened())
+
+        def has_all_happened() -> bool:
+            names = [*(each.name for each in stable), "changing", "passing"]
+            return (
+                running.engine._residency.evicted_bytes > 10 * budget_bytes
+                and device.poisoned_count > 100
+                and all(answered[each] > 5 for each in names)
+            )
+
         def guarded(work: Callable[[random.Random], None], seed: int) -> threading.Thread:
             draw = random.Random(seed)
 
             def loop() -> None:
-                while time.monotonic() < end and not problems:
+                while not problems and not is_over():
                     try:
                         work(draw)
                     except Exception as error:  # noqa: BLE001 - told below
@@ -158,9 +172,6 @@ def test_no_answer_is_made_of_memory_that_was_let_go(tmp_path: Path, monkeypatch
             thread.start()
         for thread in threads:
             thread.join()
-        counts = control.command("status")["requests"]
         client._pool.close()
-    assert not problems, problems[:5]
-    assert counts["evicted_bytes"] > 10 * budget_bytes
-    assert device.poisoned_count > 100
-    assert all(answered[each] > 5 for each in [*(each.name for each in stable), "changing", "passing"]), answered
+        assert not problems, problems[:5]
+        assert has_all_happened(), (device.poisoned_count, answered)
