@@ -22,9 +22,10 @@ from trunkline.errors import (
     UnknownModel,
 )
 
-from sidecar.__main__ import main, size
 from sidecar.admin_client import AdminClient
 from sidecar.bundle import canonical_graph, manifest_bytes
+from sidecar.cli.main import main
+from sidecar.cli.printing import size
 from sidecar.errors import ConfigError
 from sidecar.http.admin import MAX_BODY_BYTES, admin_token, create_app
 from sidecar.store import Store

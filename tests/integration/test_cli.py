@@ -16,10 +16,12 @@ import pytest
 from click.testing import CliRunner, Result
 from trunkline.errors import Draining, SidecarUnavailable, TrunklineError, UnknownModel
 
-import sidecar.__main__ as cli
 from benchmarks.traces import recorded
 from sidecar.admin_client import AdminClient
 from sidecar.bundle import read_bundle
+from sidecar.cli.exits import FAILED
+from sidecar.cli.main import main
+from sidecar.cli.running import serve
 from sidecar.config import Settings, flag_of
 from tests.bundles import write_adding_bundle
 from tests.unit.test_drawing import TREE
@@ -86,7 +88,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
 
 
 def run(*words: str) -> Result:
-    return CliRunner().invoke(cli.main, ["--admin", "http://127.0.0.1:1", *words])
+    return CliRunner().invoke(main, ["--admin", "http://127.0.0.1:1", *words])
 
 
 def test_status_shows_memory_and_what_is_shared(answers: Answers) -> None:
@@ -115,7 +117,7 @@ def test_graph_draws_what_is_asked_for(answers: Answers, tmp_path: Path) -> None
     assert (tmp_path / "g.dot").read_text().startswith("digraph")
     assert (tmp_path / "g.svg").read_text().startswith("<svg")
     refused = run("graph", "--svg", str(tmp_path / "none" / "g.svg"))
-    assert refused.exit_code == cli.FAILED
+    assert refused.exit_code == FAILED
     assert "No such file" in refused.stderr
 
 
@@ -196,7 +198,7 @@ def test_a_deployed_model_is_named_with_its_domain(answers: Answers) -> None:
 
 
 def test_a_bad_address_is_told() -> None:
-    result = CliRunner().invoke(cli.main, ["--admin", "nonsense", "status"])
+    result = CliRunner().invoke(main, ["--admin", "nonsense", "status"])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: config_error: ")
 
@@ -274,7 +276,7 @@ def test_placement_tells_where_models_are_and_why(answers: Answers) -> None:
 
 
 def test_every_setting_has_the_flag_it_is_documented_with() -> None:
-    flags = {name for option in cli.serve.params for name in option.opts if isinstance(option, click.Option)}
+    flags = {name for option in serve.params for name in option.opts if isinstance(option, click.Option)}
     assert flags == {flag_of(field.name) for field in fields(Settings)} | {"--config"}
 
 
@@ -334,7 +336,7 @@ def test_help_comes_without_torch_and_without_a_server() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'flask', 'gunicorn'): sys.modules[name] = None\n"
-        "from sidecar.__main__ import main\n"
+        "from sidecar.cli.main import main\n"
         "sys.argv = ['trunkline', '--help']\n"
         "main()\n"
     )
@@ -342,5 +344,5 @@ def test_help_comes_without_torch_and_without_a_server() -> None:
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env={"PYTHONPATH": path, "PATH": ""}
     )
-    for command in cli.main.commands:
+    for command in main.commands:
         assert re.search(rf"^  {command} ", shown.stdout, re.MULTILINE)

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from trunkline.errors import InvalidInput, SidecarUnavailable
 
-import sidecar.__main__ as cli
+from sidecar.cli.main import main
 from sidecar.quotas import read_quotas
 from sidecar.tenants import Tenant, hash_of
 from tests.integration.test_cli import Answers
@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 def run(path: Path | None, *words: str, **more: Any) -> Result:
     environment = {"TRUNKLINE_QUOTA_FILE": str(path) if path else None}
-    return CliRunner().invoke(cli.main, ["--admin", "http://127.0.0.1:1", "tenant", *words], env=environment, **more)
+    return CliRunner().invoke(main, ["--admin", "http://127.0.0.1:1", "tenant", *words], env=environment, **more)
 
 
 def test_a_tenant_is_added_rotated_and_removed(answers: Answers, path: Path) -> None:

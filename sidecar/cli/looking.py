@@ -1,0 +1,119 @@
+"""`trunkline status`, `graph`, `trace` and `placement`: what the sidecar tells of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO
+
+import click
+from rich.box import SIMPLE
+from rich.table import Table
+
+from sidecar import drawing
+from sidecar.cli.endpoint import client_of
+from sidecar.cli.models import print_models
+from sidecar.cli.printing import as_json, console, print_json, size
+
+
+@click.command()
+@as_json
+@click.pass_context
+def status(ctx: click.Context, as_json: bool) -> None:
+    """Show the engine, its memory and what the models share."""
+    found = client_of(ctx).get("status")
+    if as_json:
+        print_json(found)
+        return
+    engine, memory, counts = found["engine"], found["memory"], found["requests"]
+    state = "draining" if engine["draining"] else "serving"
+    console.print(
+        f"[bold]{state}[/] on {engine['device']}, pid {engine['pid']}, engine {engine['generation']}, "
+        f"up {engine['uptime_s']:.0f} s, {found['sessions']} sessions"
+    )
+    share = memory["resident_bytes"] / memory["budget_bytes"]
+    filled = round(30 * min(share, 1))
+    console.print(
+        f"memory [{'#' * filled}{'.' * (30 - filled)}] {size(memory['resident_bytes'])} of "
+        f"{size(memory['budget_bytes'])}, {size(memory['pinned_bytes'])} pinned",
+        markup=False,
+    )
+    console.print(
+        f"sharing: {size(memory['logical_bytes'])} of models take {size(memory['resident_bytes'])}, "
+        f"[bold]{size(memory['saved_bytes'])} saved[/]"
+    )
+    shared = found["sharing"]
+    console.print(f"computation: {shared['stage_requests']} stages of requests took {shared['stages']} runs")
+    console.print(
+        f"requests: {counts['answered']} answered, {counts['failed']} failed, {counts['expired']} expired, "
+        f"{counts['waiting']} waiting"
+    )
+    print_models(found["models"])
+
+
+@click.command()
+@click.option("--dot", type=click.Path(path_type=Path), help="Write the graph in Graphviz's language to this file.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Write a picture of it to this file.")
+@as_json
+@click.pass_context
+def graph(ctx: click.Context, dot: Path | None, svg: Path | None, as_json: bool) -> None:
+    """Show the fused graph: which blocks models have in common, and what that saves."""
+    found = client_of(ctx).get("graph")
+    for path, drawn in ((dot, drawing.as_dot), (svg, drawing.as_svg)):
+        if path is not None:
+            path.write_text(drawn(found, size), encoding="utf-8")
+    if as_json:
+        print_json(found)
+    elif dot is None and svg is None:
+        console.print(drawing.as_text(found, size))
+
+
+@click.command()
+@click.option("--limit", type=click.IntRange(1, 10_000), default=10_000, show_default=True, help="At most so many leases.")
+@click.option("-o", "--output", type=click.File("w", encoding="utf-8"), default="-", help="A file; default: standard output.")
+@click.pass_context
+def trace(ctx: click.Context, limit: int, output: IO[str]) -> None:
+    """Record which models were asked for lately, and what was fetched and evicted for it.
+
+    Prints JSON lines: first the models and the sizes of their weights, then one line for each lease, oldest first.
+    `python -m benchmarks.replay --trace FILE` tells what other policies would have done.
+    """
+    found = client_of(ctx).get(f"trace?limit={limit}")
+    names = list(found["models"])
+    click.echo(json.dumps({key: value for key, value in found.items() if key != "leases"}), file=output)
+    for time_s, models, hit_bytes, missed_bytes, evicted_bytes in found["leases"]:
+        line = {
+            "time_s": time_s,
+            "models": [names[number] for number in models],
+            "hit_bytes": hit_bytes,
+            "missed_bytes": missed_bytes,
+            "evicted_bytes": evicted_bytes,
+        }
+        click.echo(json.dumps(line), file=output)
+
+
+@click.command()
+@as_json
+@click.pass_context
+def placement(ctx: click.Context, as_json: bool) -> None:
+    """Show where models are asked on a node with several devices, and how much is asked of each."""
+    found = client_of(ctx).get("placement")
+    if as_json:
+        print_json(found)
+        return
+    for device, told in found["devices"].items():
+        console.print(f"{device}: {100 * told['load']:.0f} % of its time is asked for, {told['under_way']} requests under way")
+    table = Table(box=SIMPLE, pad_edge=False)
+    for heading in ("model", "devices", "requests/s", "ms on each device", "may be"):
+        table.add_column(heading, no_wrap=True)
+    for entry in found["models"]:
+        limits = [f"only {', '.join(entry['allow'])}"] if entry["allow"] else []
+        limits += [f"not {', '.join(entry['forbid'])}"] if entry["forbid"] else []
+        table.add_row(
+            entry["name"],
+            ", ".join(entry["devices"]) + (f" > {', '.join(entry['moving_to'])}" if entry["moving_to"] else ""),
+            f"{entry.get('rate', 0.0):.1f}",
+            ", ".join(f"{device} {1000 * seconds:.1f}" for device, seconds in entry.get("seconds", {}).items()),
+            "; ".join(limits) or "anywhere",
+        )
+    console.print(table)

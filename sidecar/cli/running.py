@@ -1,0 +1,109 @@
+"""`trunkline serve`, `up` and `pack`: what runs a sidecar, and what makes bundles for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sidecar.cli.printing import console
+from sidecar.config import load_settings
+from sidecar.logs import log_to_stderr
+
+
+@click.command()
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings.")
+@click.option("--run-dir", help="Where the sockets are made.")
+@click.option("--store-dir", help="Where models are stored.")
+@click.option("--quotas", "quota_file", help="TOML file with tenants and their limits; without one nobody needs a token.")
+@click.option("--device", help="auto, cpu, cpu:N-M or cuda:N; several with commas.")
+@click.option("--threads", help="CPU threads one operator may use.")
+@click.option("--memory-budget", "memory_budget_bytes", help="Memory for weights, e.g. 2GiB.")
+@click.option("--host-budget", "host_budget_bytes", help="Memory of the host for weights that are not on the GPU, e.g. 8GiB.")
+@click.option("--activation-budget", "activation_budget_bytes", help="Memory for what calls compute on the way, e.g. 500MB.")
+@click.option("--block-files-limit", "block_files_limit_bytes", help="Disk for weights as they are needed in memory; 0: none.")
+@click.option("--eviction-policy", help="lru, gdsf or adaptive: which weights leave first when there is no room.")
+@click.option("--admin-host", help="Loopback address of the admin endpoint.")
+@click.option("--admin-port", help="Its port; 0: only the Unix socket.")
+@click.option("--blob-limit", "blob_limit_bytes", help="The largest weight that may be pushed.")
+@click.option("--queue-limit", help="Requests that may wait.")
+@click.option("--batch-limit", help="Rows of different requests that are run as one batch; 1: none are.")
+@click.option("--batch-window", "batch_window_s", help="Seconds that a request waits for others on an idle device.")
+@click.option("--compute-once", help="on or off: whether requests with equal inputs are computed as one.")
+@click.option("--packing", help="on or off: whether weights are packed for the processor where that is faster.")
+@click.option("--stacking", help="on or off: whether heads of one structure are run as one where that pays.")
+@click.option("--lanes", help="auto or a number: how many stages of different requests run at the same time.")
+@click.option("--arena-limit", "arena_limit_bytes", help="Shared memory of one connection and direction.")
+@click.option("--arena-total", "arena_total_bytes", help="Shared memory of all connections.")
+@click.option("--connection-limit", help="Connections that may be open.")
+@click.option("--drain-timeout", "drain_timeout_s", help="Seconds to finish accepted requests on SIGTERM.")
+@click.option("--log-level", help="debug, info, warning or error.")
+def serve(config: Path | None, **flags: str | None) -> None:
+    """Run the sidecar until SIGTERM, then drain."""
+    from sidecar.wiring import serve as run
+
+    path = config or (Path(found) if (found := os.environ.get("TRUNKLINE_CONFIG")) else None)
+    settings = load_settings(flags, os.environ, path)
+    log_to_stderr(settings.log_level)
+    sys.exit(run(settings))
+
+
+@click.command()
+@click.argument("stack", type=click.Path(path_type=Path), default=Path("stack.yml"))
+@click.option("--function", "functions", multiple=True, help="Only this function; may be repeated.")
+@click.option("--gateway-port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port of the local gateway.")
+def up(stack: Path, functions: tuple[str, ...], gateway_port: int) -> None:
+    """Run a stack.yml without containers: sidecar, functions and a small gateway on this machine."""
+    from sidecar.local import up as run
+
+    sys.exit(run(stack, functions=list(functions) or None, gateway_port=gateway_port))
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the bundle.")
+@click.option("--name", help="Name of the model; default: that of the output folder.")
+@click.option("--version", default="1", show_default=True, help="Its version.")
+@click.option("--batch/--no-batch", default=None, help="Whether axis 0 of every input may vary.")
+@click.option("--max-batch", type=click.IntRange(min=1), help="The largest batch; default 64.")
+@click.option("--dynamic", multiple=True, metavar="INPUT:AXIS=SYMBOL:MIN..MAX", help="A further axis that may vary.")
+@click.option("--bounds", multiple=True, metavar="INPUT=LOW..HIGH", help="Bounds of an integer input.")
+def pack(
+    source: str,
+    output: Path,
+    name: str | None,
+    version: str,
+    batch: bool | None,
+    max_batch: int | None,
+    dynamic: tuple[str, ...],
+    bounds: tuple[str, ...],
+) -> None:
+    """Convert a model to a bundle.
+
+    SOURCE is module:callable, path/to/file.py:callable, a .pt2 file, or a local transformers directory. The callable
+    returns the module and example inputs. The bundle is accepted only if it computes what the module computes.
+    """
+    from sidecar.packing import pack as convert
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def advance(step: str, fraction: float) -> None:
+            progress.update(task, description=step, completed=fraction, total=1.0)
+
+        lines = convert(
+            source,
+            output,
+            name=name or output.name,
+            version=version,
+            batch=batch,
+            max_batch=max_batch,
+            dynamic=dynamic,
+            bounds=bounds,
+            progress=advance,
+        )
+    for line in lines:
+        console.print(line, markup=False)

@@ -1,0 +1,41 @@
+"""`trunkline store`: looking after the stored bundles."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from sidecar.cli.endpoint import client_of
+from sidecar.cli.exits import FAILED
+from sidecar.cli.printing import as_json, console, print_json, size
+
+
+@click.group()
+def store() -> None:
+    """Look after the stored bundles."""
+
+
+@store.command("verify")
+@as_json
+@click.pass_context
+def store_verify(ctx: click.Context, as_json: bool) -> None:
+    """Read every stored byte against its digest; what is altered is set aside, so that a push can replace it."""
+    report = client_of(ctx).post("store/verify")
+    if as_json:
+        print_json(report)
+    else:
+        console.print(f"{report['blob_count']} blobs, {size(report['size_bytes'])}, {len(report['corrupt'])} corrupt")
+        for name, problem in report["broken"].items():
+            console.print(f"{name}: {problem}", markup=False)
+    if report["corrupt"] or report["broken"]:
+        sys.exit(FAILED)
+
+
+@store.command("gc")
+@click.option("--dry-run", is_flag=True, help="Only count.")
+@click.pass_context
+def store_gc(ctx: click.Context, dry_run: bool) -> None:
+    """Remove stored bytes that no model uses."""
+    found = client_of(ctx).post("store/gc", {"dry_run": dry_run})
+    console.print(f"{found['count']} blobs, {size(found['size_bytes'])} {'to remove' if dry_run else 'removed'}")

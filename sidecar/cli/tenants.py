@@ -1,0 +1,178 @@
+"""`trunkline tenant`: changes the quota file, and has it read again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+from trunkline.errors import TransportError, TrunklineError
+
+from sidecar.cli import names
+from sidecar.cli.endpoint import client_of
+from sidecar.cli.printing import as_json, console, print_json, size
+from sidecar.config import PREFIX
+
+
+@click.group()
+def tenant() -> None:
+    """Say who may use the sidecar, and how much: changes the quota file, and has it read again."""
+
+
+tenant_name = click.argument("name", callback=names.tenant_name)
+quota_file = click.option(
+    "--quotas",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar=f"{PREFIX}QUOTA_FILE",
+    required=True,
+    help=f"The quota file; default: {PREFIX}QUOTA_FILE.",
+)
+token_file = click.option(
+    "--token-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the token here, for this user alone, instead of printing it.",
+)
+
+
+def _change_quotas(
+    ctx: click.Context,
+    path: Path,
+    name: str,
+    done: str,
+    change: Callable[[str, str], str],
+    *,
+    token: str = "",
+    token_file: Path | None = None,
+    create: bool = False,
+) -> None:
+    """Change the quota file, hand out the token, and have a sidecar that runs read the file again."""
+    from sidecar.quotaedit import edit, replaced
+
+    # A file that the token cannot be written to is found out before anything has changed, and filled when all has.
+    with replaced(token_file, 0o600) if token_file else contextlib.nullcontext() as descriptor:
+        edit(path, change, create=create)
+        refused = _reloaded(ctx, path)
+        if descriptor is not None:
+            os.write(descriptor, f"{token}\n".encode())
+    click.echo(f"{name}: {done}", err=True)
+    if token and token_file is None:
+        click.echo("its token, which is not shown again:", err=True)
+        click.echo(token)
+    if refused is not None:
+        raise refused
+
+
+def _reloaded(ctx: click.Context, path: Path) -> TrunklineError | None:
+    """Have the sidecar read the file again; return why it did not. That none runs is no failure, and told."""
+    try:
+        client_of(ctx).post("quotas/reload")
+    except TransportError as error:
+        click.echo(f"not reloaded: {error.message}; a sidecar reads {path} when it starts", err=True)
+    except TrunklineError as error:
+        return error
+    return None
+
+
+@tenant.command("add")
+@tenant_name
+@click.option("--models", required=True, metavar="NAMES", help="What it may use: names or patterns, with commas between them.")
+@click.option("--domain", help="Whose weights and computation it shares; default: nobody's.")
+@click.option("--weight", type=float, help="Its part of the device's time, relative to others'; 1 unless said.")
+@click.option("--priority", type=int, help="Who goes first, 0 to 9; 5 unless said.")
+@click.option("--compute-once/--no-compute-once", default=None, help="Whether equal inputs of its domain are computed as one.")
+@click.option("--in-flight", type=int, help="Requests that may wait or run at a time.")
+@click.option("--queued", metavar="SIZE", help="Bytes of their inputs.")
+@click.option("--connections", type=int, help="Connections that may be open.")
+@click.option("--arena", metavar="SIZE", help="Shared memory of its connections.")
+@click.option("--resident", metavar="SIZE", help="Weights of models it uses that may be in memory.")
+@quota_file
+@token_file
+@click.pass_context
+def tenant_add(
+    ctx: click.Context, /, name: str, models: str, path: Path, token_file: Path | None, **said: str | float | bool | None
+) -> None:
+    """Add a tenant and print its token, once."""
+    from sidecar.quotaedit import new_token, with_tenant
+
+    values: dict[str, object] = {"models": [each.strip() for each in models.split(",")]}
+    values |= {key: value for key, value in said.items() if value is not None}
+    token = new_token()
+
+    def change(text: str, file: str) -> str:
+        return with_tenant(text, file, name, token, values)
+
+    _change_quotas(ctx, path, name, "added", change, token=token, token_file=token_file, create=True)
+
+
+@tenant.command("rotate")
+@tenant_name
+@click.option("--end", is_flag=True, help="Let only the newer of two tokens count.")
+@quota_file
+@token_file
+@click.pass_context
+def tenant_rotate(ctx: click.Context, name: str, end: bool, path: Path, token_file: Path | None) -> None:
+    """Make a second token, valid beside the first; when all functions have it, end the first with --end."""
+    from sidecar.quotaedit import new_token, with_token, without_older_token
+
+    if end:
+        if token_file is not None:
+            raise click.UsageError("--end makes no token to write to a file")
+        _change_quotas(ctx, path, name, "only the newer token counts", lambda text, file: without_older_token(text, file, name))
+        return
+    token = new_token()
+
+    def change(text: str, file: str) -> str:
+        return with_token(text, file, name, token)
+
+    _change_quotas(ctx, path, name, "a second token counts, too", change, token=token, token_file=token_file)
+
+
+@tenant.command("rm")
+@tenant_name
+@quota_file
+@click.pass_context
+def tenant_rm(ctx: click.Context, name: str, path: Path) -> None:
+    """Remove a tenant; its connections are closed."""
+    from sidecar.quotaedit import without_tenant
+
+    _change_quotas(ctx, path, name, "removed", lambda text, file: without_tenant(text, file, name))
+
+
+@tenant.command("ls")
+@as_json
+@click.pass_context
+def tenant_ls(ctx: click.Context, as_json: bool) -> None:
+    """List the tenants that the sidecar knows, with their limits and what they have."""
+    found = client_of(ctx).get("tenants")["tenants"]
+    if as_json:
+        print_json(found)
+        return
+    table = Table(box=SIMPLE, pad_edge=False)
+    for heading in ("tenant", "domain", "models", "tokens", "weight", "priority", "in flight", "queued", "connections", "arenas"):
+        table.add_column(heading, no_wrap=heading != "models")
+    table.add_column("resident", no_wrap=True)
+    for entry in found:
+        table.add_row(
+            entry["name"],
+            entry["domain"] or "-",
+            escape(", ".join(entry["models"])) or "-",
+            str(entry["token_count"]),
+            f"{entry['weight']:g}",
+            str(entry["priority"]),
+            _limit(entry["in_flight_limit"]),
+            _limit(entry["queued_limit_bytes"], size),
+            f"{entry['connections']} of {_limit(entry['connection_limit'])}",
+            f"{size(entry['arena_bytes'])} of {_limit(entry['arena_limit_bytes'], size)}",
+            _limit(entry["resident_limit_bytes"], size),
+        )
+    console.print(table)
+
+
+def _limit(limit: int | None, shown: Callable[[float], str] = str) -> str:
+    return "any" if limit is None else shown(limit)
