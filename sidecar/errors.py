@@ -33,6 +33,14 @@ class Forbidden(TrunklineError):
     http_status = 403
 
 
+class TooManyAttempts(TrunklineError):
+    """Too many requests came without a token that counts. Those that have one are let in as ever."""
+
+    code = "too_many_attempts"
+    retryable = True
+    http_status = 429
+
+
 class StoreError(TrunklineError):
     """The blob store could not do what was asked."""
 

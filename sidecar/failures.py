@@ -58,7 +58,12 @@ def told(error: Exception, path: str) -> Told:
     return Told(error.http_status, headers, _shaped(error.to_dict(), path))
 
 
+def is_open_inference(path: str) -> bool:
+    """Say whether a path is one of the Open Inference Protocol's."""
+    return path == OPEN_INFERENCE or path.startswith(f"{OPEN_INFERENCE}/")
+
+
 def _shaped(plain: dict[str, object], path: str) -> dict[str, object]:
-    if path == OPEN_INFERENCE or path.startswith(f"{OPEN_INFERENCE}/"):
+    if is_open_inference(path):
         return {"error": plain.pop("message"), **plain}
     return {"error": plain}

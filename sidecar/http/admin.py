@@ -2,7 +2,7 @@
 
 A client of the engine like any other: it runs in processes of its own and may die without a function noticing. Weights are
 pushed straight into the store, which is safe for several processes; the engine is told when a model is whole. Every
-request passes ``_guard`` first, and every failure leaves through ``failures.told``: no path, no trace. Keeps no
+request passes ``sidecar.http.access`` first, and every failure leaves through ``failures.told``: no path, no trace. Keeps no
 state between requests, so any thread may serve one. Must not import torch.
 """
 
@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 from flask import Flask, Response, jsonify, request
 from trunkline.errors import (
-    BodyTooLarge,
     Draining,
     InvalidInput,
     SidecarUnavailable,
@@ -29,6 +28,7 @@ from sidecar import failures
 from sidecar.bundle import MODEL_NAME
 from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError
+from sidecar.http.access import OPEN, OPERATE, READ, Gate, needs
 from sidecar.http.metrics import CONTENT_TYPE, exposition
 from sidecar.http.openapi import add_openapi
 from sidecar.keeping import Keep
@@ -38,11 +38,9 @@ from sidecar.tenants import DEPLOYED_NAME
 
 log = logging.getLogger("trunkline.admin")
 
-MAX_BODY_BYTES = 64 << 10
 MAX_MODEL_BYTES = 80 << 20
 MAX_BLOB_BYTES = 64 << 30
 _CHUNK_BYTES = 1 << 20
-_LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
 
 
 class EngineClient(Protocol):
@@ -52,26 +50,34 @@ class EngineClient(Protocol):
 
 
 def create_app(
-    engine: EngineClient, store: Store, *, blob_limit_bytes: int = MAX_BLOB_BYTES, scraped: EngineClient | None = None
+    engine: EngineClient,
+    store: Store,
+    *,
+    blob_limit_bytes: int = MAX_BLOB_BYTES,
+    scraped: EngineClient | None = None,
+    gate: Gate | None = None,
 ) -> Flask:
     """Return the endpoint's WSGI application. Blobs longer than ``blob_limit_bytes`` are refused before they are read.
 
-    ``scraped`` is the engine as metrics ask it: by a client that gives up before whoever scrapes does.
+    ``scraped`` is the engine as metrics ask it: by a client that gives up before whoever scrapes does. ``gate`` lets requests in;
+    by default, those from this machine.
     """
     app = Flask("trunkline", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     # A path with an empty part is no other path's, and nothing here redirects.
     app.url_map.merge_slashes = False
-    app.before_request(lambda: _guard(blob_limit_bytes))
+    app.before_request((gate or Gate()).check)
     app.register_error_handler(Exception, _failed)
     add_openapi(app)
 
     @app.get("/healthz")
+    @needs(OPEN)
     def healthz() -> Response:
         """Say that the HTTP server is alive."""
         return jsonify(status="ok")
 
     @app.get("/readyz")
+    @needs(OPEN)
     def readyz() -> Response:
         """Say whether the engine answers and takes work."""
         try:
@@ -87,21 +93,25 @@ def create_app(
     scrape = exposition((scraped or engine).command)
 
     @app.get("/metrics")
+    @needs(READ)
     def metrics() -> Response:
         """Return all that is counted, as Prometheus reads it; that the engine is away is told there, too."""
         return Response(scrape(), content_type=CONTENT_TYPE)
 
     @app.get("/admin/v1/status")
+    @needs(READ)
     def status() -> Response:
         """Return engine, memory, models and counters."""
         return jsonify(engine.command("status"))
 
     @app.get("/admin/v1/memory")
+    @needs(READ)
     def memory() -> Response:
         """Return the budget and what of it is used, shared and pinned."""
         return jsonify(engine.command("memory"))
 
     @app.get("/admin/v1/blocks")
+    @needs(READ)
     def blocks() -> Response:
         """Return the units of sharing, ``offset`` and ``limit`` (at most 1000) of them."""
         arguments: dict[str, object] = {
@@ -111,31 +121,37 @@ def create_app(
         return jsonify(engine.command("blocks", arguments | _device()))
 
     @app.get("/admin/v1/queues")
+    @needs(READ)
     def queues() -> Response:
         """Return for each tenant how many requests wait and run, and how long one more would wait: what to scale on."""
         return jsonify(engine.command("queues"))
 
     @app.get("/admin/v1/trace")
+    @needs(READ)
     def trace() -> Response:
         """Return the latest leases, at most ``limit`` (10,000), and the models in them: who was asked for when, and its cost."""
         return jsonify(engine.command("trace", {"limit": _number("limit", 10_000, 10_000)} | _device()))
 
     @app.get("/admin/v1/graph")
+    @needs(READ)
     def graph() -> Response:
         """Return the fused DAG: every block once, the block it follows, and the models that run through it."""
         return jsonify(engine.command("graph", _device()))
 
     @app.get("/admin/v1/models")
+    @needs(READ)
     def models() -> Response:
         """Return every model with its state and bytes."""
         return jsonify(engine.command("models"))
 
     @app.get("/admin/v1/models/<name>")
+    @needs(READ)
     def model(name: str) -> Response:
         """Return one model with its signature."""
         return jsonify(engine.command("model", {"name": _deployed_name(name)}))
 
     @app.put("/admin/v1/models/<name>")
+    @needs(OPERATE, limit_bytes=MAX_MODEL_BYTES)
     def put_model(name: str) -> tuple[Response, int]:
         """Publish a model from its manifest and graph; its weights must be in the store."""
         body = _json_object(required=("manifest", "graph"))
@@ -146,6 +162,7 @@ def create_app(
         return jsonify(engine.command("model_changed", {"name": bundle.name})), 201
 
     @app.delete("/admin/v1/models/<name>")
+    @needs(OPERATE)
     def delete_model(name: str) -> Response:
         """Remove a model; its weights stay in the store until they are collected."""
         _json_object()
@@ -153,12 +170,14 @@ def create_app(
         return jsonify(engine.command("model_removed", {"name": name}))
 
     @app.post("/admin/v1/models/<name>/<any(load,unload,evict,pin,unpin):action>")
+    @needs(OPERATE)
     def act(name: str, action: str) -> Response:
         """Load, unload, evict, pin or unpin a model; answered when it is done."""
         _json_object()
         return jsonify(engine.command(action, {"name": _deployed_name(name)}))
 
     @app.post("/admin/v1/models/<name>/keep")
+    @needs(OPERATE)
     def keep(name: str) -> Response:
         """Say how dear a model is, and for how long it is kept in memory without a request; answered when it is done."""
         body = _json_object(optional=("priority", "keep_alive_s"))
@@ -167,11 +186,13 @@ def create_app(
         return jsonify(engine.command("keep", {"name": _deployed_name(name), **body}))
 
     @app.get("/admin/v1/placement")
+    @needs(READ)
     def placement() -> Response:
         """Return where models are asked, on a node with several devices, and what that was decided by."""
         return jsonify(engine.command("placement"))
 
     @app.post("/admin/v1/models/<name>/place")
+    @needs(OPERATE)
     def place(name: str) -> Response:
         """Say on which devices a model may be; answered when it is there. A pin is to ``allow`` one."""
         body = _json_object(optional=("allow", "forbid"))
@@ -180,17 +201,20 @@ def create_app(
         return jsonify(engine.command("place", {"name": _deployed_name(name), **body}))
 
     @app.get("/admin/v1/tenants")
+    @needs(READ)
     def tenants() -> Response:
         """Return the tenants in force: domains, models, limits, and what they have of connections and arenas."""
         return jsonify(engine.command("tenants"))
 
     @app.post("/admin/v1/quotas/reload")
+    @needs(OPERATE)
     def reload_quotas() -> Response:
         """Have the quota file read; answered when all is deployed by it. One with a mistake is refused, and changes nothing."""
         _json_object()
         return jsonify(engine.command("quotas_reload"))
 
     @app.post("/admin/v1/blobs/missing")
+    @needs(OPERATE, is_audited=False)
     def missing() -> Response:
         """Return which of ``digests`` the store lacks."""
         digests = _json_object(required=("digests",))["digests"]
@@ -199,6 +223,7 @@ def create_app(
         return jsonify(missing=store.missing(digests))
 
     @app.put("/admin/v1/blobs/<digest>")
+    @needs(OPERATE, limit_bytes=blob_limit_bytes, mimetype="application/octet-stream")
     def put_blob(digest: str) -> tuple[Response, int]:
         """Store the body under its sha256 digest; its length must be announced."""
         if not DIGEST.fullmatch(digest):
@@ -210,12 +235,14 @@ def create_app(
         return jsonify(digest=digest, stored=is_new), 201 if is_new else 200
 
     @app.post("/admin/v1/store/verify")
+    @needs(OPERATE)
     def verify() -> Response:
         """Read every stored byte against its digest, and set aside what is altered; slow."""
         _json_object()
         return jsonify(dataclasses.asdict(store.verify()))
 
     @app.post("/admin/v1/store/gc")
+    @needs(OPERATE)
     def gc() -> Response:
         """Remove what no model uses and is older than an hour; ``dry_run`` only counts."""
         dry_run = _json_object(optional=("dry_run",)).get("dry_run", False)
@@ -231,36 +258,6 @@ def _device() -> dict[str, object]:
     """Return the argument of a command that is for one device, where one is named."""
     device = request.args.get("device")
     return {} if device is None else {"device": device[:64]}
-
-
-def _guard(blob_limit_bytes: int) -> None:
-    """Refuse what a browser on this machine could be tricked into sending, and bodies beyond their limit."""
-    over_tcp = bool(request.environ.get("REMOTE_ADDR"))
-    if over_tcp and not _LOCAL_HOST.fullmatch(request.host):
-        raise InvalidInput("this endpoint answers to the name localhost only")
-    request.max_content_length = MAX_BODY_BYTES
-    if request.method in ("GET", "HEAD", "OPTIONS"):
-        return
-    if "Transfer-Encoding" in request.headers:
-        raise InvalidInput("a body in chunks is not taken; announce its length in Content-Length")
-    if "Origin" in request.headers:
-        raise InvalidInput("requests from web pages are not taken")
-    if request.blueprint is not None:
-        # What else is served here limits its bodies itself.
-        return
-    is_blob = request.endpoint == "put_blob"
-    if is_blob:
-        request.max_content_length = blob_limit_bytes
-    elif request.endpoint == "put_model":
-        request.max_content_length = MAX_MODEL_BYTES
-    expected = "application/octet-stream" if is_blob else "application/json"
-    if request.mimetype != expected and request.endpoint is not None:
-        raise InvalidInput(f"the Content-Type must be {expected}")
-    if (request.content_length or 0) > request.max_content_length:
-        raise BodyTooLarge(
-            f"the body has {request.content_length} bytes, at most {request.max_content_length} are taken",
-            limit_bytes=request.max_content_length,
-        )
 
 
 def _failed(error: Exception) -> Response:

@@ -8,7 +8,6 @@ without one they are who needs no token, if anybody. Only health is told to all.
 from __future__ import annotations
 
 import functools
-import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,15 +22,15 @@ from trunkline.errors import (
     SidecarFault,
     TransportError,
     TrunklineError,
-    Unauthorized,
     UnknownModel,
 )
 from trunkline.pool import Pool
-from trunkline.protocol import MAX_TOKEN_BYTES
 from trunkline.signature import Signature
 
 from sidecar import failures, openinference
 from sidecar.errors import BundleError, Forbidden
+from sidecar.http.access import TENANT, needs
+from sidecar.http.access import tenant_token as _token
 from sidecar.openinference import MAX_JSON_BYTES, MOST_PARSED_BYTES
 from sidecar.strictjson import load_json, members
 from sidecar.tenants import DEPLOYED_NAME, hash_of, matches, unqualified
@@ -41,7 +40,6 @@ _EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_reposi
 _MAX_BODY_BYTES: Final = 64 << 10
 # It reads files.
 _version: Final = functools.cache(version_of)
-_BEARER: Final = re.compile(r"[Bb]earer +([\x21-\x7e]+)")
 _NO_SHARED_MEMORY: Final = (
     "clients cannot register shared memory with this server: it would let them name memory of others; send tensors in the "
     "body, or ask over the sidecar's Unix socket, where memory is shared"
@@ -100,11 +98,13 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
             return _of_version(Model(_name(name), pool).signature, version)
 
     @routes.get("/health/live")
+    @needs(TENANT)
     def live() -> Response:
         """Say that the HTTP server is alive."""
         return jsonify(live=True)
 
     @routes.get("/health/ready")
+    @needs(TENANT)
     def ready() -> tuple[Response, int]:
         """Say whether the engine answers and takes work."""
         try:
@@ -115,22 +115,26 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         return _readiness(is_ready, live=True)
 
     @routes.get("")
+    @needs(TENANT)
     def server() -> Response:
         """Tell the server's name, version and what of the protocol it has."""
         caller()
         return jsonify(name="trunkline", version=_version("trunkline"), extensions=_EXTENSIONS)
 
     @_versioned(routes, "")
+    @needs(TENANT)
     def model(name: str, version: str | None = None) -> Response:
         """Tell a model's inputs and outputs."""
         return jsonify(openinference.metadata(described(name, version), name))
 
     @_versioned(routes, "/config")
+    @needs(TENANT)
     def config(name: str, version: str | None = None) -> Response:
         """Tell the same as Triton's configuration has it."""
         return jsonify(openinference.config(described(name, version), name))
 
     @_versioned(routes, "/ready")
+    @needs(TENANT)
     def model_ready(name: str, version: str | None = None) -> tuple[Response, int]:
         """Say whether a model may be asked; its weights are brought into memory when it is."""
         try:
@@ -141,11 +145,13 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         return _readiness(True, name=name)
 
     @_versioned(routes, "/stats")
+    @needs(TENANT)
     def stats(name: str, version: str | None = None) -> Response:
         """Tell how often a model was asked, and when last."""
         return jsonify(model_stats=[_stats_of(entry) for entry in counted(caller(), _name(name), version)])
 
     @routes.get("/models/stats")
+    @needs(TENANT)
     def all_stats() -> Response:
         """Tell it of every model."""
         return jsonify(model_stats=[_stats_of(entry) for entry in counted(caller(), None, None)])
@@ -163,6 +169,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         return [entry for entry in engine.command("models")["models"] if who.may_see(entry["name"])]
 
     @_versioned(routes, "/infer", "POST")
+    @needs(TENANT)
     def infer(name: str, version: str | None = None) -> Response:
         """Run a model on the tensors in the body."""
         began_s = time.monotonic()
@@ -187,6 +194,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         return response
 
     @routes.post("/repository/index")
+    @needs(TENANT)
     def index() -> Response:
         """List the models that the caller may ask; ``ready`` leaves out those that cannot be."""
         who = caller()
@@ -197,6 +205,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         return jsonify([entry for entry in found if entry["state"] == "READY" or not ready_only])
 
     @routes.post("/repository/models/<name>/<any(load,unload):action>")
+    @needs(TENANT, is_audited=True)
     def repository(name: str, action: str) -> Response:
         """Bring a model's weights into memory, or drop them from it; answered when it is done."""
         if not caller().is_administrator:
@@ -207,6 +216,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         return jsonify({"name": name, action: True})
 
     @routes.get("/<any(systemsharedmemory,cudasharedmemory):kind>/status")
+    @needs(TENANT)
     def shared_memory(kind: str) -> Response:
         """List the shared memory that clients have registered, which is none."""
         caller()
@@ -214,6 +224,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
 
     @routes.post("/<any(systemsharedmemory,cudasharedmemory):kind>/region/<region>/<any(register,unregister):action>")
     @routes.post("/<any(systemsharedmemory,cudasharedmemory):kind>/<any(unregister):action>")
+    @needs(TENANT)
     def no_shared_memory(kind: str, action: str, region: str = "") -> Response:
         """Refuse to map what a client names."""
         caller()
@@ -246,17 +257,6 @@ def _check_body(limit_bytes: int) -> None:
         )
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise InvalidInput("a compressed body is not taken; send it as it is")
-
-
-def _token() -> bytes:
-    """Return the caller's token, empty where it has none. Raises Unauthorized."""
-    given = request.headers.get("Authorization")
-    if given is None:
-        return b""
-    match = _BEARER.fullmatch(given)
-    if not match or len(match[1]) > MAX_TOKEN_BYTES:
-        raise Unauthorized(f"the Authorization must be Bearer and a token of at most {MAX_TOKEN_BYTES} characters")
-    return match[1].encode()
 
 
 def _name(name: str) -> str:

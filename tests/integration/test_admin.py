@@ -27,7 +27,8 @@ from sidecar.bundle import canonical_graph, manifest_bytes
 from sidecar.cli.main import main
 from sidecar.cli.printing import size
 from sidecar.errors import ConfigError
-from sidecar.http.admin import MAX_BODY_BYTES, admin_token, create_app
+from sidecar.http.access import MAX_BODY_BYTES
+from sidecar.http.admin import admin_token, create_app
 from sidecar.store import Store
 from tests.bundles import adding_bundle, write_adding_bundle
 from tests.sidecar_process import SidecarProcess, sidecar_process

@@ -214,7 +214,7 @@ class Recorder:
 def test_questions_about_blobs_fit_into_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A model may have a hundred thousand weights; one question about all of them would be refused."""
     from sidecar import admin_client
-    from sidecar.http.admin import MAX_BODY_BYTES
+    from sidecar.http.access import MAX_BODY_BYTES
 
     digests = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(admin_client._DIGESTS_AT_ONCE)]
     assert len(str({"digests": digests})) < MAX_BODY_BYTES

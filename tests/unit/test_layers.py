@@ -42,6 +42,8 @@ LAYERS = {
         "strictjson",
         "openinference",
         "failures",
+        "ratelimit",
+        "http.access",
         "processes",
         "disk",
         "jsonfile",
