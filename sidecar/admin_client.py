@@ -21,6 +21,9 @@ from sidecar.bundle import blob_path, canonical_graph, manifest_bytes, read_bund
 from sidecar.errors import BundleError, ConfigError
 from sidecar.strictjson import load_json
 
+# Of the environment: what to show over TCP, and whom to believe there.
+TOKEN_FILE: Final = "TRUNKLINE_ADMIN_TOKEN_FILE"  # noqa: S105 - a name
+CERTIFICATES: Final = "TRUNKLINE_ADMIN_CA"
 _TIMEOUT_S: Final = (5.0, 600.0)
 _CHUNK_BYTES: Final = 1 << 20
 _ADDRESS: Final = re.compile(r"unix:.+|https?://[^/]+/?")
@@ -40,10 +43,14 @@ class Pushed:
 
 
 class AdminClient:
-    """Requests to one admin endpoint. ``address`` is ``unix:/path/of/admin.sock`` or ``http://127.0.0.1:9470``."""
+    """Requests to one admin endpoint. ``address`` is ``unix:/path/of/admin.sock`` or ``http://127.0.0.1:9470``.
+
+    Over TCP it has the token of the file that TRUNKLINE_ADMIN_TOKEN_FILE names, and believes certificates that
+    TRUNKLINE_ADMIN_CA, a PEM file, vouches for.
+    """
 
     def __init__(self, address: str) -> None:
-        """Raises ConfigError for an address that is neither."""
+        """Raises ConfigError for an address that is neither, and for a token that cannot be read."""
         self.address = address
         if not _ADDRESS.fullmatch(address):
             raise ConfigError(f"the admin address is {address[:80]!r}; it must be unix:PATH/admin.sock or http://127.0.0.1:PORT")
@@ -54,6 +61,9 @@ class AdminClient:
             self._base = "http+unix://" + urllib.parse.quote(address.removeprefix("unix:"), safe="")
         else:
             self._base = address.rstrip("/")
+            if path := os.environ.get(TOKEN_FILE):
+                self._session.headers["Authorization"] = f"Bearer {_read_token(path)}"
+            self._session.verify = os.environ.get(CERTIFICATES) or True
 
     def close(self) -> None:
         """Close the connections that are kept alive."""
@@ -76,6 +86,12 @@ class AdminClient:
             response = self._session.request(
                 method, f"{self._base}/admin/v1/{path}", timeout=_TIMEOUT_S, allow_redirects=False, **arguments
             )
+        except requests.exceptions.SSLError as error:
+            raise SidecarUnavailable(
+                f"{self.address} does not prove who it is; name a file with its certificate, or that of who vouches for it, in "
+                f"{CERTIFICATES}",
+                address=self.address,
+            ) from error
         except requests.RequestException as error:
             raise SidecarUnavailable(
                 f"no sidecar answers at {self.address}; start one with `trunkline serve`, or name it with --admin",
@@ -142,6 +158,14 @@ class _Body:
         while chunk := self._file.read(_CHUNK_BYTES):
             yield chunk
             self._advance(len(chunk))
+
+
+def _read_token(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "it is no token"
+        raise ConfigError(f"the token in {path}, which {TOKEN_FILE} names, cannot be read ({reason})", key=TOKEN_FILE) from error
 
 
 def _error_of(body: Any, status: int) -> TrunklineError:

@@ -73,6 +73,13 @@ class Settings:
     eviction_policy: str = Either.name
     admin_host: str = "127.0.0.1"
     admin_port: int = 9470
+    # Whose tokens count over TCP. None: nobody needs one, and nobody comes from another machine.
+    admin_tokens: Path | None = None
+    admin_tls_certificate: Path | None = None
+    admin_tls_key: Path | None = None
+    admin_workers: int = 2
+    # None: changes are told in the log alone.
+    audit_file: Path | None = None
     blob_limit_bytes: int = 64 * 2**30
     queue_limit: int = 256
     batch_limit: int = 8
@@ -92,6 +99,11 @@ class Settings:
     def devices(self) -> tuple[str, ...]:
         """Return the names of the devices."""
         return tuple(self.device.split(","))
+
+    @property
+    def is_exposed(self) -> bool:
+        """Say whether the admin endpoint can be reached from other machines."""
+        return self.admin_port > 0 and not _is_loopback(self.admin_host)
 
     def budget_bytes(self, device: str) -> int:
         """Return the memory for weights on a device; 0: as much as it has room for."""
@@ -206,14 +218,16 @@ def _match(pattern: str, accepted: str) -> Callable[[object], str]:
     return check
 
 
-def _loopback(value: object) -> str:
-    # Nothing wider: that would hand an endpoint that asks for no credential to the network.
+def _address(value: object) -> str:
     try:
-        if value == "localhost" or ipaddress.ip_address(str(value)).is_loopback:
-            return str(value)
-    except ValueError:
-        pass
-    raise ValueError("a loopback address: localhost, 127.0.0.1 or ::1")
+        _is_loopback(str(value))
+    except ValueError as error:
+        raise ValueError("an address such as 127.0.0.1, ::1 or 0.0.0.0, or localhost") from error
+    return str(value)
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback
 
 
 _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
@@ -227,8 +241,13 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "activation_budget_bytes": _size(1),
     "block_files_limit_bytes": _size(0),
     "eviction_policy": _match("lru|gdsf|adaptive", "lru, gdsf or adaptive"),
-    "admin_host": _loopback,
+    "admin_host": _address,
     "admin_port": _integer(0, 65535),
+    "admin_tokens": _path,
+    "admin_tls_certificate": _path,
+    "admin_tls_key": _path,
+    "admin_workers": _integer(1, 16),
+    "audit_file": _path,
     "blob_limit_bytes": _size(65536),
     "queue_limit": _integer(1, 1_000_000),
     "batch_limit": _integer(1, 1024),
@@ -266,7 +285,22 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
     values.setdefault("host_budget_bytes", _default_host_bytes() // len(devices))
     values.setdefault("activation_budget_bytes", _default_activation_bytes() // len(devices))
     values.setdefault("threads", _default_threads())
-    return Settings(**values)
+    settings = Settings(**values)
+    _check_together(settings)
+    return settings
+
+
+def _check_together(settings: Settings) -> None:
+    if settings.is_exposed and settings.admin_tokens is None:
+        raise ConfigError(
+            f"the admin endpoint is to listen on {settings.admin_host}, which other machines reach, and would do what any "
+            "of them asks; make a token with `trunkline token add NAME --role operate` and name its file with --admin-tokens, "
+            "or leave --admin-host to 127.0.0.1",
+            key="admin_tokens",
+        )
+    if (settings.admin_tls_certificate is None) != (settings.admin_tls_key is None):
+        missing = "admin_tls_key" if settings.admin_tls_key is None else "admin_tls_certificate"
+        raise ConfigError(f"a certificate and its key belong together; give {flag_of(missing)} as well", key=missing)
 
 
 def _checked(source: str, key: str, value: object) -> object:

@@ -49,18 +49,23 @@ def without_tenant(text: str, file: str, name: str) -> str:
     """Return the text without a tenant. Comments before its table, and before the next, stay. Raises ConfigError."""
     quotas = parse_quotas(text, file)
     _known(quotas, file, name)
+    changed = without_table(text, ("tenants", name))
+    expected = {key: tenant for key, tenant in quotas.tenants.items() if key != name}
+    return _verified([changed], file, expected, f"take {name} out of it")
+
+
+def without_table(text: str, keys: Sequence[str]) -> str:
+    """Return the text without the table of ``keys``, which it must have, if it is laid out as usual."""
     lines = text.split("\n")
-    start = line_of(text, ("tenants", name)) - 1
-    # The values of a tenant begin with no bracket, be it on a line of their own.
+    start = line_of(text, keys) - 1
+    # Values begin with no bracket, be it on a line of their own.
     end = next((number for number in range(start + 1, len(lines)) if lines[number].lstrip().startswith("[")), len(lines))
     while end > start + 1 and lines[end - 1].lstrip()[:1] in ("", "#", "\r"):
         end -= 1
     # One empty line is between two tables, not two.
     if lines[end : end + 1] in ([""], ["\r"]) and end + 1 < len(lines) and (not start or not lines[start - 1].strip()):
         end += 1
-    changed = "\n".join(lines[:start] + lines[end:])
-    expected = {key: tenant for key, tenant in quotas.tenants.items() if key != name}
-    return _verified([changed], file, expected, f"take {name} out of it")
+    return "\n".join(lines[:start] + lines[end:])
 
 
 def with_token(text: str, file: str, name: str, token: str) -> str:
@@ -101,16 +106,19 @@ def without_older_token(text: str, file: str, name: str) -> str:
     return _verified([changed], file, expected, f"take {HASHED}{older} out of the tokens of {name}")
 
 
-def edit(path: Path, change: Callable[[str, str], str], *, create: bool = False) -> None:
+def edit(
+    path: Path, change: Callable[[str, str], str], *, create: bool = False, new: str = _NEW_FILE, kind: str = "quota file"
+) -> None:
     """Replace a quota file as a whole by what ``change`` makes of its text and its name; one edit at a time.
 
-    Where ``create`` is set and there is no file, one is made. Raises ConfigError, with the file as it was, and OSError.
+    Where ``create`` is set and there is no file, ``new`` is what it is made of. Raises OSError, and ConfigError with the file as
+    it was.
     """
     # What the name stands for is replaced, and not a link to it.
     path = path.resolve()
     with _alone_in(path.parent):
         is_new = create and not path.exists()
-        changed = change(_NEW_FILE if is_new else read_text(path), path.name)
+        changed = change(new if is_new else read_text(path, kind), path.name)
         with replaced(path, 0o644 if is_new else path.stat().st_mode & 0o777) as descriptor:
             if not is_new and os.geteuid() == 0:
                 os.fchown(descriptor, path.stat().st_uid, path.stat().st_gid)

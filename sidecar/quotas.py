@@ -27,7 +27,7 @@ FILE_LIMIT_BYTES: Final = 256 * 1024
 SMALLEST_CONNECTION_BYTES: Final = 3 * 64 * 1024
 _LARGEST_BYTES: Final = 2**50
 _LIGHTEST, _HEAVIEST = 0.001, 1000
-_HASH: Final = re.compile(rf"{HASHED}([0-9a-f]{{64}})")
+HASH: Final = re.compile(rf"{HASHED}([0-9a-f]{{64}})")
 _PATTERN: Final = re.compile(r"[a-z0-9._*?\[\]!-]{1,128}")
 _LINE: Final = re.compile(r"at line (\d+)")
 # What stands in TOML without quotes.
@@ -39,25 +39,28 @@ def read_quotas(path: Path) -> Quotas:
     return parse_quotas(read_text(path), path.name)
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a quota file. Raises ConfigError for one that is no file, too long, or everybody's to change."""
+def read_text(path: Path, kind: str = "quota file") -> str:
+    """Return the text of a quota file, or of another that says who may do what.
+
+    Raises ConfigError for one that is no file, too long, or everybody's to change; ``kind`` is what it is called then.
+    """
     try:
         # Not to wait for the other end, should it be a pipe.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
             mode = os.fstat(file.fileno()).st_mode
             content = file.read(FILE_LIMIT_BYTES + 1) if stat.S_ISREG(mode) else b""
     except OSError as error:
-        raise ConfigError(f"the quota file {path.name} cannot be read ({os.strerror(error.errno or 0)})") from error
+        raise ConfigError(f"the {kind} {path.name} cannot be read ({os.strerror(error.errno or 0)})") from error
     if not stat.S_ISREG(mode):
-        raise ConfigError(f"the quota file {path.name} is no file")
+        raise ConfigError(f"the {kind} {path.name} is no file")
     if mode & stat.S_IWOTH:
-        raise ConfigError(f"the quota file {path.name} may be written to by everybody; take that away with chmod o-w")
+        raise ConfigError(f"the {kind} {path.name} may be written to by everybody; take that away with chmod o-w")
     if len(content) > FILE_LIMIT_BYTES:
-        raise ConfigError(f"the quota file {path.name} is longer than {FILE_LIMIT_BYTES} bytes, which is the limit")
+        raise ConfigError(f"the {kind} {path.name} is longer than {FILE_LIMIT_BYTES} bytes, which is the limit")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the quota file {path.name} is not UTF-8 at byte {error.start}") from error
+        raise ConfigError(f"the {kind} {path.name} is not UTF-8 at byte {error.start}") from error
 
 
 def parse_quotas(text: str, name: str) -> Quotas:
@@ -65,13 +68,24 @@ def parse_quotas(text: str, name: str) -> Quotas:
 
     Raises ConfigError, with the line and the key of what is wrong.
     """
+    return _Reading(text, name).quotas(parsed(text, name))
+
+
+def parsed(text: str, name: str) -> dict[str, Any]:
+    """Return what TOML says; ``name`` is the file's. Raises ConfigError with line and key, and without a value."""
     try:
-        read = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         line, key = _mistake(text, str(error))
         message = f"{name}, line {line}: {key or 'what stands there'} is not TOML: {str(error)[:200]}"
         raise ConfigError(message, line=line, key=key) from error
-    return _Reading(text, name).quotas(read)
+
+
+def refuse(text: str, name: str, keys: Sequence[str], problem: str, *, key: str = "") -> NoReturn:
+    """Raise ConfigError, with the line, for the value of ``keys`` in the text of the file ``name``."""
+    line = line_of(text, keys)
+    where = ".".join(part if _BARE.fullmatch(part) else repr(part[:64]) for part in keys)
+    raise ConfigError(f"{name}, line {line}: {where} {problem}", line=line, key=key or keys[-1][:64])
 
 
 def line_of(text: str, keys: Sequence[str]) -> int:
@@ -158,7 +172,7 @@ class _Reading:
     def _tenant(self, name: str, table: object) -> Tenant:
         at = ("tenants", name)
         if not NAME.fullmatch(name):
-            self._refuse(at, f"is no name of a tenant; it must be {_NAME_RULE}")
+            self._refuse(at, f"is no name of a tenant; it must be {NAME_RULE}")
         if name == ANYONE.name:
             self._refuse(at, "is who asks where there is no quota file; choose another name")
         if not isinstance(table, dict):
@@ -177,14 +191,12 @@ class _Reading:
         return Tenant(name=name, **values)
 
     def _refuse(self, keys: Sequence[str], problem: str, *, key: str = "") -> NoReturn:
-        line = line_of(self._text, keys)
-        where = ".".join(part if _BARE.fullmatch(part) else repr(part[:64]) for part in keys)
-        raise ConfigError(f"{self._name}, line {line}: {where} {problem}", line=line, key=key or keys[-1][:64])
+        refuse(self._text, self._name, keys, problem, key=key)
 
 
 # --- what a key may be: each returns the value, or raises ValueError with what it must be ------------------------------
 
-_NAME_RULE: Final = "up to 63 of the characters a-z, 0-9 and '-', and start and end with a letter or digit"
+NAME_RULE: Final = "up to 63 of the characters a-z, 0-9 and '-', and start and end with a letter or digit"
 
 
 def _texts(value: object, pattern: re.Pattern[str], rule: str) -> tuple[re.Match[str], ...]:
@@ -198,7 +210,7 @@ def _texts(value: object, pattern: re.Pattern[str], rule: str) -> tuple[re.Match
 def _tokens(value: object) -> tuple[str, ...]:
     # What stands there may be a token by mistake; it is not repeated in any message.
     rule = f'a list of at most {MOST_TOKENS} different texts "{HASHED}" and 64 lower-case hexadecimal digits'
-    matches = _texts(value, _HASH, rule)
+    matches = _texts(value, HASH, rule)
     if len(matches) > MOST_TOKENS:
         raise ValueError(rule)
     return tuple(match[1] for match in matches)
@@ -211,7 +223,7 @@ def _models(value: object) -> tuple[str, ...]:
 
 def _name(value: object) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
-        raise ValueError(f"a name: {_NAME_RULE}")
+        raise ValueError(f"a name: {NAME_RULE}")
     return value
 
 

@@ -71,6 +71,10 @@ class RunDirectory:
         return self.root / "quotas.toml"
 
     @property
+    def admin_tokens(self) -> Path:
+        return self.root / "admin-tokens.toml"
+
+    @property
     def lock(self) -> Path:
         return self.root / "lock"
 

@@ -106,7 +106,8 @@ class Supervisor:
                 segment.unlink()
                 segment.close()
             listener.close()
-            for path in (self._run.socket, self._run.token, self._run.admin_socket, self._run.quotas):
+            run = self._run
+            for path in (run.socket, run.token, run.admin_socket, run.quotas, run.admin_tokens):
                 path.unlink(missing_ok=True)
         return 0
 

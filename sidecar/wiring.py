@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from sidecar.config import Settings
-from sidecar.http.server import AdminServer, listen_tcp, listen_unix
+from sidecar.http.server import AdminServer, check_settings, listen_tcp, listen_unix
 from sidecar.inflight import InFlight
 from sidecar.machine import raise_descriptor_limit
 from sidecar.pins import Pins
@@ -52,6 +52,7 @@ def _serve(settings: Settings, run: RunDirectory) -> int:
             "%d connections need %d open files, the limit is %d: raise it, or lower --connection-limit",
             *(settings.connection_limit, needed, descriptors),
         )
+    check_settings(settings)
     tcp = listen_tcp(settings)
     if settings.quota_file is not None:
         # As the store below: each engine reads it again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sidecar.cli import looking, models, running, store, tenants
+from sidecar.cli import looking, models, running, store, tenants, tokens
 from sidecar.cli.exits import Commands
 
 
@@ -28,4 +28,5 @@ main.add_command(looking.placement)
 main.add_command(models.model)
 main.add_command(models.push)
 main.add_command(tenants.tenant)
+main.add_command(tokens.token)
 main.add_command(store.store)

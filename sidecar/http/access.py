@@ -18,15 +18,14 @@ from trunkline.errors import BodyTooLarge, InvalidInput, Unauthorized
 from trunkline.protocol import MAX_TOKEN_BYTES
 
 from sidecar import failures
+from sidecar.admintokens import OPERATE as OPERATE
+from sidecar.admintokens import READ as READ
 from sidecar.errors import Forbidden, TooManyAttempts
 from sidecar.ratelimit import Bucket
 
-# What a route needs: nothing; to look; to change something; a tenant's token, which the view and the engine look at themselves.
+# What a route needs, if not a role of the token file: nothing; a tenant's token, which the view and the engine look at.
 OPEN: Final = "open"
-READ: Final = "read"
-OPERATE: Final = "operate"
 TENANT: Final = "tenant"
-ROLES: Final = (READ, OPERATE)
 MAX_BODY_BYTES: Final = 64 << 10
 LOOKING: Final = ("GET", "HEAD", "OPTIONS")
 _LOCAL_HOST: Final = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")

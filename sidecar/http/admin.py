@@ -29,6 +29,7 @@ from sidecar.bundle import MODEL_NAME
 from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError
 from sidecar.http.access import OPEN, OPERATE, READ, Gate, needs
+from sidecar.http.audit import Audit
 from sidecar.http.metrics import CONTENT_TYPE, exposition
 from sidecar.http.openapi import add_openapi
 from sidecar.keeping import Keep
@@ -67,6 +68,7 @@ def create_app(
     # A path with an empty part is no other path's, and nothing here redirects.
     app.url_map.merge_slashes = False
     app.before_request((gate or Gate()).check)
+    app.after_request(Audit().record)
     app.register_error_handler(Exception, _failed)
     add_openapi(app)
 

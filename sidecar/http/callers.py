@@ -1,40 +1,47 @@
 """Sessions with the engine for whoever asks over HTTP: opened with the caller's own token, as its function would open them.
 
 So the engine alone decides who may do what, and what a caller has open counts as its tenant's. A few sessions are kept for
-each token that was let in, for its next request.
+each token that was let in, for its next request; not for long, since another worker may be asked that, and must not find
+that its tenant has as many connections as it may.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Final
 
 from trunkline.errors import QueueFull, Unauthorized
 from trunkline.pool import Pool
 
-# Tokens whose sessions are kept, and how many are kept of each while nobody asks: they hold memory that is its tenant's.
+# Tokens whose sessions are kept.
 _MOST_TOKENS: Final = 32
-_IDLE_SESSIONS: Final = 4
+# For so long; whoever is refused a connection is told to try again in as many.
+_KEPT_S: Final = 1.0
 
 
 class Callers:
     """Pools of sessions by token. Any thread. Opens nothing before it is asked, so it may be made before a fork."""
 
-    def __init__(self, socket_path: str) -> None:
+    def __init__(self, socket_path: str, *, idle_limit: int = 4, kept_s: float = _KEPT_S) -> None:
+        """``idle_limit`` sessions are kept of each token while nobody asks: they hold memory that is its tenant's."""
         self._path = socket_path
+        self._idle_limit = idle_limit
+        self._kept_s = kept_s
         self._lock = threading.Lock()
-        # The one used last stands last.
-        self._pools: dict[bytes, Pool] = {}
+        # With when they were used last; the latest stands last.
+        self._pools: dict[bytes, tuple[Pool, float]] = {}
+        self._is_tidied = False
 
     @contextlib.contextmanager
     def pool(self, token: bytes) -> Iterator[Pool]:
         """Give the sessions of a caller while the block runs. A token that is refused is forgotten, and pushes out no other."""
         with self._lock:
-            pool = self._pools.get(token)
+            pool, _ = self._pools.get(token, (None, 0.0))
         if pool is None:
-            pool = Pool(address=lambda: self._path, credential=lambda: token, idle_limit=_IDLE_SESSIONS)
+            pool = Pool(address=lambda: self._path, credential=lambda: token, idle_limit=self._idle_limit)
         is_refused = False
         try:
             yield pool
@@ -48,21 +55,40 @@ class Callers:
         """End all sessions that nobody uses at the moment."""
         with self._lock:
             pools, self._pools = self._pools, {}
-        for pool in pools.values():
+        for pool, _ in pools.values():
             pool.close()
 
     def _settle(self, token: bytes, pool: Pool, is_kept: bool) -> None:
         with self._lock:
             # Another thread may have brought one for this token meanwhile.
-            known = self._pools.pop(token, pool)
+            known, _ = self._pools.pop(token, (pool, 0.0))
             leaving = {known, pool}
             if is_kept:
-                self._pools[token] = known
+                self._pools[token] = known, time.monotonic()
                 leaving.remove(known)
+                if not self._is_tidied:
+                    self._is_tidied = True
+                    threading.Thread(target=self._tidy, name="idle sessions", daemon=True).start()
             if len(self._pools) > _MOST_TOKENS:
-                leaving.add(self._pools.pop(next(iter(self._pools))))
+                leaving.add(self._pools.pop(next(iter(self._pools)))[0])
         for each in leaving:
             each.close()
+
+    def _tidy(self) -> None:
+        """End sessions that nobody has used for a while, until there are none."""
+        while True:
+            with self._lock:
+                if not self._pools:
+                    self._is_tidied = False
+                    return
+                oldest, (pool, used_s) = next(iter(self._pools.items()))
+                left_s = used_s + self._kept_s - time.monotonic()
+                if left_s <= 0:
+                    del self._pools[oldest]
+            if left_s <= 0:
+                pool.close()
+            else:
+                time.sleep(left_s)
 
 
 class Room:

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from flask import Flask, Response, jsonify
 
+from sidecar.http.access import READ, needs
+
 
 @functools.cache
 def document() -> dict[str, Any]:
@@ -21,6 +23,7 @@ def add_openapi(app: Flask) -> None:
     """Serve the document at ``/openapi.json``."""
 
     @app.get("/openapi.json")
+    @needs(READ)
     def openapi() -> Response:
         """Return what this endpoint has, as OpenAPI."""
         return jsonify(document())

@@ -1,38 +1,52 @@
 """The process that serves the admin endpoint and the Open Inference Protocol: gunicorn, outside the engine.
 
-It listens on a Unix socket and on loopback. One worker with some threads, forked from a master that has imported everything:
-nothing here may start a thread or open a session with the engine before that fork. Must not import torch.
+It listens on a Unix socket and on TCP, where the operator may have TLS. Some workers with some threads each, forked from a
+master that has imported everything: nothing here may start a thread or open a session with the engine before that fork.
+Functions use none of it, and a worker that dies costs those who ask here the requests that it had. Must not import torch.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
+import logging
 import os
 import queue
 import socket
+import ssl
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gunicorn.app.base import BaseApplication
+from gunicorn.config import make_settings
 from gunicorn.workers.gthread import ThreadWorker
 from trunkline.admin import AdminConnection
 
 from sidecar.config import Settings
 from sidecar.errors import ConfigError
+from sidecar.http.access import Gate
 from sidecar.http.admin import EngineClient, admin_token, create_app
+from sidecar.http.audit import SharedFile, append_to
 from sidecar.http.callers import Callers, Room
 from sidecar.http.oip import add_open_inference
+from sidecar.http.tokenfile import TokenFile
 from sidecar.openinference import MAX_JSON_BYTES
+from sidecar.rundirectory import RunDirectory
 from sidecar.store import Store
 
-# Threads are made as they are needed. Inferences may hold as many as there is room for, and have to wait for the engine;
-# the others are left to health, status and whatever else an operator asks meanwhile.
+log = logging.getLogger("trunkline.admin")
+
+# Of each worker. Threads are made as they are needed. Inferences may hold as many as there is room for, and have to wait for the
+# engine; the others are left to health, status and whatever else an operator asks meanwhile. Not divided among workers: a kernel
+# gives connections to whichever is awake first, and one that has most of them must not refuse what others had room for.
 _MOST_INFERENCES = 32
 _THREADS = _MOST_INFERENCES + 8
-# What all inferences may hold of this process at a time, parsed JSON included.
+# What inferences may hold of the memory of all workers at a time, parsed JSON included.
 _ROOM_BYTES = 1 << 30
+# Sessions that all workers keep for one token while nobody asks with it: they are its tenant's connections.
+_IDLE_SESSIONS = 4
 # A push of a large blob, or the verification of a large store, may take this long.
 _TIMEOUT_S = 600
 # Whoever sends nothing for so long in the middle of a request is not waited for.
@@ -43,7 +57,7 @@ _SCRAPE_S = 4.0
 
 
 def _freeze(server: object, worker: object) -> None:
-    # What the master imported stays shared with its worker as long as the collector does not touch it.
+    # What the master imported stays shared with its workers as long as the collector does not touch it.
     gc.collect()
     gc.freeze()
 
@@ -72,9 +86,19 @@ class EnginePool:
 
 
 class ImpatientWorker(ThreadWorker):  # type: ignore[misc]
-    """Gives a thread back from whoever stops in the middle of a request, which gunicorn's own waits for without end."""
+    """Gives a thread back from whoever stops in the middle of a request, which gunicorn's own waits for without end.
+
+    And leaves TLS to TCP: gunicorn has it on every listener or on none.
+    """
+
+    def init_process(self) -> None:
+        self._plain = copy.copy(self.cfg)
+        self._plain.settings = {**self.cfg.settings, **{key: make_settings()[key] for key in ("certfile", "keyfile")}}
+        super().init_process()
 
     def enqueue_req(self, conn: Any) -> None:
+        if conn.sock.family == socket.AF_UNIX:
+            conn.cfg = self._plain
         conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", _SILENCE_S, 0))
         super().enqueue_req(conn)
 
@@ -95,6 +119,34 @@ def listen_tcp(settings: Settings) -> socket.socket | None:
             f"({os.strerror(error.errno or 0)}); choose another --admin-port, or 0 for the Unix socket alone",
             port=settings.admin_port,
         ) from error
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise ConfigError for files that the endpoint cannot do with, while whoever starts the sidecar can be told.
+
+    What tokens an earlier life went by is not in force any more.
+    """
+    if settings.admin_tokens is not None:
+        in_force = RunDirectory(settings.run_dir).admin_tokens
+        in_force.unlink(missing_ok=True)
+        TokenFile(settings.admin_tokens, in_force)
+    if settings.admin_tls_certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.admin_tls_certificate, settings.admin_tls_key)
+        except OSError as error:
+            raise ConfigError(
+                f"the certificate {settings.admin_tls_certificate} and the key {settings.admin_tls_key} cannot be used "
+                f"({error.strerror or error}); correct --admin-tls-certificate and --admin-tls-key",
+                key="admin_tls_certificate",
+            ) from error
+    elif settings.is_exposed:
+        log.warning(
+            "the admin endpoint listens on %s without TLS: tokens can be read on the way; give --admin-tls-certificate and "
+            "--admin-tls-key, or have a proxy before it that you trust",
+            settings.admin_host,
+        )
+    if settings.audit_file is not None:
+        SharedFile(settings.audit_file).close()
 
 
 def listen_unix(path: Path) -> socket.socket:
@@ -122,7 +174,7 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
     def load_config(self) -> None:
         chosen: dict[str, Any] = {
             "bind": [f"fd://{listener.fileno()}" for listener in self._listeners],
-            "workers": 1,
+            "workers": self._settings.admin_workers,
             "worker_class": ImpatientWorker,
             "threads": _THREADS,
             "timeout": _TIMEOUT_S,
@@ -135,6 +187,8 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
             "control_socket_disable": True,
             "limit_request_field_size": 2048,
         }
+        if self._settings.admin_tls_certificate is not None:
+            chosen |= {"certfile": str(self._settings.admin_tls_certificate), "keyfile": str(self._settings.admin_tls_key)}
         if os.access("/dev/shm", os.W_OK):  # noqa: S108 - gunicorn's heartbeat file, not ours
             chosen["worker_tmp_dir"] = "/dev/shm"  # noqa: S108
         for key, value in chosen.items():
@@ -148,8 +202,17 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
         engine = EnginePool(lambda: AdminConnection(path, token))
         scraped = EnginePool(lambda: AdminConnection(path, token, _SCRAPE_S))
         store = Store(settings.store_dir)
-        app = create_app(engine, store, blob_limit_bytes=settings.blob_limit_bytes, scraped=scraped)
+        tokens = None
+        if settings.admin_tokens is not None:
+            tokens = TokenFile(settings.admin_tokens, RunDirectory(settings.run_dir).admin_tokens)
+        gate = Gate(tokens, is_exposed=settings.is_exposed, has_tenants=settings.quota_file is not None)
+        if settings.audit_file is not None:
+            append_to(settings.audit_file)
+        app = create_app(engine, store, blob_limit_bytes=settings.blob_limit_bytes, scraped=scraped, gate=gate)
         # What fits into an arena, and the JSON before it.
         limit_bytes = settings.arena_limit_bytes + MAX_JSON_BYTES
-        add_open_inference(app, engine, Callers(path), Room(_MOST_INFERENCES, _ROOM_BYTES), body_limit_bytes=limit_bytes)
+        workers = settings.admin_workers
+        callers = Callers(path, idle_limit=max(1, _IDLE_SESSIONS // workers))
+        room = Room(_MOST_INFERENCES, _ROOM_BYTES // workers)
+        add_open_inference(app, engine, callers, room, body_limit_bytes=limit_bytes)
         return app

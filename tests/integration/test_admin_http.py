@@ -18,9 +18,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import requests
+import requests_unixsocket
 from trunkline.errors import SidecarUnavailable, TrunklineError
 
 from sidecar.admin_client import AdminClient
@@ -41,16 +43,20 @@ def free_port() -> int:
 SERVE = """
 import os
 from sidecar.config import load_settings
-from sidecar.http.server import AdminServer, listen_tcp, listen_unix
+from sidecar.http.server import AdminServer, check_settings, listen_tcp, listen_unix
 settings = load_settings({}, os.environ)
+check_settings(settings)
 AdminServer(settings, [listen_unix(settings.run_dir / "admin.sock"), listen_tcp(settings)]).run()
 """
 
 
 class HttpServer:
-    """The admin endpoint alone, without a supervisor. Files beyond ``file_limit_bytes`` are refused by the system."""
+    """The admin endpoint alone, without a supervisor. Files beyond ``file_limit_bytes`` are refused by the system.
 
-    def __init__(self, folder: Path, file_limit_bytes: int = 0) -> None:
+    ``settings`` are its settings, as the environment has them.
+    """
+
+    def __init__(self, folder: Path, file_limit_bytes: int = 0, **settings: object) -> None:
         port = free_port()
         self.run_dir = folder / "run"
         (self.run_dir / "public").mkdir(parents=True)
@@ -64,6 +70,7 @@ class HttpServer:
             "TRUNKLINE_RUN_DIR": str(self.run_dir),
             "TRUNKLINE_STORE_DIR": str(self.store_dir),
             "TRUNKLINE_ADMIN_PORT": str(port),
+            **{f"TRUNKLINE_{key.upper()}": str(value) for key, value in settings.items()},
         }
         limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({file_limit_bytes}, {file_limit_bytes}));"
         code = (limited if file_limit_bytes else "") + SERVE
@@ -77,7 +84,9 @@ class HttpServer:
 
     def _answers(self) -> bool:
         try:
-            return requests.get(f"{self.url}/healthz", timeout=5).ok
+            return (
+                requests_unixsocket.get(f"http+unix://{quote(str(self.socket), safe='')}/healthz", timeout=5).status_code == 200
+            )
         except requests.RequestException:
             return False
 
@@ -277,7 +286,8 @@ def test_a_command_that_takes_long_holds_up_no_other() -> None:
     assert len(made) == 2
 
 
-def test_inferences_that_wait_leave_threads_to_others(server: HttpServer) -> None:
+def test_inferences_that_wait_leave_threads_to_others(folder: Path) -> None:
+    server = HttpServer(folder, admin_workers=1)
     path = server.run_dir / "public" / "trunkline.sock"
     engine = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     engine.bind(str(path))
@@ -306,6 +316,7 @@ def test_inferences_that_wait_leave_threads_to_others(server: HttpServer) -> Non
     ended = [answers.get_nowait() for _ in range(16)]
     assert {answer.json()["code"] for answer in ended} == {"sidecar_unavailable"}
     assert {answer.status_code for answer in ended} == {503}
+    server.stop()
 
 
 def test_an_inference_that_is_too_long_is_refused_before_it_is_read(server: HttpServer) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Endpoint:
 
     def __init__(self, running: Running, folder: Path, room: Room | None = None) -> None:
         self.running = running
-        self.callers = Callers(running.path)
+        self.callers = Callers(running.path, kept_s=3600)
         self.admin = AdminConnection(running.path, ADMIN_TOKEN)
         self.app = create_app(self.admin, Store(folder / "store"))
         add_open_inference(self.app, self.admin, self.callers, room or Room(8, 1 << 30), body_limit_bytes=BODY_LIMIT_BYTES)
@@ -412,13 +413,29 @@ def test_sessions_of_few_tokens_are_kept(tenanted: Endpoint, monkeypatch: pytest
     assert list(tenanted.callers._pools) == [ADMIN_TOKEN, b"s1"]
 
 
+def test_sessions_that_nobody_uses_are_soon_another_workers(tenanted: Endpoint) -> None:
+    path = tenanted.callers._path
+    # As two workers: what the one keeps counts as the tenant's, and the other is refused until it is given up.
+    callers = Callers(path, kept_s=0.01)
+    with callers.pool(b"v1") as pool:
+        pool.give(connection := pool.take(0, 0, float("inf")))
+    while not connection.closed:
+        time.sleep(0.001)
+    assert not callers._pools
+    # And again, by another thread.
+    with callers.pool(b"v1") as pool:
+        pool.give(connection := pool.take(0, 0, float("inf")))
+    while not connection.closed:
+        time.sleep(0.001)
+
+
 def test_two_threads_of_one_token_keep_one_pool(tenanted: Endpoint) -> None:
     callers = tenanted.callers
     with callers.pool(b"v1") as first, callers.pool(b"v1") as second:
         assert first is not second
         for pool in (first, second):
             pool.give(pool.take(0, 0, float("inf")))
-    assert list(callers._pools.values()) == [second]
+    assert [pool for pool, _ in callers._pools.values()] == [second]
     assert (first.address is None, second.address is None) == (True, False)
     with pytest.raises(Unauthorized), callers.pool(b"v1"):
         raise Unauthorized("not any more")
