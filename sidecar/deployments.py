@@ -16,7 +16,6 @@ from trunkline.errors import UnknownModel
 
 from sidecar.activations import Activations
 from sidecar.catalog import Catalog, Deployed
-from sidecar.division import Division
 from sidecar.loads import Loads
 from sidecar.ownloads import own_load
 from sidecar.ports import Work
@@ -34,7 +33,6 @@ class Deployments:
         loads: Loads,
         activations: Activations | None,
         trials: Trials | None,
-        division: Division,
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float],
         *,
@@ -48,7 +46,6 @@ class Deployments:
         self._loads = loads
         self._activations = activations
         self._trials = trials
-        self._division = division
         self._post = post
         self._clock = clock
         self._accept = accept
@@ -176,4 +173,3 @@ class Deployments:
         self._drop(self._catalog.adopt(deployed, verdict))
         # After a restart what is on disk stays there: else each would make room for itself at the cost of the next.
         self._trials.keep(deployed.bundle, deployed.staged, verdict.forms, evicts=is_new)
-        self._division.expect(deployed, verdict.forms)

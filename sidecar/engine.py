@@ -32,10 +32,9 @@ from sidecar.commands import LOOKS_ONLY, Commands
 from sidecar.costs import BatchCosts
 from sidecar.deployments import Deployments
 from sidecar.devicememory import DeviceMemory
-from sidecar.division import Division
+from sidecar.division import Division, choice_for
 from sidecar.inflight import InFlight
 from sidecar.inturn import AllInTurn
-from sidecar.lanecount import LaneChoice
 from sidecar.loads import Loads
 from sidecar.memory import Memory
 from sidecar.mover import Mover
@@ -53,7 +52,6 @@ from sidecar.runs import Runs
 from sidecar.scheduler import Scheduler
 from sidecar.shortage import Shortage
 from sidecar.streams import Streams
-from sidecar.sweeps import Sweeps
 from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant
 from sidecar.traces import Recorder
 from sidecar.trials import Trials
@@ -123,12 +121,8 @@ class Engine:
         self._request_costs = RequestCosts(self._catalog, clock)
         batch_costs = BatchCosts()
         self._wavefront: Wavefront[Call] = Wavefront(device, batch_costs, batch_limit)
-        # Without a number of lanes it is chosen, and measured for that where trials are held.
-        sweeps: Sweeps | None = None
-        choice: LaneChoice | None = None
-        if lanes is None and verdicts is not None and len(device.lane_counts) > 1:
-            sweeps = Sweeps(device, source, verdicts)
-            choice = LaneChoice(sweeps.last_count(), clock())
+        # Without a number of lanes it is chosen.
+        choice = choice_for(device, verdicts) if lanes is None and verdicts is not None else None
         self._under_way = UnderWay(
             device,
             self._catalog,
@@ -137,7 +131,6 @@ class Engine:
             self._refusals,
             self._request_costs,
             self._outcomes,
-            choice,
             clock,
             compute_once=compute_once,
             describe=lambda deployed: self._commands.describe(deployed),
@@ -183,6 +176,7 @@ class Engine:
             self._shortage,
             batch_costs,
             self._under_way,
+            choice,
             self._post,
             clock,
             stacking=stacking,
@@ -193,10 +187,8 @@ class Engine:
             self._turns,
             self._runs,
             self._trials,
-            sweeps,
+            verdicts,
             choice,
-            self._post,
-            clock,
             count=lanes or 1,
             batch_limit=batch_limit,
         )
@@ -205,7 +197,6 @@ class Engine:
             self._loads,
             self._activations,
             self._trials,
-            self._division,
             self._post,
             clock,
             accept=self._accept,
@@ -434,8 +425,6 @@ class Engine:
                 self._loads.trim()
                 self._untrimmed = False
                 self._audit()
-                if not self._draining:
-                    self._division.measure()
             return
         self._untrimmed = True
         if isinstance(command, Work):
@@ -647,8 +636,9 @@ class Engine:
             },
             "lanes": {
                 "count": self._wavefront.lanes,
+                "chosen": self._division.chosen,
                 "running": len(self._runs.running),
-                "promised_rates": self._division.rates(),
+                "measured_rates": self._division.rates(),
             },
             "shortage": {
                 "splits": self._shortage.counts.splits,

@@ -17,6 +17,7 @@ from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError
 
 from sidecar.catalog import Step
 from sidecar.costs import BatchCosts
+from sidecar.lanecount import LaneChoice
 from sidecar.lanes import Lanes, Outcome, attempt
 from sidecar.loads import Loads
 from sidecar.ports import Device
@@ -68,6 +69,9 @@ class _Run:
     beside: bool = False
     # It has the whole device, with lanes or without.
     whole: bool = False
+    # The stages of its groups, by the names under which their cost is known, with the rows of each; and how many were under way.
+    stages: tuple[tuple[tuple[object, ...], int], ...] = ()
+    under_way: int = 0
     # In device time: where several lanes compute at the same time, each has its part of that.
     began_s: float = 0.0
 
@@ -101,11 +105,13 @@ class Runs:
         shortage: Shortage,
         costs: BatchCosts,
         under_way: UnderWay,
+        choice: LaneChoice | None,
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float],
         *,
         stacking: bool,
     ) -> None:
+        """``choice`` is told what was run, where by that is chosen how many lanes there are."""
         self.counts = Counts()
         # Set while everything in the wavefront waits, for weights or for a lane; whatever is posted may end that.
         self.stalled = False
@@ -120,6 +126,7 @@ class Runs:
         self._shortage = shortage
         self._costs = costs
         self._under_way = under_way
+        self._choice = choice
         self._post = post
         self._clock = clock
         self._stacking = stacking
@@ -173,6 +180,9 @@ class Runs:
             except Exception as error:  # noqa: BLE001 - as above
                 self.fail(group, error)
                 return
+            if self._choice is not None:
+                run.stages = tuple((each.cost_key(each.step), each.extent or 1) for each in run.groups)
+                run.under_way = self._wavefront.row_count
             run.engine_s = self._clock() - began_s
             run.whole = self._lanes is None or self._is_alone(run)
             if run.whole:
@@ -326,6 +336,10 @@ class Runs:
             for each, outputs in zip(run.groups, outcome.given, strict=True):
                 self._go_on_with(each, outputs)
             in_all_s = outcome.seconds + run.engine_s + self._clock() - ended_s
+            if self._choice is not None:
+                # In a lane, what the engine needs is hidden behind the others.
+                busy_s = in_all_s if run.whole else device_s
+                self._choice.ran(ended_s, self._wavefront.lanes, run.stages, busy_s, run.under_way)
             for structure in run.structures if run.stacked is None else (run.stacked,):
                 self._costs.record(structure, len(run.groups), in_all_s, 1 if run.whole else None)
         elif run.stacked is not None and isinstance(error, DeviceFault):

@@ -24,7 +24,7 @@ import queue
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeGuard
 
@@ -439,20 +439,6 @@ class _Trial:
             return tensor
         per_row = tensor.shape[axis] // _ROWS
         return self._device.part(tensor, axis, row * per_row, per_row)
-
-
-def example_rows(bundle: Bundle) -> Iterator[list[NDArray[Any]]]:
-    """Yield inputs of one row, or of the batch that a model is fixed to, of each size that is tried; small ones first."""
-    for size in _SIZES:
-        if size > _SIZES[0] and _input_bytes(bundle, size) > _LARGEST_INPUT_BYTES:
-            return
-        random = np.random.default_rng(0)
-        sizes = _sizes_of_a_row(bundle, size)
-        shapes = [[axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape] for spec in bundle.graph.inputs]
-        yield [
-            _values("random", np.dtype(spec.dtype), shape, (spec.minimum, spec.maximum), random)
-            for spec, shape in zip(bundle.graph.inputs, shapes, strict=True)
-        ]
 
 
 def _masked(bundle: Bundle) -> str:

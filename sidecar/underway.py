@@ -17,7 +17,6 @@ from trunkline.errors import TrunklineError
 from trunkline.signature import Signature
 
 from sidecar.catalog import Catalog, Deployed, Joint
-from sidecar.lanecount import LaneChoice
 from sidecar.loads import Parked
 from sidecar.outcomes import Outcomes
 from sidecar.ports import Device, Session, Work
@@ -54,7 +53,6 @@ class UnderWay:
         refusals: Refusals,
         costs: RequestCosts,
         outcomes: Outcomes,
-        choice: LaneChoice | None,
         clock: Callable[[], float],
         *,
         compute_once: bool,
@@ -62,7 +60,6 @@ class UnderWay:
         drop: Callable[[Sequence[str]], None],
         unblock: Callable[[], None],
     ) -> None:
-        """``choice`` counts what is asked, where by that is chosen how many lanes there are."""
         self.answered_count = 0
         self._device = device
         self._catalog = catalog
@@ -72,14 +69,11 @@ class UnderWay:
         self._refusals = refusals
         self._costs = costs
         self._outcomes = outcomes
-        self._choice = choice
         self._clock = clock
         self._compute_once = compute_once
         self._describe = describe
         self._drop = drop
         self._unblock = unblock
-        # How many stages could have been run side by side, of late.
-        self._breadth = 1
         # Calls that lanes compute for.
         self._in_lanes: dict[Call, None] = {}
         # What waits for runs to end, and for whose.
@@ -120,8 +114,6 @@ class UnderWay:
 
     def look(self) -> None:
         """Let go of requests whose deadline has passed; to be called before each choice: what is left of them need not be run."""
-        if self._choice is not None:
-            self._breadth = self._wavefront.breadth()
         now = self._clock()
         late = [ticket for ticket in self._wavefront.tickets() if ticket.call.work.deadline <= now]
         for call in dict.fromkeys(ticket.call for ticket in late):
@@ -231,8 +223,6 @@ class UnderWay:
             deployed.last_used_s = now
             if came_s is not None:
                 self._outcomes.answered(deployed.name, now - came_s)
-            if self._choice is not None:
-                self._choice.answered(deployed.name, self._breadth)
 
     def _refuse(self, work: Work, parts: tuple[Deployed, ...], error: TrunklineError) -> None:
         self._conclude(work, parts, functools.partial(self._refusals.fail, work, error))

@@ -246,15 +246,10 @@ class Wavefront(Generic[C]):
         """Return the numbers of the stages that those tickets stand before, or are run at, of which ``belongs`` says so."""
         return frozenset(group.index for group in self._groups if any(map(belongs, group.tickets())))
 
-    def breadth(self) -> int:
-        """Return how many groups there would be if all were one that stand before the same stage and may be."""
-        return len(
-            {
-                group.step.key if self._most_rows > 1 and group.is_divisible and not group.apart else id(group)
-                for group in self._groups
-                if next(group.tickets(), None) is not None
-            }
-        )
+    @property
+    def row_count(self) -> int:
+        """Return how many rows are under way: requests, but for those that are computed once for several."""
+        return sum(len(group.rows) for group in self._groups)
 
     def add(self, tickets: Sequence[Ticket[C]]) -> None:
         """Let the tickets of one call, which have the same inputs, stand before their first stages."""

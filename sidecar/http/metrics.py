@@ -99,7 +99,7 @@ METRICS: Final[Mapping[str, Kind]] = {
     "trunkline_programs": _gauge("Programs that are prepared; stages that differ in nothing but weights have one", "device"),
     "trunkline_lanes": _gauge("Stages that may run at the same time", "device"),
     "trunkline_lanes_running": _gauge("Stages that run in lanes now", "device"),
-    "trunkline_lanes_promised_rate": _gauge("Requests per second that a number of lanes promises", "device", "lanes"),
+    "trunkline_lanes_measured_rate": _gauge("Work in a second as last measured, by the number of lanes", "device", "lanes"),
     "trunkline_stalled_seconds_total": _counter(
         "Seconds in which requests waited for weights, or for room, and nothing could be run", "device"
     ),
@@ -346,8 +346,8 @@ def _put_device(sheet: _Sheet, device: str, found: Mapping[str, Any]) -> None:
     for key in ("evictions", "evicted_bytes"):
         for reason, value in residency[key].items():
             sheet.put(f"trunkline_{key}_total", value, device, reason)
-    for lanes, rate in found["lanes"]["promised_rates"].items():
-        sheet.put("trunkline_lanes_promised_rate", rate, device, str(lanes))
+    for lanes, rate in found["lanes"]["measured_rates"].items():
+        sheet.put("trunkline_lanes_measured_rate", rate, device, str(lanes))
     for tenant, load in found["queues"]["tenants"].items():
         for key, name in _QUEUES.items():
             sheet.put(name, load[key], device, tenant)

@@ -120,7 +120,7 @@ def device_document() -> dict[str, Any]:
         "memory": {**memory, "residency": residency},
         "requests": dict.fromkeys(("answered", "failed", "expired", "waiting", "running", "fetched_bytes", "evicted_bytes"), 6),
         "streams": {"runs": 1, "predicted_s": 2.0, "actual_s": 3.0, "starved": 4},
-        "lanes": {"count": 2, "running": 1, "promised_rates": {"1": 10.0, "2": 15.0}},
+        "lanes": {"count": 2, "chosen": 2, "running": 1, "measured_rates": {"1": 10.0, "2": 15.0}},
         "shortage": {"splits": 1, "reliefs": 2, "refused": 3},
         "sharing": {"stages": 10, "stage_rows": 20, "stage_requests": 30, "stacked": 1, "programs": 4},
         "queues": {"forecast": {"predicted_p99_s": 0.1, "actual_p99_s": 0.2}, "tenants": {"anyone": load}},

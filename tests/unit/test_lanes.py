@@ -286,9 +286,8 @@ def test_what_is_abandoned_is_not_running() -> None:
     assert [each.call for each in wavefront.abandon()] == ["waiting"]
 
 
-@pytest.mark.parametrize(("most_rows", "breadth"), [(8, 2), (1, 4)])
-def test_what_may_be_one_batch_counts_as_one(most_rows: int, breadth: int) -> None:
-    wavefront = front(most_rows=most_rows)
-    for number, factor in enumerate((2, 2, 2, 3)):
-        wavefront.add([ticket(number, model(factor), rows(number))])
-    assert wavefront.breadth() == breadth
+def test_equal_inputs_that_are_computed_once_are_one_row() -> None:
+    wavefront = front()
+    for number, row in enumerate((1, 1, 2)):
+        wavefront.add([ticket(number, model(2, 3), rows(row))])
+    assert wavefront.row_count == 2

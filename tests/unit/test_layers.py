@@ -119,7 +119,6 @@ LAYERS = {
         "runs",
         "shortage",
         "streams",
-        "sweeps",
         "trials",
         "reloading",
         "turns",
