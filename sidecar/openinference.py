@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from trunkline.errors import BodyTooLarge, InvalidInput, SignatureMismatch, UnsupportedTensor
+from trunkline.oip import DATATYPES, DTYPES, MAX_TIMEOUT_US, SIGNATURE, SIGNATURE_ID
 from trunkline.protocol import ITEM_BYTES, MAX_ARENA_BYTES, MAX_DIMENSIONS, MAX_NAME, MAX_TENSORS, TensorSpec
 from trunkline.signature import Signature
 
@@ -32,21 +33,7 @@ MOST_PARSED_BYTES: Final = 32
 # Nothing else runs in a process while it writes JSON, so more than tenths of a second of it are refused.
 MAX_JSON_NUMBERS: Final = 250_000
 MAX_ID: Final = 256
-MAX_TIMEOUT_US: Final = 600_000_000
 
-# The protocol's name of each dtype there is here.
-DATATYPES: Final = {
-    "bool": "BOOL",
-    "uint8": "UINT8",
-    "int8": "INT8",
-    "int16": "INT16",
-    "int32": "INT32",
-    "int64": "INT64",
-    "float16": "FP16",
-    "float32": "FP32",
-    "float64": "FP64",
-}
-_DTYPES: Final = {datatype: dtype for dtype, datatype in DATATYPES.items()}
 # Numbers that no model here takes.
 _OTHERS: Final = {"UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "BF16": "bfloat16"}
 _LENGTH: Final = re.compile(r"[0-9]{1,15}")
@@ -67,12 +54,16 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class Inference:
-    """A request: inputs by name, as the model takes them. ``id`` is None when there was none, ``timeout_us`` likewise."""
+    """A request: inputs by name, as the model takes them. ``id`` is None when there was none, ``timeout_us`` likewise.
+
+    ``signature_id`` is that of the signature which the caller goes by, empty for any.
+    """
 
     id: str | None
     inputs: Mapping[str, Array]
     outputs: tuple[Wanted, ...]
     timeout_us: int | None
+    signature_id: str = ""
 
 
 def json_length(announced: str | None, body_bytes: int) -> int:
@@ -108,7 +99,9 @@ def decode(body: bytes, json_bytes: int, signature: Signature) -> Inference:
             # KServe's client says the name once more.
             ("id", "parameters", "outputs", "model_name"),
         )
-        parameters = _parameters(plain, "the body", ("timeout", "binary_data_output"))
+        parameters = _parameters(plain, "the body", ("timeout", "binary_data_output", SIGNATURE_ID))
+        signature_id = _signature_id(parameters)
+        signature.check_current(signature_id, signature.model)
         parts = [_Part.of(each, f"inputs[{n}]") for n, each in enumerate(elements(plain["inputs"], "inputs", MAX_TENSORS))]
         signature.bind([(part.name, part.dtype, part.shape) for part in parts])
         return Inference(
@@ -116,6 +109,7 @@ def decode(body: bytes, json_bytes: int, signature: Signature) -> Inference:
             _arrays(parts, body, json_bytes),
             _wanted(plain, _flag(parameters, "binary_data_output", "the body"), signature),
             _timeout(parameters),
+            signature_id,
         )
     except BundleError as error:
         # What reads JSON here speaks of bundles elsewhere.
@@ -168,6 +162,8 @@ def metadata(signature: Signature, name: str) -> dict[str, object]:
         "platform": "trunkline",
         "inputs": tensors(signature.inputs),
         "outputs": tensors(signature.outputs),
+        # What functions need besides: bounds, the names of axes, an id. Values of parameters are no objects.
+        "parameters": {SIGNATURE: json.dumps(signature.to_plain(), separators=(",", ":"))},
     }
 
 
@@ -232,9 +228,9 @@ def _dtype(value: object, place: str) -> str:
         raise UnsupportedTensor(
             f"{place} is of datatype BYTES; models here take numbers, so texts and pictures are made numbers where they come from"
         )
-    found = None if not isinstance(value, str) else _DTYPES.get(value) or _OTHERS.get(value)
+    found = None if not isinstance(value, str) else DTYPES.get(value) or _OTHERS.get(value)
     if found is None:
-        raise InvalidInput(f"{place}.datatype is none of {', '.join(_DTYPES)}")
+        raise InvalidInput(f"{place}.datatype is none of {', '.join(DTYPES)}")
     return found
 
 
@@ -264,6 +260,13 @@ def _timeout(parameters: Mapping[str, object]) -> int | None:
     if "timeout" not in parameters:
         return None
     return integer(parameters["timeout"], "parameters.timeout (microseconds)", 1, MAX_TIMEOUT_US)
+
+
+def _signature_id(parameters: Mapping[str, object]) -> str:
+    value = parameters.get(SIGNATURE_ID, "")
+    if not isinstance(value, str) or len(value) > MAX_NAME:
+        raise InvalidInput(f"parameters.{SIGNATURE_ID} must be a text of at most {MAX_NAME} characters")
+    return value
 
 
 def _wanted(plain: Mapping[str, object], is_binary: bool, signature: Signature) -> tuple[Wanted, ...]:

@@ -38,7 +38,6 @@ from trunkline.errors import (
     QueueFull,
     QuotaExceeded,
     SidecarFault,
-    SignatureMismatch,
     TrunklineError,
     Unauthorized,
     UnknownModel,
@@ -641,11 +640,7 @@ class Session:
         layout = self._layout
         # What was checked of a layout once holds again; the coder gives equal placements as one object.
         if layout is None or layout.placements is not message.inputs or layout.signature is not signature:
-            if message.signature not in ("", signature.id):
-                raise SignatureMismatch(
-                    f"{message.model} is version {signature.version} now; ask for its signature again",
-                    version=signature.version,
-                )
+            signature.check_current(message.signature, message.model)
             layout = self._layout = self._check_layout(signature, message.inputs)
         self._copy_inputs(layout)
         self._busy = True

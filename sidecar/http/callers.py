@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from trunkline.endpoint import Endpoint
 from trunkline.errors import QueueFull, Unauthorized
 from trunkline.pool import Pool
 
@@ -41,7 +42,7 @@ class Callers:
         with self._lock:
             pool, _ = self._pools.get(token, (None, 0.0))
         if pool is None:
-            pool = Pool(address=lambda: self._path, credential=lambda: token, idle_limit=self._idle_limit)
+            pool = Pool(endpoint=Endpoint(self._path), credential=lambda: token, idle_limit=self._idle_limit)
         is_refused = False
         try:
             yield pool
@@ -50,6 +51,14 @@ class Callers:
             raise
         finally:
             self._settle(token, pool, is_kept=pool.connect_count > 0 and not is_refused)
+
+    def greet(self, token: bytes, models: tuple[str, ...], request_bytes: int, reply_bytes: int, deadline: float) -> None:
+        """Open a session as a function does that stands for ``models``, and keep it for the caller's next requests.
+
+        Raises what the engine refuses it with.
+        """
+        with self.pool(token) as pool:
+            pool.give(pool.connect(self._path, models, request_bytes, reply_bytes, deadline))
 
     def close(self) -> None:
         """End all sessions that nobody uses at the moment."""

@@ -8,6 +8,7 @@ without one they are who needs no token, if anybody. Only health is told to all.
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,7 +25,9 @@ from trunkline.errors import (
     TrunklineError,
     UnknownModel,
 )
+from trunkline.oip import EXTENSION, HEADER_LENGTH, MAX_TIMEOUT_US
 from trunkline.pool import Pool
+from trunkline.protocol import MAX_ARENA_BYTES, MAX_MODELS, MAX_NAME
 from trunkline.signature import Signature
 
 from sidecar import failures, openinference
@@ -33,13 +36,16 @@ from sidecar.http.access import TENANT, needs
 from sidecar.http.access import tenant_token as _token
 from sidecar.openinference import MAX_JSON_BYTES, MOST_PARSED_BYTES
 from sidecar.strictjson import load_json, members
-from sidecar.tenants import DEPLOYED_NAME, hash_of, matches, unqualified
+from sidecar.tenants import hash_of, matches, unqualified
 
-HEADER_LENGTH: Final = "Inference-Header-Content-Length"
-_EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+_EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics", EXTENSION)
 _MAX_BODY_BYTES: Final = 64 << 10
 # It reads files.
 _version: Final = functools.cache(version_of)
+_NAME: Final = re.compile(rf"[A-Za-z0-9._+@-]{{1,{MAX_NAME}}}")
+_DIGITS: Final = re.compile(r"[0-9]{1,15}")
+# What a function tells when it greets, besides the models it stands for: bytes of tensors, microseconds.
+_GREETING: Final = {"request_bytes": MAX_ARENA_BYTES, "reply_bytes": MAX_ARENA_BYTES, "timeout": MAX_TIMEOUT_US}
 _NO_SHARED_MEMORY: Final = (
     "clients cannot register shared memory with this server: it would let them name memory of others; send tensors in the "
     "body, or ask over the sidecar's Unix socket, where memory is shared"
@@ -56,6 +62,8 @@ class Callers(Protocol):
     """Sessions with the engine that are opened with a caller's own token."""
 
     def pool(self, token: bytes) -> AbstractContextManager[Pool]: ...
+
+    def greet(self, token: bytes, models: tuple[str, ...], request_bytes: int, reply_bytes: int, deadline: float) -> None: ...
 
 
 class Room(Protocol):
@@ -117,9 +125,22 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     @routes.get("")
     @needs(TENANT)
     def server() -> Response:
-        """Tell the server's name, version and what of the protocol it has."""
-        caller()
+        """Tell the server's name, version and what of the protocol it has. A function tells what it is going to ask for."""
+        if request.args:
+            greet()
+        else:
+            caller()
         return jsonify(name="trunkline", version=_version("trunkline"), extensions=_EXTENSIONS)
+
+    def greet() -> None:
+        """Open a session with the engine as the function would, were it to have the socket: it is refused alike."""
+        names = request.args.getlist("model")
+        if len(names) > MAX_MODELS:
+            raise InvalidInput(f"at most {MAX_MODELS} models are named, these are {len(names)}")
+        wanted = {key: _number(key, limit) for key, limit in _GREETING.items()}
+        deadline = time.monotonic() + wanted["timeout"] / 1_000_000
+        with room.taken(token := _token(), 0):
+            callers.greet(token, tuple(map(_name, names)), wanted["request_bytes"], wanted["reply_bytes"], deadline)
 
     @_versioned(routes, "")
     @needs(TENANT)
@@ -185,6 +206,8 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
                 deadline_s = asked.timeout_us / 1_000_000 - (time.monotonic() - began_s)
             call_id = request.headers.get("X-Call-Id") or asked.id or ""
             answered = found.call(asked.inputs, deadline_s=deadline_s, call_id=call_id)
+            # A call that meets a new version goes on with it, which not everybody wants.
+            found.signature.check_current(asked.signature_id, name)
             if not isinstance(answered, dict):
                 answered = {found.signature.outputs[0].name: answered}
             body, length = openinference.encode(found.signature, name, asked, answered)
@@ -260,9 +283,17 @@ def _check_body(limit_bytes: int) -> None:
 
 
 def _name(name: str) -> str:
-    if not DEPLOYED_NAME.fullmatch(name):
-        raise UnknownModel("no model has such a name: a-z, 0-9, '.', '_' and '-', at most 128 of them")
+    """Return the name of a model, or of several asked together. Whether there is one, the engine says."""
+    if not _NAME.fullmatch(name):
+        raise UnknownModel(f"no model has such a name: a-z, 0-9, '.', '_' and '-', at most {MAX_NAME} of them")
     return name
+
+
+def _number(key: str, limit: int) -> int:
+    text = request.args.get(key, "")
+    if not _DIGITS.fullmatch(text) or int(text) > limit:
+        raise InvalidInput(f"{key} must be a number from 0 to {limit}")
+    return int(text)
 
 
 def _of_version(signature: Signature, version: str | None) -> Signature:

@@ -14,10 +14,11 @@ from typing import Any
 import flask.testing
 import numpy as np
 import pytest
-from trunkline import client, model
+from trunkline import client, model, oip
 from trunkline.admin import AdminConnection
 from trunkline.errors import InvalidInput, QueueFull, SidecarUnavailable, TrunklineError, Unauthorized
 from trunkline.protocol import TensorSpec
+from trunkline.signature import Signature
 
 from sidecar.errors import BlobCorrupt
 from sidecar.http.admin import create_app
@@ -130,7 +131,11 @@ def test_server_and_model_are_described(open_one: Endpoint) -> None:
     assert told["name"] == "trunkline"
     assert "binary_tensor_data" in told["extensions"]
     for path in ("/v2/models/text", "/v2/models/text/versions/1"):
-        assert open_one.http.get(path).json == {
+        told = open_one.http.get(path).json
+        assert told is not None
+        assert Signature.from_plain(oip.signature_of(told)) == model("text").signature
+        assert told == {
+            "parameters": told["parameters"],
             "name": "text",
             "versions": ["1"],
             "platform": "trunkline",

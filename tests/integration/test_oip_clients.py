@@ -14,6 +14,7 @@ import tritonclient.http as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 from trunkline.client import Model
+from trunkline.endpoint import Endpoint
 from trunkline.pool import Pool
 
 from sidecar.bundle import write_bundle
@@ -46,7 +47,7 @@ class Served:
         self.url = f"http://{self.address}"
         token = (running.run_dir / "admin.token").read_text().strip()
         self.administrator = {"Authorization": f"Bearer {token}"}
-        self._pool = Pool(address=lambda: str(running.socket), credential=lambda: b"")
+        self._pool = Pool(endpoint=Endpoint(str(running.socket)), credential=lambda: b"")
 
     def over_the_socket(self, name: str, inputs: Arrays) -> Arrays:
         asked = Model(name, self._pool)

@@ -424,7 +424,7 @@ def test_the_samples_own_test_passes_in_the_context_and_a_broken_handler_fails_i
 
 def test_the_clients_wheel_metadata_names_what_the_template_installs() -> None:
     needed = {re.split(r"[<>=]", line)[0] for line in (TEMPLATE / "requirements.txt").read_text().split()}
-    assert {"flask", "gunicorn", "msgpack", "numpy", "posix-ipc"} == needed
+    assert {"flask", "gunicorn", "msgpack", "numpy", "posix-ipc", "requests", "urllib3"} == needed
     assert "torch" not in needed
 
 

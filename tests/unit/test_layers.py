@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 WIRE = ROOT / "template" / "python3-trunkline" / "trunkline"
 WIRE_MAY_IMPORT = {"msgpack", "numpy", "posix_ipc", "trunkline"}
+# Imported when it is needed, and by nobody else.
+OVER_HTTP = "httpconnection"
 
 LAYERS = {
     1: {
@@ -173,7 +175,17 @@ def module_name(path: Path) -> str:
 @pytest.mark.parametrize("path", sorted(WIRE.glob("*.py")), ids=lambda path: path.stem)
 def test_the_client_imports_little(path: Path) -> None:
     tops = {name.split(".")[0] for name in imports(path)}
-    assert tops - set(sys.stdlib_module_names) <= WIRE_MAY_IMPORT
+    over_http = {"requests", "urllib3"} if path.stem == OVER_HTTP else set()
+    assert tops - set(sys.stdlib_module_names) <= WIRE_MAY_IMPORT | over_http
+
+
+def test_functions_with_a_socket_are_spared_what_http_needs() -> None:
+    code = (
+        "import sys, trunkline, trunkline.testing\n"
+        "assert not {'requests', 'urllib3', 'http.client', 'ssl'} & sys.modules.keys(), sys.modules.keys()"
+    )
+    environment = {"PYTHONPATH": str(ROOT / "template" / "python3-trunkline"), "PATH": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
 
 
 @pytest.mark.parametrize("path", sidecar_modules(), ids=module_name)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trunkline import oip
 from trunkline.errors import BodyTooLarge, InvalidInput, RequestError, SignatureMismatch, UnsupportedTensor
 from trunkline.protocol import TensorSpec
 from trunkline.signature import Signature
@@ -262,7 +263,11 @@ def test_the_length_of_the_json_is_looked_at_before_the_json() -> None:
 def test_what_is_told_of_a_model() -> None:
     x, n = {"name": "x", "shape": [-1, 2]}, {"name": "n", "shape": [-1]}
     y, z = {"name": "y", "shape": [-1, 2]}, {"name": "z", "shape": list[int]()}
-    assert metadata(NUMBERS, "m") == {
+    told = metadata(NUMBERS, "m")
+    # What functions need, and the protocol has no place for.
+    assert Signature.from_plain(oip.signature_of(told)) == NUMBERS
+    assert told == {
+        "parameters": told["parameters"],
         "name": "m",
         "versions": ["7"],
         "platform": "trunkline",

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from trunkline import context, protocol
 from trunkline.arguments import Array, by_name, checked, dtype_name, sendable, size_of
-from trunkline.connection import Connection, view
+from trunkline.connection import view
 from trunkline.errors import (
     ArenaFull,
     ConnectionLost,
@@ -30,7 +30,7 @@ from trunkline.errors import (
     SignatureMismatch,
     TrunklineError,
 )
-from trunkline.pool import Pool
+from trunkline.pool import AnyConnection, Pool
 from trunkline.protocol import JOINT, JOINT_OUTPUT, MAX_JOINT, Placement
 from trunkline.signature import Signature
 
@@ -65,7 +65,10 @@ def counters() -> dict[str, int]:
 
 
 def transport_name() -> str | None:
-    """Return how this process reaches the sidecar, e.g. ``unix:/run/trunkline/trunkline.sock``; None before it did."""
+    """Return how this process reaches the sidecar: ``unix:/run/trunkline/trunkline.sock``, or ``http://127.0.0.1:9470``.
+
+    None before it did, and when it has lost it.
+    """
     return _pool.address
 
 
@@ -325,7 +328,7 @@ class Request:
         self._deadline = deadline
         self._call_id = sendable(context.call_id.get() if call_id is None else call_id)
         self._reply_bytes = layout.reply_bytes
-        self._connection: Connection | None = None
+        self._connection: AnyConnection | None = None
         # Where the inputs are written: the arena of the first connection, which outlives it while this refers to it.
         self._memory: Any = None
 
@@ -334,7 +337,7 @@ class Request:
         self._memory = self._connection.request
         return self
 
-    def _take(self) -> Connection:
+    def _take(self) -> AnyConnection:
         return self._pool.take(self._layout.input_bytes, self._reply_bytes, self._deadline)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -342,7 +345,7 @@ class Request:
             self._pool.give(self._connection)
         self._connection = self._memory = None
 
-    def _open(self) -> Connection:
+    def _open(self) -> AnyConnection:
         if self._connection is None:
             raise RuntimeError("a request is used inside its `with` block only")
         return self._connection
@@ -392,7 +395,7 @@ class Request:
             return found[0][1].copy()
         return {name: array.copy() for name, array in found}
 
-    def _ask(self, connection: Connection) -> tuple[tuple[str, Array], ...]:
+    def _ask(self, connection: AnyConnection) -> tuple[tuple[str, Array], ...]:
         if connection.request is not self._memory:
             input_bytes = self._layout.input_bytes
             connection.request[:input_bytes] = self._memory[:input_bytes]

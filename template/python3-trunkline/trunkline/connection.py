@@ -61,6 +61,7 @@ class Connection:
         Arena sizes of 0 let the sidecar choose what one row through ``models`` needs. Raises TransportError,
         ProtocolError, Unauthorized, CapacityError.
         """
+        self.endpoint = path
         self.address = f"unix:{path}"
         self._channel = transport.connect(path, deadline)
         self._coder = protocol.Coder()

@@ -163,7 +163,7 @@ class Fault(NamedTuple):
 
 Message = Hello | Describe | Infer | Command | Welcome | Document | Result | Fault
 
-_HELLO, _DESCRIBE, _INFER, _COMMAND, _WELCOME, _DOCUMENT, _RESULT, _FAULT = 1, 2, 3, 4, 17, 18, 19, 20
+_HELLO, _DESCRIBE, _INFER, _COMMAND, _WELCOME, _DOCUMENT, _RESULT, FAULT = 1, 2, 3, 4, 17, 18, 19, 20
 
 
 def encode(message: Message) -> bytes:
@@ -203,7 +203,7 @@ def _fields(message: Message) -> tuple[object, ...]:
             return _COMMAND, message.request_id, message.name, message.length
         case Fault():
             text = message.message[:MAX_MESSAGE]
-            return _FAULT, message.request_id, message.code, text, message.retryable, message.details
+            return FAULT, message.request_id, message.code, text, message.retryable, message.details
         case Hello():
             return (
                 _HELLO,
@@ -349,9 +349,10 @@ def _sequence(value: Any, limit: int, what: str) -> tuple[Any, ...]:
     return value
 
 
-def _placements(value: Any, what: str) -> tuple[Placement, ...]:
+def placements(value: Any, what: str) -> tuple[Placement, ...]:
+    """Return (name, dtype, shape, offset) of each tensor as placements. Raises MalformedFrame."""
     # The one decoder on every request's way, so its checks stand in line.
-    placements = []
+    found = []
     for entry in _sequence(value, MAX_TENSORS, what):
         if type(entry) is not tuple or len(entry) != 4:
             raise MalformedFrame(f"a tensor in {what} has 4 fields: name, dtype, shape, offset")
@@ -367,8 +368,8 @@ def _placements(value: Any, what: str) -> tuple[Placement, ...]:
                 raise MalformedFrame(f"an axis must be an integer from 0 to {MAX_ARENA_BYTES}")
         if type(offset) is not int or not 0 <= offset <= MAX_ARENA_BYTES:
             raise MalformedFrame(f"an offset must be an integer from 0 to {MAX_ARENA_BYTES}")
-        placements.append(Placement(name, dtype, shape, offset))
-    return tuple(placements)
+        found.append(Placement(name, dtype, shape, offset))
+    return tuple(found)
 
 
 def _id(value: Any) -> int:
@@ -400,7 +401,7 @@ def _infer(fields: tuple[Any, ...]) -> Infer:
         *_infer_front(fields),
         _text(fields[4], MAX_NAME, "the model's name"),
         _text(fields[5], MAX_NAME, "the signature's id"),
-        _placements(fields[6], "the inputs"),
+        placements(fields[6], "the inputs"),
     )
 
 
@@ -439,10 +440,11 @@ def _document(fields: tuple[Any, ...]) -> Document:
 
 
 def _result(fields: tuple[Any, ...]) -> Result:
-    return Result(_id(fields[1]), _placements(fields[2], "the outputs"))
+    return Result(_id(fields[1]), placements(fields[2], "the outputs"))
 
 
-def _fault(fields: tuple[Any, ...]) -> Fault:
+def fault(fields: tuple[Any, ...]) -> Fault:
+    """Return the fault with these fields, its kind the first of them. Raises MalformedFrame."""
     if type(fields[4]) is not bool:
         raise MalformedFrame("retryable must be true or false")
     details = fields[5]
@@ -468,7 +470,7 @@ _DECODERS: Final[dict[int, tuple[int, Callable[[tuple[Any, ...]], Message]]]] = 
     _WELCOME: (7, _welcome),
     _DOCUMENT: (3, _document),
     _RESULT: (3, _result),
-    _FAULT: (6, _fault),
+    FAULT: (6, fault),
 }
 
 

@@ -29,6 +29,17 @@ class Signature:
     symbols: Mapping[str, tuple[int, int]]
     id: str = ""
 
+    def check_current(self, named: str, called: str) -> None:
+        """Raise SignatureMismatch unless a caller that goes by the signature ``named`` goes by this one; empty: by any.
+
+        ``called`` is what the caller calls the model.
+        """
+        if named not in ("", self.id):
+            raise SignatureMismatch(
+                f"{called} is version {self.version} now; ask for its signature again",
+                version=self.version,
+            )
+
     def bind(self, tensors: Iterable[tuple[str, str, Sequence[int]]]) -> dict[str, int]:
         """Check (name, dtype, shape) of every input; return the size of each symbolic axis.
 

@@ -49,7 +49,7 @@ def fake_models(models: Mapping[str, tuple[Signature, Answer]]) -> Iterator[None
     before = pool.connector
 
     def connect(path: str, *, request_bytes: int = 0, reply_bytes: int = 0, **_: object) -> FakeConnection:
-        return FakeConnection(models, request_bytes, reply_bytes)
+        return FakeConnection(path, models, request_bytes, reply_bytes)
 
     pool.connector = connect  # type: ignore[assignment]
     try:
@@ -80,7 +80,10 @@ class FakeConnection:
     transport = "fake"
     generation = 0
 
-    def __init__(self, models: Mapping[str, tuple[Signature, Answer]], request_bytes: int, reply_bytes: int) -> None:
+    def __init__(
+        self, endpoint: str, models: Mapping[str, tuple[Signature, Answer]], request_bytes: int, reply_bytes: int
+    ) -> None:
+        self.endpoint = endpoint
         self._models = models
         self.request_bytes = page_aligned(request_bytes)
         self.reply_bytes = page_aligned(reply_bytes)

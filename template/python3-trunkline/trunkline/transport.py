@@ -1,8 +1,7 @@
 """One framed socket: whole messages in, whole messages out, with deadlines and passed descriptors.
 
 The socket is a Unix socket of type SOCK_SEQPACKET: the kernel keeps message boundaries, so there is no length prefix
-to lie about and no partial frame to wait for. This is the only module of the client that touches a socket. A channel
-belongs to one thread at a time.
+to lie about and no partial frame to wait for. A channel belongs to one thread at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from trunkline.errors import ConnectionLost, DeadlineExceeded, FdMissing, FrameT
 from trunkline.protocol import MAX_DEADLINE_US, MAX_FRAME_BYTES
 
 # The longest deadline a message can carry.
-_LONGEST_WAIT_S = MAX_DEADLINE_US / 1_000_000
+LONGEST_WAIT_S = MAX_DEADLINE_US / 1_000_000
 _BACKLOG_PAUSE_S = 0.005
 
 
@@ -30,7 +29,7 @@ def connect(path: str, deadline: float) -> Channel:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         while True:
-            _remaining(deadline)
+            remaining_s(deadline)
             try:
                 sock.connect(path)
                 return Channel(sock)
@@ -49,7 +48,8 @@ def connect(path: str, deadline: float) -> Channel:
         ) from error
 
 
-def _remaining(deadline: float) -> float:
+def remaining_s(deadline: float) -> float:
+    """Return the seconds until ``deadline``, of ``time.monotonic``. Raises DeadlineExceeded when it has passed."""
     remaining = deadline - time.monotonic()
     if remaining <= 0:
         raise DeadlineExceeded(
@@ -76,7 +76,7 @@ class Channel:
 
     def send(self, frame: bytes, deadline: float) -> None:
         """Send one message. Raises ConnectionLost, DeadlineExceeded."""
-        _remaining(deadline)
+        remaining_s(deadline)
         try:
             try:
                 self._socket.send(frame)
@@ -140,13 +140,18 @@ class Channel:
 
 
 def _wait(poll: select.poll, deadline: float, verb: str) -> None:
-    remaining = _remaining(deadline)
+    remaining = remaining_s(deadline)
     # Rounded up, so that a wait is never cut to nothing. After a signal Python waits for what is left.
-    if not poll.poll(math.ceil(min(remaining, _LONGEST_WAIT_S) * 1000)):
-        raise DeadlineExceeded(
-            f"the sidecar did not {verb} within the {remaining:.3f} s that were left; allow more with deadline_s",
-            waited_s=round(remaining, 3),
-        )
+    if not poll.poll(math.ceil(min(remaining, LONGEST_WAIT_S) * 1000)):
+        raise late(verb, remaining)
+
+
+def late(verb: str, waited_s: float) -> DeadlineExceeded:
+    """Return what is told when the sidecar did not ``verb`` in the time that there was."""
+    return DeadlineExceeded(
+        f"the sidecar did not {verb} within the {waited_s:.3f} s that were left; allow more with deadline_s",
+        waited_s=round(waited_s, 3),
+    )
 
 
 def _lost(error: OSError, what: str) -> OSError | ConnectionLost:
