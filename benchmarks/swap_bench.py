@@ -171,7 +171,10 @@ class Swap(Bench):
         ended = threading.Event()
 
         def look() -> None:
-            admin = AdminClient(sidecar.admin.address)
+            with AdminClient(sidecar.admin.address) as admin:
+                look_with(admin)
+
+        def look_with(admin: AdminClient) -> None:
             while not ended.is_set():
                 seen = {}
                 # The engine answers between two stages; the system at any time.

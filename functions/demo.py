@@ -133,7 +133,7 @@ def _pack(folder: Path) -> list[str]:
             def advance(step: str, fraction: float, task: Any = task) -> None:
                 progress.update(task, description=step, completed=fraction)
 
-            lines += pack(f"functions.sources:{name}", folder / name, name=name, progress=advance)
+            lines += pack(f"functions.sources:{name}", folder / name, name=name, progress=advance).lines()
     return lines
 
 
@@ -367,7 +367,8 @@ def run(stack_file: Path, write: Callable[[str], None]) -> None:
     headline("Starting sidecar, functions and gateway; the first time, this installs what the functions need")
     with LocalStack(stack_file, write=write) as stack, requests.Session() as session:
         headline("Pushing the bundles")
-        push(AdminClient(stack.admin), folder)
+        with contextlib.closing(AdminClient(stack.admin)) as admin:
+            push(admin, folder)
         stack.wait_ready()
         say("waiting until the sidecar has tried out how each model runs best")
         with contextlib.closing(AdminClient(stack.admin)) as admin:

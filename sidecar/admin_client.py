@@ -1,4 +1,4 @@
-"""The other side of the admin endpoint: what the command line uses to reach a sidecar, over a Unix socket or loopback.
+"""The other side of the admin endpoint: what the command line uses to reach a sidecar, over a Unix socket or TCP.
 
 A client belongs to the thread that made it. Must not import torch: looking and pushing have to be quick.
 """
@@ -11,22 +11,22 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Self
 
 import requests
 import requests_unixsocket
-from trunkline.errors import MalformedFrame, SidecarUnavailable, TrunklineError, from_wire
+from trunkline.errors import MalformedFrame, SidecarUnavailable, TrunklineError, VersionMismatch, from_wire
 
 from sidecar.bundle import blob_path, canonical_graph, manifest_bytes, read_bundle
 from sidecar.errors import BundleError, ConfigError
 from sidecar.strictjson import load_json
 
-# Of the environment: what to show over TCP, and whom to believe there.
-TOKEN_FILE: Final = "TRUNKLINE_ADMIN_TOKEN_FILE"  # noqa: S105 - a name
-CERTIFICATES: Final = "TRUNKLINE_ADMIN_CA"
-_TIMEOUT_S: Final = (5.0, 600.0)
+_CONNECT_S: Final = 5.0
+_ANSWER_S: Final = 600.0
 _CHUNK_BYTES: Final = 1 << 20
 _ADDRESS: Final = re.compile(r"unix:.+|https?://[^/]+/?")
+# What the endpoint answers to a path or a method that it does not have.
+_NO_SUCH_ROUTE: Final = ("not_found", "method_not_allowed")
 # What fits into one body of the endpoint; a model may have a hundred thousand weights.
 _DIGESTS_AT_ONCE: Final = 500
 
@@ -43,27 +43,39 @@ class Pushed:
 
 
 class AdminClient:
-    """Requests to one admin endpoint. ``address`` is ``unix:/path/of/admin.sock`` or ``http://127.0.0.1:9470``.
+    """Requests to one admin endpoint. ``address`` is ``unix:/path/of/admin.sock``, ``http://127.0.0.1:9470`` or ``https://…``.
 
-    Over TCP it has the token of the file that TRUNKLINE_ADMIN_TOKEN_FILE names, and believes certificates that
-    TRUNKLINE_ADMIN_CA, a PEM file, vouches for.
+    A context manager, which closes its connections at the end.
     """
 
-    def __init__(self, address: str) -> None:
-        """Raises ConfigError for an address that is neither, and for a token that cannot be read."""
+    def __init__(self, address: str, *, token: str = "", ca_file: Path | None = None, timeout_s: float = _ANSWER_S) -> None:
+        """Prepare to ask with ``token``, if any; certificates are checked against those of ``ca_file``, or the system's.
+
+        An answer that takes longer than ``timeout_s`` is none. Raises ConfigError for an address that is of no such form.
+        """
         self.address = address
         if not _ADDRESS.fullmatch(address):
-            raise ConfigError(f"the admin address is {address[:80]!r}; it must be unix:PATH/admin.sock or http://127.0.0.1:PORT")
+            raise ConfigError(
+                f"the admin address is {address[:80]!r}; it must be unix:PATH/admin.sock, http://127.0.0.1:PORT or https://HOST:PORT"
+            )
+        self._timeout_s = (min(_CONNECT_S, timeout_s), timeout_s)
         self._session: requests.Session = requests_unixsocket.Session()  # type: ignore[no-untyped-call]
-        # No proxy between this machine and itself.
+        # No proxy between this machine and itself, and nobody else's credentials.
         self._session.trust_env = False
+        if token:
+            self._session.headers["Authorization"] = f"Bearer {token}"
+        if ca_file is not None:
+            self._session.verify = str(ca_file)
         if address.startswith("unix:"):
             self._base = "http+unix://" + urllib.parse.quote(address.removeprefix("unix:"), safe="")
         else:
             self._base = address.rstrip("/")
-            if path := os.environ.get(TOKEN_FILE):
-                self._session.headers["Authorization"] = f"Bearer {_read_token(path)}"
-            self._session.verify = os.environ.get(CERTIFICATES) or True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the connections that are kept alive."""
@@ -77,35 +89,57 @@ class AdminClient:
         """POST JSON to a route below /admin/v1."""
         return self._ask("POST", path, json=body or {})
 
+    def put(self, path: str, body: dict[str, object]) -> Any:
+        """PUT JSON to a route below /admin/v1."""
+        return self._ask("PUT", path, json=body)
+
     def delete(self, path: str) -> Any:
         """DELETE a route below /admin/v1."""
         return self._ask("DELETE", path, headers={"Content-Type": "application/json"})
 
+    def metrics(self) -> str:
+        """Return all that is counted, in the text format of Prometheus. Raises as ``get``."""
+        response = self._send("GET", "/metrics")
+        if response.status_code >= 400:
+            raise self._refusal(response, "GET /metrics")
+        return response.text
+
     def _ask(self, method: str, path: str, **arguments: Any) -> Any:
+        response = self._send(method, f"/admin/v1/{path}", **arguments)
+        if response.status_code >= 400:
+            raise self._refusal(response, f"{method} {path}")
+        return self._json(response)
+
+    def _send(self, method: str, path: str, **arguments: Any) -> requests.Response:
         try:
-            response = self._session.request(
-                method, f"{self._base}/admin/v1/{path}", timeout=_TIMEOUT_S, allow_redirects=False, **arguments
-            )
+            return self._session.request(method, self._base + path, timeout=self._timeout_s, allow_redirects=False, **arguments)
         except requests.exceptions.SSLError as error:
             raise SidecarUnavailable(
-                f"{self.address} does not prove who it is; name a file with its certificate, or that of who vouches for it, in "
-                f"{CERTIFICATES}",
+                f"{self.address} has no certificate that is trusted here; name the file of its authority's with --ca-file",
                 address=self.address,
             ) from error
         except requests.RequestException as error:
-            raise SidecarUnavailable(
-                f"no sidecar answers at {self.address}; start one with `trunkline serve`, or name it with --admin",
-                address=self.address,
-            ) from error
+            raise SidecarUnavailable(_unreached(self.address, error), address=self.address) from error
+
+    def _json(self, response: requests.Response) -> Any:
         try:
-            body = response.json()
+            return response.json()
         except ValueError as error:
             raise MalformedFrame(f"{self.address} answered {response.status_code} without JSON") from error
-        if response.status_code >= 400:
-            # What was refused may not have been read to its end; the server then closes, and a next request would meet that.
-            self._session.close()
-            raise _error_of(body, response.status_code)
-        return body
+
+    def _refusal(self, response: requests.Response, asked: str) -> TrunklineError:
+        body = self._json(response)
+        # What was refused may not have been read to its end; the server then closes, and a next request would meet that.
+        self._session.close()
+        try:
+            error = body["error"]
+            code, message, details = str(error["code"]), str(error["message"]), dict(error["details"])
+        except (KeyError, TypeError, ValueError):
+            return MalformedFrame(f"the sidecar answered {response.status_code} without saying why")
+        if code in _NO_SUCH_ROUTE:
+            told = f"the sidecar at {self.address} does not know {asked}"
+            return VersionMismatch(f"{told}: it is older than this command; upgrade it")
+        return from_wire(code, message, details)
 
     def push(self, directory: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Pushed:
         """Send a bundle folder: only the weights that the sidecar lacks, then the model itself.
@@ -160,17 +194,11 @@ class _Body:
             self._advance(len(chunk))
 
 
-def _read_token(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "it is no token"
-        raise ConfigError(f"the token in {path}, which {TOKEN_FILE} names, cannot be read ({reason})", key=TOKEN_FILE) from error
-
-
-def _error_of(body: Any, status: int) -> TrunklineError:
-    try:
-        error = body["error"]
-        return from_wire(str(error["code"]), str(error["message"]), dict(error["details"]))
-    except (KeyError, TypeError, ValueError):
-        return MalformedFrame(f"the sidecar answered {status} without saying why")
+def _unreached(address: str, error: BaseException) -> str:
+    """Return why there was no answer, and what to do about it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, PermissionError):
+            return f"{address} may not be used by this user; ask as one of its group, or as the user that the sidecar runs as"
+        cause = cause.__cause__ or cause.__context__
+    return f"no sidecar answers at {address}; start one with `trunkline serve`, or name it with --admin"

@@ -243,7 +243,14 @@ class Commands:
             "padded_along": deployed.verdict.padded if deployed.verdict else "",
             "unbatched_because": deployed.verdict.reason if deployed.verdict else "it was not tried yet",
             "signature": deployed.signature.to_plain(),
+            **self._progress(deployed),
         }
+
+    def _progress(self, deployed: Deployed) -> dict[str, object]:
+        """Return what a model's weights take in memory in the form they are used in, and how much of that is there."""
+        weights = self._residency.weights(deployed.plan)
+        resident_bytes = sum(size for digest, size in weights.items() if self._residency.is_resident(digest))
+        return {"memory_bytes": sum(weights.values()), "resident_bytes": resident_bytes}
 
     def _blocks(self, work: Work, arguments: dict[str, Any]) -> object:
         blocks = self._catalog.graph.blocks()

@@ -61,6 +61,8 @@ def model(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "requests": sum(one.get("requests", 0) for one in each),
         "last_used_s": min(used, default=None),
         "resident_on": [device for device, one in found.items() if one["state"] == "resident"],
+        # Each device has a copy of its own: what tells how far a load is, is the one that has most.
+        **({"resident_bytes": max(one["resident_bytes"] for one in each)} if "resident_bytes" in first else {}),
         **({"freed_bytes": sum(one["freed_bytes"] for one in each)} if "freed_bytes" in first else {}),
     }
 

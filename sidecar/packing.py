@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,32 @@ from sidecar.export import convert, load_source
 
 _DYNAMIC: Final = re.compile(r"(?P<input>[^:=]+):(?P<axis>\d)=(?P<symbol>[a-z][a-z0-9_]*):(?P<low>\d+)\.\.(?P<high>\d+)")
 _BOUNDS: Final = re.compile(r"(?P<input>[^=]+)=(?P<low>-?\d+)\.\.(?P<high>-?\d+)")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a bundle is that was written, and what the comparison with the original found."""
+
+    name: str
+    version: str
+    output: str
+    operator_count: int
+    weight_count: int
+    weight_bytes: int
+    max_rel: float
+    tolerance: float
+    max_abs: float
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Return it for people."""
+        return [
+            *self.notes,
+            f"{self.name} version {self.version}: {self.operator_count} operators, {self.weight_count} weights, "
+            f"{self.weight_bytes / 1e6:.1f} MB, written to {self.output}",
+            f"largest difference from the original: {self.max_rel:.3g} of the output's scale "
+            f"(accepted: {self.tolerance:.3g}), {self.max_abs:.3g} absolute",
+        ]
 
 
 def pack(
@@ -26,8 +53,8 @@ def pack(
     dynamic: Iterable[str] = (),
     bounds: Iterable[str] = (),
     progress: Callable[[str, float], None] | None = None,
-) -> list[str]:
-    """Convert ``source`` and write the bundle to ``output``; return lines for people. Raises ExportError.
+) -> Summary:
+    """Convert ``source`` and write the bundle to ``output``. Raises ExportError.
 
     What the source says of itself holds unless the arguments say otherwise. ``dynamic`` are texts such as
     ``ids:1=sequence:1..512``, ``bounds`` such as ``ids=0..30521``.
@@ -63,10 +90,15 @@ def pack(
     )
     write_bundle(output, packed.bundle, packed.blobs)
     graph = packed.bundle.graph
-    return [
-        *found.notes,
-        f"{name} version {version}: {len(graph.nodes)} operators, {len(packed.tensors)} weights, "
-        f"{model_bytes(graph) / 1e6:.1f} MB, written to {output}",
-        f"largest difference from the original: {packed.report.max_rel:.3g} of the output's scale "
-        f"(accepted: {packed.bundle.tolerance:.3g}), {packed.report.max_abs:.3g} absolute",
-    ]
+    return Summary(
+        name=name,
+        version=version,
+        output=str(output),
+        operator_count=len(graph.nodes),
+        weight_count=len(packed.tensors),
+        weight_bytes=model_bytes(graph),
+        max_rel=packed.report.max_rel,
+        tolerance=packed.bundle.tolerance,
+        max_abs=packed.report.max_abs,
+        notes=tuple(found.notes),
+    )

@@ -73,5 +73,6 @@ def sidecar_process(folder: Path, *flags: str) -> Iterator[SidecarProcess]:
         yield running
     finally:
         running.stop()
+        running.admin.close()
         # A supervisor that was killed leaves its segment to the next one.
         (SHARED_MEMORY / segment_name(running.run_dir.resolve())[1:]).unlink(missing_ok=True)

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import IO
 
 import click
-from rich.box import SIMPLE
-from rich.table import Table
 
 from sidecar import drawing
 from sidecar.cli.endpoint import client_of
 from sidecar.cli.models import print_models
-from sidecar.cli.printing import as_json, console, print_json, size
+from sidecar.cli.printing import as_json, bar, console, print_found, print_json, print_rows, size
 
 
 @click.command()
@@ -31,10 +29,8 @@ def status(ctx: click.Context, as_json: bool) -> None:
         f"[bold]{state}[/] on {engine['device']}, pid {engine['pid']}, engine {engine['generation']}, "
         f"up {engine['uptime_s']:.0f} s, {found['sessions']} sessions"
     )
-    share = memory["resident_bytes"] / memory["budget_bytes"]
-    filled = round(30 * min(share, 1))
     console.print(
-        f"memory [{'#' * filled}{'.' * (30 - filled)}] {size(memory['resident_bytes'])} of "
+        f"memory {bar(memory['resident_bytes'], memory['budget_bytes'])} {size(memory['resident_bytes'])} of "
         f"{size(memory['budget_bytes'])}, {size(memory['pinned_bytes'])} pinned",
         markup=False,
     )
@@ -57,7 +53,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
 @as_json
 @click.pass_context
 def graph(ctx: click.Context, dot: Path | None, svg: Path | None, as_json: bool) -> None:
-    """Show the fused graph: which blocks models have in common, and what that saves."""
+    """Show which blocks models have in common. Draws the fused graph, and tells what it saves."""
     found = client_of(ctx).get("graph")
     for path, drawn in ((dot, drawing.as_dot), (svg, drawing.as_svg)):
         if path is not None:
@@ -71,14 +67,18 @@ def graph(ctx: click.Context, dot: Path | None, svg: Path | None, as_json: bool)
 @click.command()
 @click.option("--limit", type=click.IntRange(1, 10_000), default=10_000, show_default=True, help="At most so many leases.")
 @click.option("-o", "--output", type=click.File("w", encoding="utf-8"), default="-", help="A file; default: standard output.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON document, as the endpoint tells it, instead of lines.")
 @click.pass_context
-def trace(ctx: click.Context, limit: int, output: IO[str]) -> None:
-    """Record which models were asked for lately, and what was fetched and evicted for it.
+def trace(ctx: click.Context, limit: int, output: IO[str], as_json: bool) -> None:
+    """Record which models were asked for lately. With what was fetched and evicted for it.
 
     Prints JSON lines: first the models and the sizes of their weights, then one line for each lease, oldest first.
     `python -m benchmarks.replay --trace FILE` tells what other policies would have done.
     """
     found = client_of(ctx).get(f"trace?limit={limit}")
+    if as_json:
+        click.echo(json.dumps(found, indent=2), file=output)
+        return
     names = list(found["models"])
     click.echo(json.dumps({key: value for key, value in found.items() if key != "leases"}), file=output)
     for time_s, models, hit_bytes, missed_bytes, evicted_bytes in found["leases"]:
@@ -96,24 +96,45 @@ def trace(ctx: click.Context, limit: int, output: IO[str]) -> None:
 @as_json
 @click.pass_context
 def placement(ctx: click.Context, as_json: bool) -> None:
-    """Show where models are asked on a node with several devices, and how much is asked of each."""
+    """Show which device each model is asked on. For nodes with several, with how much is asked of each."""
     found = client_of(ctx).get("placement")
     if as_json:
         print_json(found)
         return
     for device, told in found["devices"].items():
         console.print(f"{device}: {100 * told['load']:.0f} % of its time is asked for, {told['under_way']} requests under way")
-    table = Table(box=SIMPLE, pad_edge=False)
-    for heading in ("model", "devices", "requests/s", "ms on each device", "may be"):
-        table.add_column(heading, no_wrap=True)
+    rows = []
     for entry in found["models"]:
         limits = [f"only {', '.join(entry['allow'])}"] if entry["allow"] else []
         limits += [f"not {', '.join(entry['forbid'])}"] if entry["forbid"] else []
-        table.add_row(
-            entry["name"],
-            ", ".join(entry["devices"]) + (f" > {', '.join(entry['moving_to'])}" if entry["moving_to"] else ""),
-            f"{entry.get('rate', 0.0):.1f}",
-            ", ".join(f"{device} {1000 * seconds:.1f}" for device, seconds in entry.get("seconds", {}).items()),
-            "; ".join(limits) or "anywhere",
+        rows.append(
+            (
+                entry["name"],
+                ", ".join(entry["devices"]) + (f" > {', '.join(entry['moving_to'])}" if entry["moving_to"] else ""),
+                f"{entry.get('rate', 0.0):.1f}",
+                ", ".join(f"{device} {1000 * seconds:.1f}" for device, seconds in entry.get("seconds", {}).items()),
+                "; ".join(limits) or "anywhere",
+            )
         )
-    console.print(table)
+    print_rows(("model", "devices", "requests/s", "ms on each device", "may be"), rows)
+
+
+def listing(name: str, help_text: str) -> click.Command:
+    """Return a command that prints a list of the sidecar's as it is."""
+
+    @click.command(name, help=help_text)
+    @as_json
+    @click.pass_context
+    def show(ctx: click.Context, as_json: bool) -> None:
+        found = client_of(ctx).get(name)
+        if as_json:
+            print_json(found)
+        else:
+            print_found(found, name)
+
+    return show
+
+
+sessions = listing("sessions", "List open connections, whose they are, what they have.")
+leases = listing("leases", "List the requests that keep models in memory.")
+residency = listing("residency", "Show what is in memory, and for whom.")

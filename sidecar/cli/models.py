@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.box import SIMPLE
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-from rich.table import Table
 
-from sidecar.cli.endpoint import client_of
-from sidecar.cli.names import deployed_name, model_name
-from sidecar.cli.printing import as_json, console, print_json, size
+from sidecar.cli.bars import bytes_sent
+from sidecar.cli.endpoint import client_of, endpoint_of
+from sidecar.cli.loading import act_with_bar
+from sidecar.cli.names import deployed_argument, model_argument
+from sidecar.cli.printing import as_json, console, print_json, print_rows, size
 from sidecar.keeping import HIGHEST_PRIORITY, LONGEST_KEEP_ALIVE_S
 
 # A keep-alive time without an end.
@@ -38,7 +38,7 @@ def model_ls(ctx: click.Context, as_json: bool) -> None:
 
 
 @model.command("show")
-@click.argument("name", callback=deployed_name)
+@deployed_argument
 @as_json
 @click.pass_context
 def model_show(ctx: click.Context, name: str, as_json: bool) -> None:
@@ -76,20 +76,33 @@ def _keeping(found: dict[str, Any]) -> str:
     return f"priority {found['priority']}, kept {kept}"
 
 
-def _add_action(name: str, help_text: str) -> None:
-    @model.command(name, help=help_text)
-    @click.argument("model_name", metavar="NAME", callback=deployed_name)
+def action(name: str, help_text: str) -> click.Command:
+    """Return a command that has something done to one model, and prints what became of it."""
+
+    @click.command(name, help=help_text)
+    @deployed_argument
+    @as_json
     @click.pass_context
-    def act(ctx: click.Context, model_name: str) -> None:
-        found = client_of(ctx).post(f"models/{model_name}/{name}")
-        console.print(f"{found['name']}: {found['state']}{', pinned' if found['pinned'] else ''}")
+    def act(ctx: click.Context, /, name: str, as_json: bool) -> None:
+        print_acted(act_with_bar(endpoint_of(ctx), name, str(ctx.command.name)), as_json)
+
+    return act
 
 
-_add_action("load", "Bring a model into memory.")
-_add_action("unload", "Drop a model from memory; the next request loads it again.")
-_add_action("evict", "Drop a model from memory; the next request loads it again.")
-_add_action("pin", "Load a model and keep it in memory.")
-_add_action("unpin", "Let a model be evicted again.")
+def print_acted(found: dict[str, Any], as_json: bool) -> None:
+    """Print what became of a model."""
+    if as_json:
+        print_json(found)
+        return
+    freed = f", {size(found['freed_bytes'])} freed" if "freed_bytes" in found else ""
+    console.print(f"{found['name']}: {found['state']}{', pinned' if found['pinned'] else ''}{freed}")
+
+
+model.add_command(action("load", "Bring a model into memory."))
+model.add_command(action("unload", "Drop a model from memory. The next request loads it again."))
+model.add_command(action("evict", "Drop a model from memory. The next request loads it again."))
+model.add_command(action("pin", "Load a model and keep it in memory."))
+model.add_command(action("unpin", "Let a model be evicted again."))
 
 
 def _keep_alive(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
@@ -106,12 +119,13 @@ def _keep_alive(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 @model.command("keep")
-@click.argument("name", callback=deployed_name)
+@deployed_argument
 @click.option("--priority", type=click.IntRange(0, HIGHEST_PRIORITY), help="What is lower leaves memory first; 5 unless said.")
 @click.option("--keep-alive", callback=_keep_alive, metavar="SECONDS|forever", help="Drop it when idle for so long.")
+@as_json
 @click.pass_context
-def model_keep(ctx: click.Context, name: str, priority: int | None, keep_alive: float | str | None) -> None:
-    """Say how dear a model is, and for how long it stays in memory without a request."""
+def model_keep(ctx: click.Context, name: str, priority: int | None, keep_alive: float | str | None, as_json: bool) -> None:
+    """Say how dear a model is, and how long it is kept idle."""
     asked: dict[str, object] = {}
     if priority is not None:
         asked["priority"] = priority
@@ -120,73 +134,85 @@ def model_keep(ctx: click.Context, name: str, priority: int | None, keep_alive: 
     if not asked:
         raise click.UsageError("give --priority, --keep-alive, or both")
     found = client_of(ctx).post(f"models/{name}/keep", asked)
-    console.print(f"{found['name']}: {_keeping(found)}")
+    if as_json:
+        print_json(found)
+    else:
+        console.print(f"{found['name']}: {_keeping(found)}")
 
 
 @model.command("place")
-@click.argument("name", callback=deployed_name)
+@deployed_argument
 @click.option("--pin", metavar="DEVICE", help="Only there, whatever is asked.")
 @click.option("--allow", metavar="DEVICE", multiple=True, help="Only on this device and others allowed; may be repeated.")
 @click.option("--forbid", metavar="DEVICE", multiple=True, help="Not on this device; may be repeated.")
 @click.option("--anywhere", is_flag=True, help="Wherever it is answered soonest.")
+@as_json
 @click.pass_context
 def model_place(
-    ctx: click.Context, name: str, pin: str | None, allow: tuple[str, ...], forbid: tuple[str, ...], anywhere: bool
+    ctx: click.Context, name: str, pin: str | None, allow: tuple[str, ...], forbid: tuple[str, ...], anywhere: bool, as_json: bool
 ) -> None:
-    """Say on which of several devices a model may be. What was said before is forgotten."""
+    """Say on which of several devices a model may be. Forgets what was said before."""
     if [pin is not None, bool(allow or forbid), anywhere].count(True) != 1:
         raise click.UsageError("give --pin, --anywhere, or --allow and --forbid")
     asked: dict[str, object] = {"allow": [pin] if pin is not None else list(allow), "forbid": list(forbid)}
     found = client_of(ctx).post(f"models/{name}/place", asked)
-    console.print(f"{found['name']}: on {' and '.join(found['devices'])}")
+    if as_json:
+        print_json(found)
+    else:
+        console.print(f"{found['name']}: on {' and '.join(found['devices'])}")
 
 
 @model.command("rm")
-@click.argument("name", callback=model_name)
+@model_argument
+@as_json
 @click.pass_context
-def model_rm(ctx: click.Context, name: str) -> None:
+def model_rm(ctx: click.Context, name: str, as_json: bool) -> None:
     """Remove a model; `trunkline store gc` frees its disk space."""
-    client_of(ctx).delete(f"models/{name}")
-    console.print(f"{name}: removed")
+    found = client_of(ctx).delete(f"models/{name}")
+    if as_json:
+        print_json(found)
+    else:
+        console.print(f"{name}: removed")
 
 
 @click.command()
 @click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@as_json
 @click.pass_context
-def push(ctx: click.Context, directories: tuple[Path, ...]) -> None:
-    """Send bundles to the sidecar; weights it has already are not sent again."""
+def push(ctx: click.Context, directories: tuple[Path, ...], as_json: bool) -> None:
+    """Send bundles; weights that are there are not sent again."""
     client = client_of(ctx)
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as progress:
-        for directory in directories:
-            task = progress.add_task(directory.name, total=None)
-
-            def advance(done: int, total: int, task: Any = task) -> None:
-                progress.update(task, completed=done, total=total)
-
+    done = []
+    for directory in directories:
+        with bytes_sent(directory.name) as advance:
             pushed = client.push(directory, advance)
-            progress.console.print(
+        done.append(asdict(pushed))
+        if not as_json:
+            console.print(
                 f"{pushed.name}: sent {pushed.sent_count} of {pushed.blob_count} blobs, {size(pushed.sent_bytes)} of "
                 f"{size(pushed.blob_bytes)}",
                 markup=False,
             )
+    if as_json:
+        print_json(done)
 
 
 def print_models(models: list[dict[str, Any]]) -> None:
-    table = Table(box=SIMPLE, pad_edge=False)
-    for heading in ("model", "state", "bytes", "own", "shared", "requests"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("shared with")
+    """Print a table of models."""
+    rows = []
     for entry in models:
         if entry["state"] == "corrupt":
-            table.add_row(entry["name"], "[red]corrupt[/]", "", "", "", "", escape(entry["error"]["message"]))
+            rows.append((entry["name"], "[red]corrupt[/]", "", "", "", "", escape(entry["error"]["message"])))
             continue
-        table.add_row(
-            entry["name"],
-            entry["state"] + (", pinned" if entry["pinned"] else ""),
-            size(entry["bytes"]),
-            size(entry["unique_bytes"]),
-            size(entry["shared_bytes"]),
-            str(entry["requests"]),
-            ", ".join(entry["shared_with"]) or "-",
+        rows.append(
+            (
+                entry["name"],
+                entry["state"] + (", pinned" if entry["pinned"] else ""),
+                size(entry["bytes"]),
+                size(entry["unique_bytes"]),
+                size(entry["shared_bytes"]),
+                str(entry["requests"]),
+                ", ".join(entry["shared_with"]) or "-",
+            )
         )
-    console.print(table)
+    print_rows(("model", "state", "bytes", "own", "shared", "requests", "shared with"), rows, folded=("shared with",))

@@ -1,12 +1,19 @@
-"""What commands print: JSON for programs, tables and lines for people."""
+"""What commands print: JSON for programs on standard output; tables, lines and bars for people."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import click
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
 # Lines are never folded: what reads them may be a program. Nor are tables, where no terminal limits them.
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -15,7 +22,64 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON and n
 
 
 def print_json(plain: object) -> None:
+    """Print one JSON document."""
     click.echo(json.dumps(plain, indent=2))
+
+
+def print_rows(headings: Sequence[str], rows: Iterable[Sequence[str | Text]], *, folded: Collection[str] = ()) -> None:
+    """Print a table of cells with markup; on a terminal too narrow for it, each row as lines of its own.
+
+    ``folded`` are the columns whose cells may be broken into several lines.
+    """
+    table = Table(box=SIMPLE, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading not in folded, overflow="fold")
+    rows = list(rows)
+    for row in rows:
+        table.add_row(*row)
+    if Measurement.get(console, console.options, table).minimum <= console.width:
+        console.print(table)
+        return
+    for row in rows:
+        for heading, cell in zip(headings, row, strict=True):
+            console.print(Text.assemble(f"{heading}: ", cell if isinstance(cell, Text) else Text.from_markup(cell)))
+        console.print()
+
+
+def print_found(found: Any, told: str) -> None:
+    """Print what the sidecar tells as it is: a table of its list ``told``, and before it what else there is.
+
+    Fields named ``…_bytes`` are shown as sizes. Entries may differ in their fields.
+    """
+    entries = found.get(told, []) if isinstance(found, dict) else found
+    if isinstance(found, dict):
+        for key, value in found.items():
+            if key != told:
+                console.print(f"{key}: {_shown(key, value)}", markup=False)
+    if isinstance(entries, dict):
+        entries = [{"name": key} | (value if isinstance(value, dict) else {told: value}) for key, value in entries.items()]
+    if not entries:
+        console.print(f"no {told}")
+        return
+    headings = list(dict.fromkeys(key for entry in entries for key in entry))
+    rows = [[escape(_shown(key, entry.get(key))) for key in headings] for entry in entries]
+    print_rows([heading.removesuffix("_bytes").replace("_", " ") for heading in headings], rows)
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None or value in ("", [], {}):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)) and key.endswith("_bytes"):
+        return size(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_shown(key, each) for each in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(name, each)}" for name, each in value.items())
+    return str(value)
 
 
 def size(size_bytes: float) -> str:
@@ -25,3 +89,9 @@ def size(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     raise AssertionError("unreachable")
+
+
+def bar(part: float, whole: float, width: int = 30) -> str:
+    """Return how much of ``whole`` is taken, as text of ``width`` characters between brackets."""
+    filled = round(width * min(part / whole, 1)) if whole else 0
+    return f"[{'#' * filled}{'.' * (width - filled)}]"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sidecar.cli.printing import console
+from sidecar.cli.bars import steps
+from sidecar.cli.printing import as_json, console, print_json
 from sidecar.config import load_settings
 from sidecar.logs import log_to_stderr
 
@@ -61,7 +62,7 @@ def serve(config: Path | None, **flags: str | None) -> None:
 @click.option("--function", "functions", multiple=True, help="Only this function; may be repeated.")
 @click.option("--gateway-port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port of the local gateway.")
 def up(stack: Path, functions: tuple[str, ...], gateway_port: int) -> None:
-    """Run a stack.yml without containers: sidecar, functions and a small gateway on this machine."""
+    """Run a stack.yml without containers. Starts sidecar, functions and a small gateway on this machine."""
     from sidecar.local import up as run
 
     sys.exit(run(stack, functions=list(functions) or None, gateway_port=gateway_port))
@@ -76,6 +77,7 @@ def up(stack: Path, functions: tuple[str, ...], gateway_port: int) -> None:
 @click.option("--max-batch", type=click.IntRange(min=1), help="The largest batch; default 64.")
 @click.option("--dynamic", multiple=True, metavar="INPUT:AXIS=SYMBOL:MIN..MAX", help="A further axis that may vary.")
 @click.option("--bounds", multiple=True, metavar="INPUT=LOW..HIGH", help="Bounds of an integer input.")
+@as_json
 def pack(
     source: str,
     output: Path,
@@ -85,6 +87,7 @@ def pack(
     max_batch: int | None,
     dynamic: tuple[str, ...],
     bounds: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Convert a model to a bundle.
 
@@ -93,13 +96,8 @@ def pack(
     """
     from sidecar.packing import pack as convert
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("loading", total=None)
-
-        def advance(step: str, fraction: float) -> None:
-            progress.update(task, description=step, completed=fraction, total=1.0)
-
-        lines = convert(
+    with steps() as advance:
+        summary = convert(
             source,
             output,
             name=name or output.name,
@@ -110,5 +108,8 @@ def pack(
             bounds=bounds,
             progress=advance,
         )
-    for line in lines:
+    if as_json:
+        print_json(asdict(summary))
+        return
+    for line in summary.lines():
         console.print(line, markup=False)

@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from sidecar.cli.bars import under_way
 from sidecar.cli.endpoint import client_of
 from sidecar.cli.exits import FAILED
 from sidecar.cli.printing import as_json, console, print_json, size
@@ -20,8 +21,9 @@ def store() -> None:
 @as_json
 @click.pass_context
 def store_verify(ctx: click.Context, as_json: bool) -> None:
-    """Read every stored byte against its digest; what is altered is set aside, so that a push can replace it."""
-    report = client_of(ctx).post("store/verify")
+    """Read every stored byte against its digest. What is altered is set aside, so that a push can replace it."""
+    with under_way("reading what is stored"):
+        report = client_of(ctx).post("store/verify")
     if as_json:
         print_json(report)
     else:
@@ -34,8 +36,12 @@ def store_verify(ctx: click.Context, as_json: bool) -> None:
 
 @store.command("gc")
 @click.option("--dry-run", is_flag=True, help="Only count.")
+@as_json
 @click.pass_context
-def store_gc(ctx: click.Context, dry_run: bool) -> None:
+def store_gc(ctx: click.Context, dry_run: bool, as_json: bool) -> None:
     """Remove stored bytes that no model uses."""
     found = client_of(ctx).post("store/gc", {"dry_run": dry_run})
+    if as_json:
+        print_json(found)
+        return
     console.print(f"{found['count']} blobs, {size(found['size_bytes'])} {'to remove' if dry_run else 'removed'}")

@@ -6,25 +6,27 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import click
-from rich.box import SIMPLE
 from rich.markup import escape
-from rich.table import Table
 from trunkline.errors import TransportError, TrunklineError
 
-from sidecar.cli import names
 from sidecar.cli.endpoint import client_of
-from sidecar.cli.printing import as_json, console, print_json, size
+from sidecar.cli.names import tenant_argument
+from sidecar.cli.printing import as_json, print_json, print_rows, size
 from sidecar.config import PREFIX
+
+_HEADINGS: Final = (
+    *("tenant", "domain", "models", "tokens", "weight", "priority", "in flight", "queued", "connections", "arenas", "resident"),
+)
 
 
 @click.group()
 def tenant() -> None:
-    """Say who may use the sidecar, and how much: changes the quota file, and has it read again."""
+    """Say who may use the sidecar, and how much. Changes the quota file, and has it read again."""
 
 
-tenant_name = click.argument("name", callback=names.tenant_name)
 quota_file = click.option(
     "--quotas",
     "path",
@@ -46,6 +48,7 @@ def _change_quotas(
     name: str,
     done: str,
     change: Callable[[str, str], str],
+    as_json: bool,
     *,
     token: str = "",
     token_file: Path | None = None,
@@ -57,30 +60,36 @@ def _change_quotas(
     # A file that the token cannot be written to is found out before anything has changed, and filled when all has.
     with replaced(token_file, 0o600) if token_file else contextlib.nullcontext() as descriptor:
         edit(path, change, create=create)
-        refused = _reloaded(ctx, path)
+        refused = _reloaded(ctx)
         if descriptor is not None:
             os.write(descriptor, f"{token}\n".encode())
-    click.echo(f"{name}: {done}", err=True)
-    if token and token_file is None:
-        click.echo("its token, which is not shown again:", err=True)
-        click.echo(token)
-    if refused is not None:
+    shown = token if token_file is None else ""
+    if as_json:
+        told = {"name": name, "action": ctx.command.name, "reloaded": refused is None}
+        print_json(told | ({"token": shown} if shown else {}))
+    else:
+        click.echo(f"{name}: {done}", err=True)
+        if shown:
+            click.echo("its token, which is not shown again:", err=True)
+            click.echo(shown)
+    # That no sidecar runs is no failure.
+    if isinstance(refused, TransportError):
+        click.echo(f"not reloaded: {refused.message}; a sidecar reads {path} when it starts", err=True)
+    elif refused is not None:
         raise refused
 
 
-def _reloaded(ctx: click.Context, path: Path) -> TrunklineError | None:
-    """Have the sidecar read the file again; return why it did not. That none runs is no failure, and told."""
+def _reloaded(ctx: click.Context) -> TrunklineError | None:
+    """Have the sidecar read the file again; return why it did not."""
     try:
         client_of(ctx).post("quotas/reload")
-    except TransportError as error:
-        click.echo(f"not reloaded: {error.message}; a sidecar reads {path} when it starts", err=True)
     except TrunklineError as error:
         return error
     return None
 
 
 @tenant.command("add")
-@tenant_name
+@tenant_argument
 @click.option("--models", required=True, metavar="NAMES", help="What it may use: names or patterns, with commas between them.")
 @click.option("--domain", help="Whose weights and computation it shares; default: nobody's.")
 @click.option("--weight", type=float, help="Its part of the device's time, relative to others'; 1 unless said.")
@@ -93,9 +102,17 @@ def _reloaded(ctx: click.Context, path: Path) -> TrunklineError | None:
 @click.option("--resident", metavar="SIZE", help="Weights of models it uses that may be in memory.")
 @quota_file
 @token_file
+@as_json
 @click.pass_context
 def tenant_add(
-    ctx: click.Context, /, name: str, models: str, path: Path, token_file: Path | None, **said: str | float | bool | None
+    ctx: click.Context,
+    /,
+    name: str,
+    models: str,
+    path: Path,
+    token_file: Path | None,
+    as_json: bool,
+    **said: str | float | bool | None,
 ) -> None:
     """Add a tenant and print its token, once."""
     from sidecar.quotaedit import new_token, with_tenant
@@ -107,58 +124,60 @@ def tenant_add(
     def change(text: str, file: str) -> str:
         return with_tenant(text, file, name, token, values)
 
-    _change_quotas(ctx, path, name, "added", change, token=token, token_file=token_file, create=True)
+    _change_quotas(ctx, path, name, "added", change, as_json, token=token, token_file=token_file, create=True)
 
 
 @tenant.command("rotate")
-@tenant_name
+@tenant_argument
 @click.option("--end", is_flag=True, help="Let only the newer of two tokens count.")
 @quota_file
 @token_file
+@as_json
 @click.pass_context
-def tenant_rotate(ctx: click.Context, name: str, end: bool, path: Path, token_file: Path | None) -> None:
-    """Make a second token, valid beside the first; when all functions have it, end the first with --end."""
+def tenant_rotate(ctx: click.Context, name: str, end: bool, path: Path, token_file: Path | None, as_json: bool) -> None:
+    """Make a second token, valid beside the first. When all functions have it, end the first with --end."""
     from sidecar.quotaedit import new_token, with_token, without_older_token
 
     if end:
         if token_file is not None:
             raise click.UsageError("--end makes no token to write to a file")
-        _change_quotas(ctx, path, name, "only the newer token counts", lambda text, file: without_older_token(text, file, name))
+
+        def ended(text: str, file: str) -> str:
+            return without_older_token(text, file, name)
+
+        _change_quotas(ctx, path, name, "only the newer token counts", ended, as_json)
         return
     token = new_token()
 
     def change(text: str, file: str) -> str:
         return with_token(text, file, name, token)
 
-    _change_quotas(ctx, path, name, "a second token counts, too", change, token=token, token_file=token_file)
+    _change_quotas(ctx, path, name, "a second token counts, too", change, as_json, token=token, token_file=token_file)
 
 
 @tenant.command("rm")
-@tenant_name
+@tenant_argument
 @quota_file
+@as_json
 @click.pass_context
-def tenant_rm(ctx: click.Context, name: str, path: Path) -> None:
+def tenant_rm(ctx: click.Context, name: str, path: Path, as_json: bool) -> None:
     """Remove a tenant; its connections are closed."""
     from sidecar.quotaedit import without_tenant
 
-    _change_quotas(ctx, path, name, "removed", lambda text, file: without_tenant(text, file, name))
+    _change_quotas(ctx, path, name, "removed", lambda text, file: without_tenant(text, file, name), as_json)
 
 
 @tenant.command("ls")
 @as_json
 @click.pass_context
 def tenant_ls(ctx: click.Context, as_json: bool) -> None:
-    """List the tenants that the sidecar knows, with their limits and what they have."""
+    """List the tenants, with limits and what they have."""
     found = client_of(ctx).get("tenants")["tenants"]
     if as_json:
         print_json(found)
         return
-    table = Table(box=SIMPLE, pad_edge=False)
-    for heading in ("tenant", "domain", "models", "tokens", "weight", "priority", "in flight", "queued", "connections", "arenas"):
-        table.add_column(heading, no_wrap=heading != "models")
-    table.add_column("resident", no_wrap=True)
-    for entry in found:
-        table.add_row(
+    rows = [
+        (
             entry["name"],
             entry["domain"] or "-",
             escape(", ".join(entry["models"])) or "-",
@@ -171,7 +190,9 @@ def tenant_ls(ctx: click.Context, as_json: bool) -> None:
             f"{size(entry['arena_bytes'])} of {_limit(entry['arena_limit_bytes'], size)}",
             _limit(entry["resident_limit_bytes"], size),
         )
-    console.print(table)
+        for entry in found
+    ]
+    print_rows(_HEADINGS, rows, folded=("models",))
 
 
 def _limit(limit: int | None, shown: Callable[[float], str] = str) -> str:

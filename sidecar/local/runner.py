@@ -102,7 +102,8 @@ class LocalStack:
             **settings,
         }
         sidecar = self._keep(_SIDECAR, [sys.executable, "-m", "sidecar", "serve"], os.environ | chosen, stack.resolve().parent)
-        self._await(sidecar, lambda: bool(AdminClient(self.admin).get("status")))
+        with AdminClient(self.admin) as admin:
+            self._await(sidecar, lambda: bool(admin.get("status")))
         started = []
         for function, port in zip(functions, ports[1:], strict=True):
             self.ports[function.name] = port
@@ -124,7 +125,8 @@ class LocalStack:
 
     def _refuse_a_second(self, run_dir: Path) -> None:
         try:
-            AdminClient(self.admin).get("status")
+            with AdminClient(self.admin) as admin:
+                admin.get("status")
         except TrunklineError:
             return
         raise ConfigError(f"this stack is running already, with its sidecar in {run_dir}; stop it first")

@@ -113,10 +113,9 @@ def server(folder: Path) -> Iterator[HttpServer]:
 def test_both_addresses_answer_and_only_loopback_names_are_taken(server: HttpServer) -> None:
     assert server.socket.stat().st_mode & 0o777 == 0o660
     assert (server.store_dir / "blobs").stat().st_mode & 0o777 == 0o700
-    with pytest.raises(SidecarUnavailable, match="the engine does not answer"):
-        AdminClient(f"unix:{server.socket}").get("status")
-    with pytest.raises(SidecarUnavailable, match="the engine does not answer"):
-        AdminClient(server.url).get("status")
+    for address in (f"unix:{server.socket}", server.url):
+        with AdminClient(address) as client, pytest.raises(SidecarUnavailable, match="the engine does not answer"):
+            client.get("status")
     ready = requests.get(f"{server.url}/readyz", timeout=30)
     assert ready.status_code == 503
     assert ready.headers["Retry-After"] == "1"

@@ -102,7 +102,8 @@ def test_a_function_is_ready_when_its_model_is_there(stack: LocalStack, tmp_path
         assert answer.headers["Retry-After"] == "1"
         assert answer.json()["error"]["code"] == "unknown_model"
     write_adding_bundle(tmp_path / "adder", "adder", [1.0, 2.0])
-    AdminClient(stack.admin).push(tmp_path / "adder")
+    with AdminClient(stack.admin) as admin:
+        admin.push(tmp_path / "adder")
     stack.wait_ready()
     answer = requests.post(f"{stack.url}/function/add", json=[[1.0, 1.0]], timeout=10)
     assert answer.json() == {"sum": [[2.0, 3.0]], "greeting": "nobody"}

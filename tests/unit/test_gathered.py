@@ -25,6 +25,11 @@ def test_a_model_is_in_the_best_of_its_states() -> None:
     assert gathered.model({"one": described("loading"), "other": described("stored")})["state"] == "loading"
 
 
+def test_a_load_is_as_far_as_on_the_device_that_has_most() -> None:
+    found = {"one": described("stored", resident_bytes=0), "other": described("loading", resident_bytes=5)}
+    assert gathered.model(found)["resident_bytes"] == 5
+
+
 def test_a_model_that_cannot_be_served_is_described_as_it_is() -> None:
     broken = {"name": "m", "state": "corrupt", "error": {"message": "damaged"}}
     assert gathered.models({"one": [broken], "other": [broken]}) == [broken]
