@@ -1,42 +1,21 @@
-"""Bars for long work, on standard error where that is a terminal: standard output stays what was asked for."""
+"""Bars for long work, on standard error where that is a terminal: standard output stays what was asked for.
+
+What draws them is imported only where they are drawn.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
-# Told how much is done, and of how much.
+# Told how much is done, and of how much; the other, what is done and what part of all is.
 Advance = Callable[[float, float], None]
-
-
-@contextlib.contextmanager
-def bytes_sent(name: str) -> Iterator[Advance]:
-    """Draw how many bytes are there."""
-    with _bar(name, DownloadColumn()) as advance:
-        yield advance
-
-
-@contextlib.contextmanager
-def under_way(name: str) -> Iterator[None]:
-    """Draw that something is done that takes nobody knows how long, and for how long it has been."""
-    with _bar(name, TimeElapsedColumn()):
-        yield
-
-
-@contextlib.contextmanager
-def steps() -> Iterator[Callable[[str, float], None]]:
-    """Draw the step that is done, and what part of all is."""
-    with _progress(TimeElapsedColumn()) as progress:
-        task = progress.add_task("loading", total=None)
-
-        def advance(step: str, fraction: float) -> None:
-            progress.update(task, description=step, completed=fraction, total=1.0)
-
-        yield advance
+Step = Callable[[str, float], None]
 
 
 def are_drawn() -> bool:
@@ -45,23 +24,36 @@ def are_drawn() -> bool:
 
 
 @contextlib.contextmanager
-def _bar(name: str, column: ProgressColumn) -> Iterator[Advance]:
-    with _progress(column) as progress:
-        task = progress.add_task(name, total=None)
+def bytes_done(name: str) -> Iterator[Advance]:
+    """Draw how many bytes are done."""
+    if not are_drawn():
+        yield lambda done, total: None
+        return
+    with _bars(in_bytes=True) as drawn:
+        task = drawn.add_task(name, total=None)
+        yield lambda done, total: drawn.update(task, completed=done, total=total)
 
-        def advance(done: float, total: float) -> None:
-            progress.update(task, completed=done, total=total)
 
-        yield advance
+@contextlib.contextmanager
+def steps(first: str) -> Iterator[Step]:
+    """Draw which step is done, what part of all is, and for how long it has been; of a step that tells nothing, only that."""
+    if not are_drawn():
+        yield lambda step, part: None
+        return
+    with _bars(in_bytes=False) as drawn:
+        task = drawn.add_task(first, total=None)
+        yield lambda step, part: drawn.update(task, description=step, completed=part, total=1.0)
 
 
-def _progress(column: ProgressColumn) -> Progress:
+def _bars(*, in_bytes: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        column,
+        DownloadColumn() if in_bytes else TimeElapsedColumn(),
         console=Console(stderr=True),
-        disable=not are_drawn(),
         transient=True,
         # What goes elsewhere than to this terminal is not drawn around.
         redirect_stdout=sys.stdout.isatty(),

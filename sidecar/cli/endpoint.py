@@ -37,7 +37,9 @@ class Endpoint:
         """Return a client, to be closed by whoever asks for it. Raises ConfigError."""
         from sidecar.admin_client import AdminClient
 
-        token = _token(self.token_file) if self.token_file else ""
+        # Who may use the socket is said by its mode.
+        is_tcp = not self.address.startswith("unix:")
+        token = _token(self.token_file) if self.token_file and is_tcp else ""
         return AdminClient(self.address, token=token, ca_file=self.ca_file, **options)
 
 
@@ -59,13 +61,13 @@ _OPTIONS: Final = (
         "--token-file",
         type=_file,
         envvar="TRUNKLINE_ADMIN_TOKEN_FILE",
-        help="File with the token to ask with. [TRUNKLINE_ADMIN_TOKEN_FILE]",
+        help="File with the token to ask with over TCP. [TRUNKLINE_ADMIN_TOKEN_FILE]",
     ),
     click.option(
         "--ca-file",
         type=_file,
-        envvar="TRUNKLINE_ADMIN_CA_FILE",
-        help="Certificate of the authority that https is trusted by. [TRUNKLINE_ADMIN_CA_FILE]",
+        envvar="TRUNKLINE_ADMIN_CA",
+        help="Certificate of the authority that https is trusted by. [TRUNKLINE_ADMIN_CA]",
     ),
 )
 

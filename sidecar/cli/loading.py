@@ -46,7 +46,7 @@ def _watched(endpoint: Endpoint, name: str) -> Iterator[None]:
     ended = threading.Event()
 
     def look() -> None:
-        with bars.bytes_sent(name) as advance, endpoint.client() as client:
+        with bars.bytes_done(name) as advance, endpoint.client() as client:
             while not ended.wait(_LOOK_S):
                 try:
                     found = client.get(f"models/{name}")

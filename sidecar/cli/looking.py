@@ -8,7 +8,6 @@ from typing import IO
 
 import click
 
-from sidecar import drawing
 from sidecar.cli.endpoint import client_of
 from sidecar.cli.models import print_models
 from sidecar.cli.printing import as_json, bar, console, print_found, print_json, print_rows, size
@@ -54,6 +53,8 @@ def status(ctx: click.Context, as_json: bool) -> None:
 @click.pass_context
 def graph(ctx: click.Context, dot: Path | None, svg: Path | None, as_json: bool) -> None:
     """Show which blocks models have in common. Draws the fused graph, and tells what it saves."""
+    from sidecar import drawing
+
     found = client_of(ctx).get("graph")
     for path, drawn in ((dot, drawing.as_dot), (svg, drawing.as_svg)):
         if path is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from sidecar.cli.bars import bytes_sent
+from sidecar.cli.bars import bytes_done
 from sidecar.cli.endpoint import client_of, endpoint_of
 from sidecar.cli.loading import act_with_bar
 from sidecar.cli.names import deployed_argument, model_argument
@@ -184,7 +184,7 @@ def push(ctx: click.Context, directories: tuple[Path, ...], as_json: bool) -> No
     client = client_of(ctx)
     done = []
     for directory in directories:
-        with bytes_sent(directory.name) as advance:
+        with bytes_done(directory.name) as advance:
             pushed = client.push(directory, advance)
         done.append(asdict(pushed))
         if not as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import click
 from rich.box import SIMPLE
@@ -17,6 +17,10 @@ from rich.text import Text
 
 # Lines are never folded: what reads them may be a program. Nor are tables, where no terminal limits them.
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
+
+_ANY_WIDTH: Final = 10_000
+# What is broken into narrower lines than this cannot be read.
+_FOLDED_WIDTH: Final = 12
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 
@@ -33,17 +37,24 @@ def print_rows(headings: Sequence[str], rows: Iterable[Sequence[str | Text]], *,
     """
     table = Table(box=SIMPLE, pad_edge=False)
     for heading in headings:
-        table.add_column(heading, no_wrap=heading not in folded, overflow="fold")
+        is_folded = heading in folded
+        table.add_column(heading, no_wrap=not is_folded, overflow="fold", min_width=_FOLDED_WIDTH if is_folded else None)
     rows = list(rows)
     for row in rows:
         table.add_row(*row)
-    if Measurement.get(console, console.options, table).minimum <= console.width:
+    if is_fitting(table, console, folded=bool(folded)):
         console.print(table)
         return
     for row in rows:
         for heading, cell in zip(headings, row, strict=True):
             console.print(Text.assemble(f"{heading}: ", cell if isinstance(cell, Text) else Text.from_markup(cell)))
         console.print()
+
+
+def is_fitting(table: Table, on: Console, *, folded: bool = False) -> bool:
+    """Say whether all of a table can be seen, where ``folded`` with the cells broken that may be."""
+    needed = Measurement.get(on, on.options.update_width(_ANY_WIDTH), table)
+    return (needed.minimum if folded else needed.maximum) <= on.width
 
 
 def print_found(found: Any, told: str) -> None:

@@ -96,7 +96,7 @@ def pack(
     """
     from sidecar.packing import pack as convert
 
-    with steps() as advance:
+    with steps("loading") as advance:
         summary = convert(
             source,
             output,

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from sidecar.cli.bars import under_way
+from sidecar.cli.bars import steps
 from sidecar.cli.endpoint import client_of
 from sidecar.cli.exits import FAILED
 from sidecar.cli.printing import as_json, console, print_json, size
@@ -22,7 +22,7 @@ def store() -> None:
 @click.pass_context
 def store_verify(ctx: click.Context, as_json: bool) -> None:
     """Read every stored byte against its digest. What is altered is set aside, so that a push can replace it."""
-    with under_way("reading what is stored"):
+    with steps("reading what is stored"):
         report = client_of(ctx).post("store/verify")
     if as_json:
         print_json(report)

@@ -16,11 +16,12 @@ import click
 from trunkline.errors import SidecarUnavailable, TrunklineError
 
 from sidecar.cli.endpoint import client_of
-from sidecar.cli.printing import bar, console, size
+from sidecar.cli.printing import bar, console, is_fitting, size
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.table import Table
+    from rich.text import Text
 
     from sidecar.admin_client import AdminClient
     from sidecar.cli.measures import Scrape
@@ -173,31 +174,37 @@ def _away(found: dict[str, Any]) -> str:
 def drawn(found: dict[str, Any], last: dict[str, Any] | None = None, screen: Console | None = None) -> Group:
     """Return a look for people, as much of it as fits on ``screen``; ``last`` is the last one that was no failure."""
     from rich.console import Group
-    from rich.text import Text
 
     shown = last if found["state"] == "away" else found
-    lines: list[Any] = [Text(_away(found), style="bold red")] if found["state"] == "away" else []
+    lines: list[Any] = [_line(_away(found), "bold red")] if found["state"] == "away" else []
     if shown is None:
         return Group(*lines)
     if found["state"] != "away":
-        lines.append(Text.assemble((shown["state"], "bold"), f" on {', '.join(shown['devices'])}, {_since(shown)}"))
+        lines.append(_line(f"{shown['state']} on {', '.join(shown['devices'])}, {_since(shown)}", "bold"))
     lines.append(
-        Text(
+        _line(
             f"{shown['rate']:.1f} requests/s, {shown['failed_rate']:.1f} failed/s, {shown['waiting']} waiting, "
             f"{shown['running']} running, {shown['connections']} connections, {size(shown['saved_bytes'])} saved by sharing"
         )
     )
-    lines += [Text(_memory_line(memory, len(shown["devices"]) > 1)) for memory in shown["memory"]]
+    width = _BAR if screen is None or screen.width >= _NARROW else _BAR // 3
+    lines += [_line(_memory_line(memory, len(shown["devices"]) > 1, width)) for memory in shown["memory"]]
     # Where there are tenants, the busiest of them; the one that all are without a quota file tells nothing.
     tenants = sorted(shown["tenants"], key=lambda tenant: -tenant["device_share"])[:_MOST_TENANTS]
-    lines += [Text(_tenant_line(tenant)) for tenant in tenants if len(shown["tenants"]) > 1]
+    lines += [_line(_tenant_line(tenant)) for tenant in tenants if len(shown["tenants"]) > 1]
     models = shown["models"]
     # The heading takes four lines, what is left out one.
     room = len(models) if screen is None else max(1, screen.height - len(lines) - 5)
     lines.append(_models(models[:room], screen or console))
     if len(models) > room:
-        lines.append(Text(f"and {len(models) - room} more models"))
+        lines.append(_line(f"and {len(models) - room} more models"))
     return Group(*lines)
+
+
+def _line(text: str, style: str = "") -> Text:
+    from rich.text import Text
+
+    return Text(text, style, no_wrap=True, overflow="ellipsis")
 
 
 def _since(shown: dict[str, Any]) -> str:
@@ -205,10 +212,10 @@ def _since(shown: dict[str, Any]) -> str:
     return f"engine {shown['generation']} up {shown['uptime_s']:.0f} s; rates and times {interval}"
 
 
-def _memory_line(memory: dict[str, Any], is_one_of_several: bool) -> str:
+def _memory_line(memory: dict[str, Any], is_one_of_several: bool, width: int) -> str:
     name = f"{memory['device']} {memory['tier']}" if is_one_of_several else memory["tier"]
     pinned = f", {size(memory['pinned_bytes'])} pinned" if memory["pinned_bytes"] else ""
-    taken = bar(memory["resident_bytes"], memory["budget_bytes"])
+    taken = bar(memory["resident_bytes"], memory["budget_bytes"], width)
     return f"{name:>8} {taken} {size(memory['resident_bytes'])} of {size(memory['budget_bytes'])}{pinned}"
 
 
@@ -219,7 +226,6 @@ def _tenant_line(tenant: dict[str, Any]) -> str:
 
 def _models(models: list[dict[str, Any]], shown_on: Console) -> Table:
     from rich.box import SIMPLE
-    from rich.measure import Measurement
     from rich.table import Table
 
     columns = list(_COLUMNS)
@@ -230,7 +236,7 @@ def _models(models: list[dict[str, Any]], shown_on: Console) -> Table:
         for model in models:
             table.add_row(*(_COLUMNS[heading](model) for heading in columns))
         dispensable = next((heading for heading in _DISPENSABLE if heading in columns), None)
-        if dispensable is None or Measurement.get(shown_on, shown_on.options, table).maximum <= shown_on.width:
+        if dispensable is None or is_fitting(table, shown_on):
             return table
         columns.remove(dispensable)
 
@@ -255,3 +261,5 @@ _WORDS: Final = ("model", "state")
 # What is left out where a terminal is narrow, in this order.
 _DISPENSABLE: Final = ("shared", "failed/s", "bytes", "waiting", "p50", "device", "state")
 _MOST_TENANTS: Final = 5
+# Characters of a bar; of a terminal that has room for one.
+_BAR, _NARROW = 30, 80

@@ -137,7 +137,7 @@ def test_a_certificate_is_checked(encrypted: Fake) -> None:
     assert "has no certificate that is trusted here" in refused.stderr
     assert encrypted.asked == []
     assert run(encrypted, "--ca-file", str(CA_FILE), "log-level").stdout == "info\n"
-    assert run(encrypted, "log-level", TRUNKLINE_ADMIN_CA_FILE=str(CA_FILE)).exit_code == 0
+    assert run(encrypted, "log-level", TRUNKLINE_ADMIN_CA=str(CA_FILE)).exit_code == 0
 
 
 def test_a_file_without_certificates_is_told(encrypted: Fake, tmp_path: Path) -> None:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from click.shell_completion import BashComplete
 from click.testing import CliRunner, Result
-from trunkline.errors import Draining, SidecarUnavailable, TrunklineError, UnknownModel
+from rich.console import Console
+from trunkline.errors import DeadlineExceeded, Draining, SidecarUnavailable, TrunklineError, UnknownModel
 
 from benchmarks.traces import recorded
 from sidecar.admin_client import AdminClient
 from sidecar.bundle import read_bundle
+from sidecar.cli import bars
 from sidecar.cli.exits import FAILED
 from sidecar.cli.main import main
 from sidecar.cli.running import serve
@@ -68,12 +75,15 @@ class Answers:
         self.sent: list[Any] = []
         self.closed = 0
         monkeypatch.setattr(AdminClient, "_ask", lambda client, method, path, **rest: self._answer(method, path, **rest))
+        monkeypatch.setattr(AdminClient, "metrics", lambda client: self._answer("GET", "/metrics"))
         monkeypatch.setattr(AdminClient, "close", lambda client: self._close())
 
     def _answer(self, method: str, path: str, **rest: Any) -> Any:
         self.asked.append((method, path))
         self.sent.append(rest.get("json"))
         answer = self.table.get(path, MODEL)
+        if isinstance(answer, list):
+            answer = answer.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -129,11 +139,36 @@ def test_graph_draws_what_is_asked_for(answers: Answers, tmp_path: Path) -> None
         (["model", "show", "m"], MODEL),
         (["graph"], TREE),
         (["store", "verify"], {"corrupt": [], "broken": {}}),
+        (["store", "gc"], {"count": 2, "size_bytes": 3, "dry_run": False}),
+        (["trace"], {"models": {}, "leases": []}),
+        (["placement"], {"devices": {}, "models": []}),
+        (["model", "load", "m"], MODEL),
+        (["model", "unload", "m"], MODEL),
+        (["model", "evict", "m"], MODEL),
+        (["model", "pin", "m"], MODEL),
+        (["model", "unpin", "m"], MODEL),
+        (["model", "rm", "m"], MODEL),
+        (["model", "keep", "m", "--priority", "1"], MODEL),
+        (["model", "place", "m", "--anywhere"], MODEL),
+        (["evict", "m"], MODEL),
+        (["evict", "--bytes", "1MB"], {"freed_bytes": 5}),
+        (["pin", "m"], MODEL),
+        (["unpin", "m"], MODEL),
+        (["drain"], {"draining": True}),
+        (["resume"], {"draining": False}),
+        (["log-level"], {"level": "info"}),
+        (["log-level", "debug"], {"level": "debug"}),
+        (["sessions"], {"sessions": [{"id": 1}]}),
+        (["leases"], {"leases": []}),
+        (["residency"], {"devices": {}}),
     ],
 )
 def test_json_is_all_that_is_printed(answers: Answers, words: list[str], expected: Any) -> None:
+    asked = (
+        "/".join(words) if words[0] == "store" else {"trace": "trace?limit=10000", "model": "models/m"}.get(words[0], words[0])
+    )
+    answers.table.setdefault(asked, expected)
     answers.table["store/verify"] = {"corrupt": [], "broken": {}}
-    answers.table["graph"] = TREE
     result = run(*words, "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout) == expected
@@ -223,6 +258,20 @@ def test_a_bad_address_is_told() -> None:
         ["model", "place", "m"],
         ["model", "place", "m", "--anywhere", "--pin", "cpu:0"],
         ["model", "place", "m", "--pin", "cpu:0", "--forbid", "cpu:1"],
+        ["evict"],
+        ["evict", "m", "--bytes", "1GB"],
+        ["evict", "--bytes", "much"],
+        ["evict", "--bytes", "0"],
+        ["evict", "../m"],
+        ["pin"],
+        ["pin", "../m"],
+        ["drain", "--timeout", "-1"],
+        ["log-level", "loud"],
+        ["top", "--interval", "0"],
+        ["top", "--count", "-1"],
+        ["top", "--sort", "colour"],
+        ["completion"],
+        ["completion", "tcsh"],
     ],
 )
 def test_wrong_usage_has_its_own_exit_code(answers: Answers, words: list[str]) -> None:
@@ -317,6 +366,9 @@ def test_packing_tells_size_operators_and_difference(tmp_path: Path) -> None:
         ("length", 1, 32),
     }
     assert (bundle.graph.inputs[0].minimum, bundle.graph.inputs[0].maximum) == (0, 4)
+    told = json.loads(run("pack", source, "-o", str(tmp_path / "again"), "--json").stdout)
+    assert (told["name"], told["version"], told["weight_count"], told["weight_bytes"]) == ("again", "1", 1, 60)
+    assert 0 <= told["max_rel"] <= told["tolerance"]
     refused = run("pack", source, "-o", str(out), "--dynamic", "ids=length")
     assert refused.exit_code == 1
     assert refused.stderr.startswith("error: export_error: --dynamic 'ids=length' is not ")
@@ -330,6 +382,197 @@ def test_several_bundles_are_pushed_by_one_command(answers: Answers, tmp_path: P
     assert result.exit_code == 0, result.output
     assert "one: sent 0 of 1 blobs, 0 B of 4 B" in result.output
     assert ("PUT", "models/two") in answers.asked
+    printed = run("push", str(tmp_path / "one"), str(tmp_path / "two"), "--json")
+    assert [entry["name"] for entry in json.loads(printed.stdout)] == ["one", "two"]
+    assert json.loads(printed.stdout)[0] == {"name": "one", "sent_count": 0, "blob_count": 1, "sent_bytes": 0, "blob_bytes": 4}
+
+
+DRAINING = "draining: no new requests are taken\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "sent", "answer", "printed"),
+    [
+        (["evict", "m"], ("POST", "models/m/evict"), {}, MODEL | {"freed_bytes": 1500}, "m: resident, pinned, 1.5 kB freed\n"),
+        (["evict", "--bytes", "2GB"], ("POST", "evict"), {"bytes": 2 * 10**9}, {"freed_bytes": 2500}, "2.5 kB freed\n"),
+        (["pin", "m@d"], ("POST", "models/m@d/pin"), {}, MODEL, "m: resident, pinned\n"),
+        (["unpin", "m"], ("POST", "models/m/unpin"), {}, MODEL | {"pinned": False}, "m: resident\n"),
+        (["drain"], ("POST", "drain"), {}, {"draining": True}, DRAINING),
+        (
+            ["drain", "--timeout", "1.5"],
+            ("POST", "drain"),
+            {"timeout_s": 1.5},
+            {"draining": True},
+            DRAINING,
+        ),
+        (["resume"], ("POST", "resume"), {}, {"draining": False}, "serving\n"),
+        (["log-level"], ("GET", "log-level"), None, {"level": "info"}, "info\n"),
+        (["log-level", "error"], ("PUT", "log-level"), {"level": "error"}, {"level": "error"}, "error\n"),
+    ],
+)
+def test_what_operators_say_is_sent_and_its_end_is_told(
+    answers: Answers, words: list[str], asked: tuple[str, str], sent: Any, answer: Any, printed: str
+) -> None:
+    answers.table[asked[1]] = answer
+    result = run(*words)
+    assert (result.exit_code, result.output) == (0, printed)
+    assert (answers.asked, answers.sent) == ([asked], [sent])
+    assert answers.closed == 1
+
+
+def test_lists_are_printed_as_the_sidecar_tells_them(answers: Answers) -> None:
+    entries = [
+        {"id": 7, "tenant": "[red]", "arena_bytes": 1500, "models": ["a", "b"], "uptime_s": 1.25, "idle": True},
+        {"id": 8, "tenant": None, "arena_bytes": 0, "more": {"x_bytes": 2000, "y": 1}},
+    ]
+    answers.table["sessions"] = {"total": 2, "sessions": entries}
+    lines = [" ".join(line.split()) for line in run("sessions").output.splitlines()]
+    assert lines[0] == "total: 2"
+    assert "id tenant arena models uptime s idle more" in lines
+    assert "7 [red] 1.5 kB a, b 1.25 yes -" in lines
+    assert "8 - 0 B - - - x_bytes 2.0 kB, y 1" in lines
+    answers.table["leases"] = {"leases": []}
+    assert run("leases").output == "no leases\n"
+    answers.table["residency"] = {"residency": {"cpu": {"resident_bytes": 5}, "cuda:0": {"resident_bytes": 6}}}
+    assert "cuda:0 6 B" in [" ".join(line.split()) for line in run("residency").output.splitlines()]
+
+
+def test_a_table_that_is_too_wide_is_printed_in_lines(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.cli.printing.console", Console(width=40, soft_wrap=True, highlight=False))
+    shown = run("model", "ls").output.splitlines()
+    assert shown[:3] == ["model: m", "state: resident, pinned", "bytes: 3.0 MB"]
+    assert "shared with: another-model-with-a-rather-long-name, third" in shown
+    assert "shared with: field [/nodes] is [red]odd" in shown
+
+
+def test_loading_is_asked_again_while_more_of_it_is_there(answers: Answers) -> None:
+    late = DeadlineExceeded("30 s are over")
+    answers.table["models/m/load"] = [late, late, MODEL]
+    answers.table["models/m"] = [{"resident_bytes": 0}, {"resident_bytes": 5}]
+    assert run("model", "load", "m").exit_code == 0
+    answers.table["models/m/load"] = [late, late, MODEL]
+    answers.table["models/m"] = [{"resident_bytes": 5}, {"resident_bytes": 5}]
+    assert run("model", "load", "m").exit_code == 3
+    # One that does not tell is not asked again.
+    answers.table["models/m/load"] = [late, MODEL]
+    answers.table["models/m"] = {}
+    assert run("model", "load", "m").exit_code == 3
+
+
+def test_how_far_a_load_is_is_drawn_for_who_sees_it(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[float, float]] = []
+    looked = threading.Event()
+
+    @contextlib.contextmanager
+    def bytes_done(name: str) -> Iterator[Any]:
+        def advance(done: float, total: float) -> None:
+            told.append((done, total))
+            looked.set()
+
+        yield advance
+
+    def post(client: AdminClient, path: str, body: object = None) -> Any:
+        assert looked.wait(60)
+        return MODEL
+
+    monkeypatch.setattr("sidecar.cli.loading._LOOK_S", 0.001)
+    monkeypatch.setattr("sidecar.cli.bars.are_drawn", lambda: True)
+    monkeypatch.setattr("sidecar.cli.bars.bytes_done", bytes_done)
+    monkeypatch.setattr(AdminClient, "post", post)
+    answers.table["models/m"] = {"resident_bytes": 3, "memory_bytes": 9}
+    assert run("model", "load", "m").output == "m: resident, pinned\n"
+    assert told[0] == (3, 9)
+
+
+def test_a_look_that_fails_leaves_the_load_alone(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = threading.Event()
+
+    def get(client: AdminClient, path: str) -> Any:
+        looked.set()
+        raise UnknownModel("no m")
+
+    def post(client: AdminClient, path: str, body: object = None) -> Any:
+        assert looked.wait(60)
+        return MODEL
+
+    monkeypatch.setattr("sidecar.cli.loading._LOOK_S", 0.001)
+    monkeypatch.setattr("sidecar.cli.bars.are_drawn", lambda: True)
+    monkeypatch.setattr(AdminClient, "get", get)
+    monkeypatch.setattr(AdminClient, "post", post)
+    assert run("model", "load", "m").exit_code == 0
+
+
+def test_bars_go_to_standard_error_and_leave(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sidecar.cli.bars.are_drawn", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    with bars.bytes_done("[m]") as advance:
+        advance(1_000_000, 4_000_000)
+    with bars.steps("begun") as step:
+        step("compared", 0.5)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "[m]" in shown.err
+    assert "1.0/4.0 MB" in shown.err
+    assert "compared" in shown.err
+
+
+def test_an_interrupt_is_no_traceback(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(client: AdminClient, path: str) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AdminClient, "get", interrupted)
+    result = run("status")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell: str, tmp_path: Path) -> None:
+    script = CliRunner().invoke(main, ["completion", shell]).stdout
+    assert f"_TRUNKLINE_COMPLETE={shell}_complete" in script
+    if program := shutil.which(shell):
+        (tmp_path / "script").write_text(script)
+        subprocess.run([program, "-n", str(tmp_path / "script")], check=True, timeout=60)
+
+
+def completed(*words: str) -> list[str]:
+    """Return what is offered for the last of ``words``."""
+    made = BashComplete(main, {}, "trunkline", "_TRUNKLINE_COMPLETE")
+    return [item.value for item in made.get_completions(["--admin", "http://127.0.0.1:1", *words[:-1]], words[-1])]
+
+
+def test_names_are_completed_from_what_the_sidecar_has(answers: Answers) -> None:
+    answers.table["models"] = {"models": [{"name": "age@a"}, {"name": "age@b"}, {"name": "gender@a"}]}
+    answers.table["tenants"] = {"tenants": [{"name": "few"}, {"name": "many"}]}
+    assert completed("model", "show", "") == ["age@a", "age@b", "gender@a"]
+    assert completed("evict", "g") == ["gender@a"]
+    assert completed("pin", "ag") == ["age@a", "age@b"]
+    assert completed("model", "rm", "") == ["age", "gender"]
+    assert completed("tenant", "rotate", "m") == ["many"]
+    assert completed("sto") == ["store"]
+    assert answers.closed == 5
+
+
+@pytest.mark.parametrize(
+    "answer", [SidecarUnavailable("nobody"), UnknownModel("odd"), {"models": [{}]}, {"other": 1}, {"models": 3}]
+)
+def test_completion_is_silent_where_nobody_answers(answers: Answers, answer: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    answers.table["models"] = answer
+    assert completed("model", "show", "") == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_completion_does_not_wait_for_long(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    made = AdminClient.__init__
+
+    def noted(client: AdminClient, address: str, **options: Any) -> None:
+        waited.append(options["timeout_s"])
+        made(client, address, **options)
+
+    monkeypatch.setattr(AdminClient, "__init__", noted)
+    completed("model", "show", "")
+    assert waited == [1.0]
 
 
 def test_help_comes_without_torch_and_without_a_server() -> None:

@@ -86,6 +86,18 @@ def test_a_token_goes_into_a_file_of_its_own(answers: Answers, path: Path, tmp_p
     assert path.read_text() == before
 
 
+def test_tenants_are_changed_in_json(answers: Answers, path: Path, tmp_path: Path) -> None:
+    added = run(path, "add", "vision", "--models", "m", "--json")
+    assert added.stderr == ""
+    told = json.loads(added.stdout)
+    assert told == {"name": "vision", "action": "add", "reloaded": True, "token": told["token"]}
+    assert read_quotas(path).tenants["vision"].token_hashes == (hash_of(told["token"].encode()),)
+    rotated = run(path, "rotate", "vision", "--token-file", str(tmp_path / "token"), "--json")
+    assert json.loads(rotated.stdout) == {"name": "vision", "action": "rotate", "reloaded": True}
+    answers.table["quotas/reload"] = SidecarUnavailable("nobody")
+    assert json.loads(run(path, "rm", "vision", "--json").stdout) == {"name": "vision", "action": "rm", "reloaded": False}
+
+
 def test_a_token_is_handed_out_whatever_the_sidecar_says(answers: Answers, path: Path) -> None:
     answers.table["quotas/reload"] = SidecarUnavailable("no sidecar answers at http://127.0.0.1:1")
     added = run(path, "add", "vision", "--models", "m")
