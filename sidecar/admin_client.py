@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 
 import requests
-import requests_unixsocket
 from trunkline.errors import MalformedFrame, SidecarUnavailable, TrunklineError, VersionMismatch, from_wire
 
 from sidecar.bundle import blob_path, canonical_graph, manifest_bytes, read_bundle
 from sidecar.errors import BundleError, ConfigError
 from sidecar.strictjson import load_json
+from sidecar.unixhttp import SCHEME, mount_unix
 
 _CONNECT_S: Final = 5.0
 _ANSWER_S: Final = 600.0
@@ -59,7 +59,8 @@ class AdminClient:
                 f"the admin address is {address[:80]!r}; it must be unix:PATH/admin.sock, http://127.0.0.1:PORT or https://HOST:PORT"
             )
         self._timeout_s = (min(_CONNECT_S, timeout_s), timeout_s)
-        self._session: requests.Session = requests_unixsocket.Session()  # type: ignore[no-untyped-call]
+        self._session = requests.Session()
+        mount_unix(self._session)
         # No proxy between this machine and itself, and nobody else's credentials.
         self._session.trust_env = False
         if token:
@@ -67,7 +68,7 @@ class AdminClient:
         if ca_file is not None:
             self._session.verify = str(ca_file)
         if address.startswith("unix:"):
-            self._base = "http+unix://" + urllib.parse.quote(address.removeprefix("unix:"), safe="")
+            self._base = SCHEME + urllib.parse.quote(address.removeprefix("unix:"), safe="")
         else:
             self._base = address.rstrip("/")
 

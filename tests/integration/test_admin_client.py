@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import socket
 import ssl
 import threading
+import warnings
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,12 @@ def test_a_file_that_cannot_be_read_is_told(fake: Fake, token_file: Path, monkey
     assert fake.asked == []
 
 
+def test_the_socket_needs_no_token(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("no token")
+    words = ["--admin", f"unix:{tmp_path}/none.sock", "--token-file", str(tmp_path / "token"), "log-level"]
+    assert CliRunner().invoke(main, words).exit_code == 3
+
+
 def test_who_has_no_token_is_told_where_to_name_one(fake: Fake) -> None:
     fake.status = 401
     fake.body = {"error": {"code": "unauthorized", "message": "a token is needed", "retryable": False, "details": {}}}
@@ -188,12 +197,52 @@ def test_a_socket_that_is_not_ours_is_told(tmp_path: Path, monkeypatch: pytest.M
     def refused(self: Any, *arguments: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("requests_unixsocket.adapters.UnixHTTPConnection.connect", refused)
+    monkeypatch.setattr("sidecar.unixhttp._Connection.connect", refused)
     with (
         AdminClient(f"unix:{tmp_path}/admin.sock") as client,
         pytest.raises(SidecarUnavailable, match="may not be used by this user"),
     ):
         client.get("status")
+
+
+def test_a_socket_that_nobody_answers_at_is_closed(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        with AdminClient(f"unix:{tmp_path}/none.sock") as client, pytest.raises(SidecarUnavailable, match="no sidecar answers"):
+            client.get("status")
+        gc.collect()
+
+
+def test_one_socket_serves_for_all_that_is_asked(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    class Listening(ThreadingHTTPServer):
+        address_family = socket.AF_UNIX
+
+        def get_request(self) -> Any:
+            made.append("connection")
+            connection, _ = super().get_request()
+            return connection, ("unix", 0)
+
+        def server_bind(self) -> None:
+            self.socket.bind(self.server_address)
+
+    class Keeping(_Handler):
+        protocol_version = "HTTP/1.1"
+
+    listening: Any = Listening(f"{tmp_path}/admin.sock", Keeping)  # type: ignore[arg-type]
+    listening.body, listening.status, listening.asked, listening.authorization = {}, 200, [], []
+    listening.daemon_threads = True
+    thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
+    thread.start()
+    with AdminClient(f"unix:{tmp_path}/admin.sock") as client:
+        for path in ("status", "models", "memory"):
+            assert client.get(path) == {}
+    listening.shutdown()
+    thread.join()
+    listening.server_close()
+    assert made == ["connection"]
+    assert [path for _, path, _ in listening.asked] == ["/admin/v1/status", "/admin/v1/models", "/admin/v1/memory"]
 
 
 def test_nothing_is_left_open_by_a_command(nothing_leaks: None) -> None:

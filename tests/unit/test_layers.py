@@ -69,6 +69,7 @@ LAYERS = {
         "logs",
         "machine",
         "probe",
+        "unixhttp",
     },
     2: {"store", "hosttier", "devicetier", "blockfiles", "graph", "residency", "scheduler", "verdicts", "wavefront"},
     3: {
