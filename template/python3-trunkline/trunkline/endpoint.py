@@ -23,6 +23,8 @@ DEFAULT_SOCKETS = (
 )
 # A look costs a microsecond or two; a call over the socket is answered in hundreds.
 _LOOK_S: Final = 1.0
+# A socket nobody listens at is left alone for so long. One that is put in its place is found when this has passed.
+_REFUSED_S: Final = 1.0
 _URL: Final = re.compile(r"http://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[A-Za-z0-9._~-]+)*/?")
 
 
@@ -76,7 +78,7 @@ class Endpoint:
             # All places have been tried: the next time begins with the first.
             self._refused.clear()
             return False
-        self._refused[where] = time.monotonic() + _LOOK_S
+        self._refused[where] = time.monotonic() + _REFUSED_S
         return True
 
     def forget(self) -> None:
