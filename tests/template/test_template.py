@@ -21,6 +21,7 @@ import yaml
 from trunkline.admin import AdminConnection
 
 from tests.fakes import ADMIN_TOKEN, FakeSource, bundle_of, running_server
+from tests.over_http import routes_of
 
 TEMPLATE = Path(__file__).parents[2] / "template" / "python3-trunkline"
 HANDLER = """
@@ -68,6 +69,15 @@ def handle(event, context):
         logging.getLogger("mine").info("a line of the handler")
         return "logged"
     raise getattr(errors, what)("asked 3 of 2", asked=3)
+"""
+ASKING = """
+from trunkline import model, transport_name
+
+age = model("age")
+
+def handle(event, context):
+    asked = model(event.query["model"]) if "model" in event.query else age
+    return {"y": asked([[0, 0, 0]]).tolist(), "by": transport_name()}
 """
 BLOCK_TORCH = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path('index.py', run_name='__main__')"
 
@@ -465,3 +475,22 @@ def test_a_function_that_starts_has_its_models_loaded_before_it_is_called(contex
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert function.stop()[0] == 0
+
+
+def test_a_function_without_a_socket_asks_over_http(context: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "remote"
+    shutil.copytree(context, folder)
+    (folder / "function" / "handler.py").write_text(ASKING)
+    source = FakeSource()
+    source.put(bundle_of("age", [b"weights"]), [b"weights"])
+    with running_server(tmp_path, source) as sidecar, routes_of(sidecar, tmp_path) as url:
+        function = Running(folder, {"TRUNKLINE_SOCKET": "", "TRUNKLINE_URL": url, "workers": "2"})
+        for _ in range(6):
+            answer = requests.get(function.url, timeout=60)
+            assert answer.json() == {"y": [[sum(b"weights")] * 3], "by": url}
+        assert requests.get(f"{function.url}/_/trunkline/ready", timeout=60).status_code == 200
+        refused = requests.get(f"{function.url}?model=none", timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "unknown_model")
+        code, log = function.stop()
+        assert code == 0
+        assert f"sidecar reached at {url} (transport http)" in log
