@@ -14,21 +14,22 @@ from trunkline.protocol import JOINT
 
 from sidecar.catalog import Catalog, Deployed
 from sidecar.graph import FusedBlock
+from sidecar.holdings import Holdings
 from sidecar.loads import Loads
 from sidecar.ports import Work
 from sidecar.scheduler import Scheduler
 from sidecar.tenants import unqualified
 from sidecar.traces import LIMIT
 
-# Commands that only tell what there is now: a model that is still to be deployed after a restart may wait.
-LOOKS_ONLY: Final = frozenset({"metrics"})
+# Commands that no model matters to: one that is still to be deployed after a restart may wait.
+LOOKS_ONLY: Final = frozenset({"metrics", "drain", "resume", "intake"})
 
 
 class Commands:
     """Commands by name.
 
     ``accept``, ``drop``, ``unblock`` and ``deployed`` are the engine's; ``requests`` gives its counts, ``counts`` those that only
-    metrics tell, ``trace`` its latest leases.
+    metrics tell, ``trace`` its latest leases. ``intake`` has it take requests or not, None: as before, and tells what is left.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Commands:
         requests: Callable[[], Mapping[str, object]],
         counts: Callable[[], Mapping[str, object]],
         trace: Callable[[int], Mapping[str, object]],
+        intake: Callable[[bool | None], object],
         scheduler: Scheduler[Work],
         facts: Mapping[str, object],
         started_s: float,
@@ -62,6 +64,7 @@ class Commands:
         self._facts = facts
         self._started_s = started_s
         self._clock = clock
+        holdings = Holdings(catalog, loads, drop)
         self._commands: dict[str, Callable[[Work, dict[str, Any]], object | None]] = {
             "status": self._status,
             "models": lambda work, arguments: {"models": self._models()},
@@ -72,6 +75,12 @@ class Commands:
             "trace": self._trace,
             "queues": lambda work, arguments: self._queues(),
             "metrics": lambda work, arguments: {"devices": {self._catalog.device.name: self._metrics()}},
+            "leases": lambda work, arguments: holdings.leases(),
+            "residency": lambda work, arguments: holdings.residency(int(arguments.get("limit", 100))),
+            "relieve": lambda work, arguments: holdings.relieve(arguments.get("bytes")),
+            "drain": lambda work, arguments: intake(False),
+            "resume": lambda work, arguments: intake(True),
+            "intake": lambda work, arguments: intake(None),
             "load": self._load,
             "unload": self._evict,
             "evict": self._evict,

@@ -236,6 +236,8 @@ class Engine:
         # Commands and requests taken from the inbox since a stage was last run.
         self._taken = 0
         self._draining = False
+        # An operator has it take no requests for a while.
+        self._paused = False
         self._drained: Callable[[], None] | None = None
         self._stays = False
         self._finished = False
@@ -257,6 +259,7 @@ class Engine:
             requests=self._request_counts,
             counts=self._counts,
             trace=self._recorder.to_plain,
+            intake=self._take_in,
             scheduler=self._queue,
             facts={"generation": generation, "device": device.name, **(facts or {})},
             started_s=self._started_s,
@@ -306,6 +309,8 @@ class Engine:
     def check_room(self, tenant: Tenant) -> None:
         """Raise QueueFull or QuotaExceeded while requests would only be refused. For the server's thread: a flood ends there."""
         try:
+            if self._paused:
+                raise _paused()
             self._queue.check_room(tenant)
         except CapacityError:
             self._turned_away += 1
@@ -317,7 +322,7 @@ class Engine:
             self._queue.check_room(tenant)
         except CapacityError:
             return False
-        return True
+        return not self._paused
 
     def command(self, session: Session, request_id: int, name: str, arguments: dict[str, Any], deadline: float) -> None:
         """Run an administrator's command; its session gets the answer as a document."""
@@ -501,15 +506,15 @@ class Engine:
     def _window_left_s(self) -> float:
         """Return for how long the requests in the queue still wait for others, on a device that has nothing to do."""
         waiting = len(self._queue)
-        if not self._batch_window_s or self._wavefront or self._draining or not 0 < waiting < self._batch_limit:
+        if not self._batch_window_s or self._wavefront or self._draining or self._paused or not 0 < waiting < self._batch_limit:
             return 0.0
         return max(0.0, self._opened_s + self._batch_window_s - self._clock())
 
     def _accept(self, work: Work) -> None:
-        if self._draining:
+        if self._draining or (self._paused and work.inputs is not None):
             if work.inputs is not None:
                 self._outcomes.failed(work.model, Draining.code)
-            work.session.fail(work.request_id, _draining())
+            work.session.fail(work.request_id, _draining() if self._draining else _paused())
             return
         try:
             names = work.model.split(JOINT)
@@ -587,10 +592,25 @@ class Engine:
         self._drained = drained
         self._finish_if_drained()
 
-    def _finish_if_drained(self) -> None:
+    def _has_work(self) -> bool:
+        """Say whether anything waits or is under way."""
         under_way = self._wavefront or self._runs.running or self._loads.parked
-        waiting = bool(under_way or len(self._queue) or self._admission.aside_count)
-        if self._draining and not waiting and self._drained is not None:
+        return bool(under_way or len(self._queue) or self._admission.aside_count)
+
+    def _take_in(self, is_open: bool | None) -> dict[str, object]:
+        """Take new requests or not, as an operator says; None: as before. Return whether what was taken before is answered."""
+        if is_open is not None:
+            self._paused = not is_open
+        closed = self._paused or self._draining
+        return {
+            "draining": closed,
+            "drained": closed and not self._has_work(),
+            "waiting": len(self._queue) + self._admission.aside_count,
+            "running": len(self._wavefront),
+        }
+
+    def _finish_if_drained(self) -> None:
+        if self._draining and self._drained is not None and not self._has_work():
             if self._stays:
                 # Told now: nothing comes after this.
                 drained, self._drained = self._drained, None
@@ -617,7 +637,7 @@ class Engine:
 
     def _request_counts(self) -> dict[str, object]:
         return {
-            "draining": self._draining,
+            "draining": self._draining or self._paused,
             "sessions": self._session_count,
             "requests": {
                 "answered": self._under_way.answered_count,
@@ -683,3 +703,7 @@ class Engine:
 
 def _draining() -> Draining:
     return Draining("the sidecar is shutting down; the next one will answer")
+
+
+def _paused() -> Draining:
+    return Draining("an operator has the sidecar take no requests for a while; try again")

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from trunkline.errors import InvalidInput, TrunklineError
 from trunkline.protocol import JOINT
@@ -26,6 +26,9 @@ from sidecar.placing import Placing, Tally
 from sidecar.ports import Session, Work
 from sidecar.relays import Relay
 from sidecar.tenants import ANYONE, Quotas, Tenant
+
+# Commands whose answers have each device by its name.
+_TOLD_APART: Final = ("leases", "residency", "relieve")
 
 
 class Together:
@@ -134,7 +137,7 @@ class Engines:
         merge = gathered.MERGES.get(name, gathered.model)
         if name in ("load", "pin"):
             devices = sorted(self._placing.table.get(model) or self._placing.allowed(model)) or self._devices[:1]
-        elif name in ("blocks", "graph", "trace"):
+        elif name in ("blocks", "graph", "trace") or (name in _TOLD_APART and "device" in arguments):
             # What one device has, the first unless another is named.
             device = arguments.pop("device", self._devices[0])
             if not isinstance(device, str) or device not in self._engines:

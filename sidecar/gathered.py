@@ -103,9 +103,20 @@ def queues(found: Documents) -> dict[str, Any]:
     return {"forecast": worst, "tenants": tenants, "devices": dict(found)}
 
 
-def metrics(found: Documents) -> dict[str, Any]:
-    """Return what each device counts; nothing is added up, since whoever reads that can."""
+def apart(found: Documents) -> dict[str, Any]:
+    """Return what each device tells under its name; nothing is added up, since whoever reads that can."""
     return {"devices": {device: each["devices"][device] for device, each in found.items()}}
+
+
+def intake(found: Documents) -> dict[str, Any]:
+    """Return whether requests are taken on any device, and whether all that were taken are answered."""
+    each = list(found.values())
+    return {
+        "draining": all(one["draining"] for one in each),
+        "drained": all(one["drained"] for one in each),
+        "waiting": sum(one["waiting"] for one in each),
+        "running": sum(one["running"] for one in each),
+    }
 
 
 # By command: what makes one document of those that the devices give.
@@ -114,5 +125,6 @@ MERGES: Final[Mapping[str, Callable[[Documents], Any]]] = {
     "models": lambda found: {"models": models({device: each["models"] for device, each in found.items()})},
     "memory": memory,
     "queues": queues,
-    "metrics": metrics,
+    **dict.fromkeys(("metrics", "leases", "residency", "relieve"), apart),
+    **dict.fromkeys(("drain", "resume", "intake"), intake),
 }

@@ -76,6 +76,8 @@ class _Plan:
     priority: int
     ttl_s: float | None
     use: Use = field(default_factory=Use)
+    # When the first of the leases was taken that there are now.
+    leased_at_s: float = 0.0
 
     def is_idle_too_long(self, now_s: float) -> bool:
         return self.ttl_s is not None and self.use.at_s + self.ttl_s <= now_s
@@ -88,6 +90,16 @@ class _Group:
     users: frozenset[str]
     digests: set[str] = field(default_factory=set)
     committed: dict[str, int] = field(default_factory=dict)
+
+
+class Leaving(NamedTuple):
+    """Weights that may leave, all used by the same plans. ``priority`` is None for those of plans that were idle for too long."""
+
+    plans: frozenset[str]
+    weight_count: int
+    size_bytes: int
+    priority: int | None
+    idle_s: float
 
 
 class _Rank(NamedTuple):
@@ -251,6 +263,8 @@ class Residency:
         now_s = self._clock()
         for plan in plans:
             use = self._plans[plan].use
+            if plan not in self._leases:
+                self._plans[plan].leased_at_s = now_s
             self._lease_count += 1
             gap = self._lease_count - use.last if use.last else 0
             use.interval = (use.interval + gap) / 2 if use.interval else gap
@@ -386,12 +400,7 @@ class Residency:
             return victims
         spent = frozenset(victims)
         now_s = self._clock()
-        ranked = [
-            (self._rank(group, now_s), group)
-            for group in self._groups.values()
-            if group.committed and staying.isdisjoint(group.users)
-        ]
-        ranked.sort(key=lambda pair: pair[0])
+        ranked = self._ranked(staying, now_s)
         for rank, equals in itertools.groupby(ranked, key=lambda pair: pair[0]):
             for digest, size_bytes in self._last_first([group for _, group in equals]):
                 if shortfall <= 0 and not self.policy.whole:
@@ -410,6 +419,29 @@ class Residency:
         """Return the plans of which nothing may leave, and the weights of others that may not."""
         staying = frozenset((*wanted, *(self._leases.keys() - self._windows.keys()), *self._pinned))
         return staying, frozenset[str]().union(*self._windows.values())
+
+    def _ranked(self, staying: frozenset[str], now_s: float) -> list[tuple[_Rank, _Group]]:
+        """Return the groups that may leave, those first that leave first."""
+        ranked = [
+            (self._rank(group, now_s), group)
+            for group in self._groups.values()
+            if group.committed and staying.isdisjoint(group.users)
+        ]
+        ranked.sort(key=lambda pair: pair[0])
+        return ranked
+
+    def leaving(self) -> list[Leaving]:
+        """Return what may leave now, in the order in which it would: weights of the same plans together."""
+        staying, windows = self._staying()
+        now_s = self._clock()
+        found = []
+        for rank, group in self._ranked(staying, now_s):
+            sizes = [size_bytes for digest, size_bytes in group.committed.items() if digest not in windows]
+            if sizes:
+                idle_s = now_s - max(each.use.at_s for each in self._users_of(group))
+                priority = None if rank.priority == _EXPIRED else rank.priority
+                found.append(Leaving(group.users & self._in_use, len(sizes), sum(sizes), priority, idle_s))
+        return found
 
     def _rank(self, group: _Group, now_s: float) -> _Rank:
         users = self._users_of(group)
@@ -465,7 +497,7 @@ class Residency:
         self._let_go(freed, reason)
         return tuple(freed)
 
-    def relieve(self, size_bytes: int) -> tuple[str, ...]:
+    def relieve(self, size_bytes: int, reason: str = "memory") -> tuple[str, ...]:
         """Let so many bytes go, or all that may leave if that is less: memory is needed for something else than weights.
 
         What leaves first is chosen as ever. Returns the weights to drop.
@@ -482,7 +514,7 @@ class Residency:
         age_s = self.lru_age_s
         victims = self._choose_victims(min(size_bytes, most_bytes), ()) or []
         self.lru_age_s = age_s
-        self._let_go(victims, "memory")
+        self._let_go(victims, reason)
         return tuple(victims)
 
     def _has_use_for(self, digest: str) -> bool:
@@ -542,6 +574,15 @@ class Residency:
 
     def lease_count(self, plan: str) -> int:
         return self._leases.get(plan, 0)
+
+    def leased_for_s(self, plan: str) -> float:
+        """Return for how long a leased plan has been leased without a break."""
+        assert plan in self._leases, "the plan is not leased"
+        return self._clock() - self._plans[plan].leased_at_s
+
+    def is_streaming(self, plan: str) -> bool:
+        """Say whether but a window of a plan is held."""
+        return plan in self._windows
 
     def __contains__(self, plan: str) -> bool:
         return plan in self._plans

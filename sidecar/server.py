@@ -19,6 +19,7 @@ import os
 import secrets
 import select
 import socket
+import struct
 import threading
 import time
 from collections import Counter, deque
@@ -59,6 +60,7 @@ from trunkline.protocol import (
 )
 from trunkline.signature import Signature
 
+from sidecar import loglevels
 from sidecar.logs import RateLimit
 from sidecar.ports import OutputSpecs, Serving, Work
 from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant, as_known_to, hash_of, qualified, unqualified
@@ -68,6 +70,8 @@ log = logging.getLogger("trunkline.server")
 refusals = logging.getLogger("trunkline.server.refusals")
 refusals.addFilter(RateLimit(20))
 
+# pid, uid and gid of whoever has connected.
+_PEER: Final = struct.Struct("3i")
 HANDSHAKE_S: Final = 1.0
 _COMMAND_DEADLINE_S: Final = 600.0
 _SMALLEST_ARENA_BYTES: Final = 64 * 1024
@@ -381,6 +385,12 @@ class Server:
             "turned_away": self._turned_away,
         }
 
+    def sessions(self, offset: int, limit: int) -> dict[str, object]:
+        """Return who is connected: ``limit`` sessions from ``offset`` on, the oldest first."""
+        found = [session for session in self._sessions.values() if session.welcomed]
+        found.sort(key=lambda session: session.number)
+        return {"total": len(found), "sessions": [session.describe() for session in found[offset : offset + limit]]}
+
     def tenants(self) -> dict[str, object]:
         """Return the tenants in force, their limits, and what they have of connections and arenas."""
         connections, arena_bytes = self._held()
@@ -478,6 +488,9 @@ class Session:
         # The engine's names of models that this session has asked for, and may use.
         self._names: dict[str, str] = {}
         self._busy = False
+        self._opened_s = time.monotonic()
+        # Inferences that were passed to the engine.
+        self._request_count = 0
         self._request: ServerArena | None = None
         self._reply: ServerArena | None = None
         self._private = np.empty(0, np.uint8)
@@ -644,6 +657,7 @@ class Session:
             layout = self._layout = self._check_layout(signature, message.inputs)
         self._copy_inputs(layout)
         self._busy = True
+        self._request_count += 1
         deadline = time.monotonic() + message.deadline_us / 1_000_000
         engine.submit(
             Work(
@@ -721,17 +735,49 @@ class Session:
             raise MalformedFrame("the command's arguments are not JSON") from error
         if not isinstance(arguments, dict):
             raise MalformedFrame("the command's arguments are not an object")
-        if message.name == "identify":
-            self.document(message.request_id, self._identified(arguments.get("token_hash")))
+        own = self._OF_THE_SERVER.get(message.name)
+        if own is not None:
+            self.document(message.request_id, own(self, arguments))
             return
         self._busy = True
         deadline = time.monotonic() + _COMMAND_DEADLINE_S
         self._server.engine.command(self, message.request_id, message.name, arguments, deadline)
 
-    def _identified(self, token_hash: object) -> dict[str, object]:
-        """Return whose token has this hash, for those who answer tenants in this sidecar's stead. Raises Unauthorized."""
+    def describe(self) -> dict[str, object]:
+        """Return what an operator wants to know of a session: who it is, what it has and what it does."""
+        # Of whoever connected; 0 for a process that cannot be seen from here.
+        pid, uid, _ = _PEER.unpack(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        return {
+            "session": self.number,
+            "tenant": None if self._is_admin else self.tenant.name,
+            "administrator": self._is_admin,
+            "pid": pid,
+            "uid": uid,
+            "transport": self._server.transport,
+            "arena_bytes": self.arena_bytes,
+            "requests": self._request_count,
+            "in_flight": int(self._busy),
+            "age_s": round(time.monotonic() - self._opened_s, 3),
+        }
+
+    def _listed(self, arguments: dict[str, Any]) -> dict[str, object]:
+        return self._server.sessions(int(arguments.get("offset", 0)), int(arguments.get("limit", 100)))
+
+    def _log_level(self, arguments: dict[str, Any]) -> dict[str, object]:
+        """Return the level of this process's log, after it was set to ``level`` if that is given. Raises InvalidInput."""
+        if "level" in arguments:
+            loglevels.use(str(arguments["level"]))
+            log.info("the log's level is %s now", arguments["level"])
+        return {"level": loglevels.current()}
+
+    def _identified(self, arguments: dict[str, Any]) -> dict[str, object]:
+        """Return whose token has a hash, for those who answer tenants in this sidecar's stead. Raises Unauthorized."""
+        token_hash = arguments.get("token_hash")
         tenant, is_admin = self._server.identify(token_hash if isinstance(token_hash, str) and token_hash.isascii() else "-")
         return {"name": tenant.name, "domain": tenant.domain, "models": list(tenant.models), "administrator": is_admin}
+
+    # Commands with arguments that no engine is needed for.
+    _OF_THE_SERVER: Final = {"identify": _identified, "sessions": _listed, "log_level": _log_level}
 
     @property
     def arena_bytes(self) -> int:

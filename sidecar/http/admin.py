@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from trunkline.errors import (
     UnknownModel,
 )
 
-from sidecar import failures
+from sidecar import failures, loglevels
 from sidecar.bundle import MODEL_NAME
 from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError
@@ -41,7 +42,11 @@ log = logging.getLogger("trunkline.admin")
 
 MAX_MODEL_BYTES = 80 << 20
 MAX_BLOB_BYTES = 64 << 30
+MOST_FREE_BYTES = 2**50
 _CHUNK_BYTES = 1 << 20
+# While it waits for the engine to have answered all, it looks so often; and no longer than that.
+_DRAIN_LOOK_S = 0.05
+_LONGEST_DRAIN_S = 600
 
 
 class EngineClient(Protocol):
@@ -67,6 +72,9 @@ def create_app(
     app.json.sort_keys = False  # type: ignore[attr-defined]
     # A path with an empty part is no other path's, and nothing here redirects.
     app.url_map.merge_slashes = False
+    # Made before workers are forked, which have it in common.
+    level = loglevels.SharedLevel()
+    app.before_request(level.look)
     app.before_request((gate or Gate()).check)
     app.after_request(Audit().record)
     app.register_error_handler(Exception, _failed)
@@ -89,7 +97,7 @@ def create_app(
             log.info("not ready: %s", error.message)
             raise SidecarUnavailable("the engine does not answer") from error
         if draining:
-            raise Draining("the sidecar is shutting down")
+            raise Draining("the sidecar takes no new work")
         return jsonify(status="ok")
 
     scrape = exposition((scraped or engine).command)
@@ -116,11 +124,7 @@ def create_app(
     @needs(READ)
     def blocks() -> Response:
         """Return the units of sharing, ``offset`` and ``limit`` (at most 1000) of them."""
-        arguments: dict[str, object] = {
-            "offset": _number("offset", 0, 10**9),
-            "limit": min(_number("limit", 100, 10**9), 1000),
-        }
-        return jsonify(engine.command("blocks", arguments | _device()))
+        return jsonify(engine.command("blocks", _page() | _device()))
 
     @app.get("/admin/v1/queues")
     @needs(READ)
@@ -202,6 +206,76 @@ def create_app(
         check_constraint(body)
         return jsonify(engine.command("place", {"name": _deployed_name(name), **body}))
 
+    @app.get("/admin/v1/sessions")
+    @needs(READ)
+    def sessions() -> Response:
+        """Return who is connected, ``offset`` and ``limit`` (at most 1000) of them."""
+        return jsonify(engine.command("sessions", _page()))
+
+    @app.get("/admin/v1/leases")
+    @needs(READ)
+    def leases() -> Response:
+        """Return which models requests hold in memory, since when, and which are pinned."""
+        return jsonify(engine.command("leases", _device()))
+
+    @app.get("/admin/v1/residency")
+    @needs(READ)
+    def residency() -> Response:
+        """Return tiers and budgets, what was found, fetched and evicted, and ``limit`` (at most 1000) of what leaves next."""
+        return jsonify(engine.command("residency", {"limit": _number("limit", 100, 1000)} | _device()))
+
+    @app.post("/admin/v1/evict")
+    @needs(OPERATE)
+    def make_room() -> Response:
+        """Have the weights leave that are worth least, until so many ``bytes`` are free; on one ``device``, or on each."""
+        body = _json_object(required=("bytes",), optional=("device",))
+        # Looked at here, too: not every number of JSON can be sent on.
+        size_bytes, device = body["bytes"], body.get("device", "")
+        if isinstance(size_bytes, bool) or not isinstance(size_bytes, int) or not 0 < size_bytes <= MOST_FREE_BYTES:
+            raise InvalidInput(f"bytes must be an integer from 1 to {MOST_FREE_BYTES}: how many are to be free")
+        if not isinstance(device, str):
+            raise InvalidInput("device must be the name of a device")
+        return jsonify(engine.command("relieve", {"bytes": size_bytes} | ({"device": device[:64]} if device else {})))
+
+    @app.post("/admin/v1/drain")
+    @needs(OPERATE)
+    def drain() -> Response:
+        """Take no more requests; answered when those that were taken are answered, or after ``timeout_s``."""
+        timeout_s = _json_object(optional=("timeout_s",)).get("timeout_s", 30)
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 <= timeout_s <= _LONGEST_DRAIN_S:
+            raise InvalidInput(f"timeout_s must be a number from 0 to {_LONGEST_DRAIN_S}")
+        until_s = time.monotonic() + timeout_s
+        found = engine.command("drain")
+        # Somebody else may resume meanwhile, and an engine that is started again takes requests.
+        while found["draining"] and not found["drained"] and time.monotonic() < until_s:
+            time.sleep(_DRAIN_LOOK_S)
+            found = engine.command("intake")
+        return jsonify(found)
+
+    @app.post("/admin/v1/resume")
+    @needs(OPERATE)
+    def resume() -> Response:
+        """Take requests again."""
+        _json_object()
+        return jsonify(engine.command("resume"))
+
+    @app.get("/admin/v1/log-level")
+    @needs(READ)
+    def log_level() -> Response:
+        """Return how much the engine and this endpoint log."""
+        return jsonify(engine=engine.command("log_level")["level"], http=loglevels.current())
+
+    @app.put("/admin/v1/log-level")
+    @needs(OPERATE)
+    def set_log_level() -> Response:
+        """Have both log what is of ``level`` and above, until they end."""
+        wanted = _json_object(required=("level",))["level"]
+        if wanted not in loglevels.LEVELS:
+            raise InvalidInput(f"level must be one of {', '.join(loglevels.LEVELS)}")
+        # First this endpoint's: it matters most while the engine is away.
+        level.set(wanted)
+        return jsonify(engine=engine.command("log_level", {"level": wanted})["level"], http=wanted)
+
     @app.get("/admin/v1/tenants")
     @needs(READ)
     def tenants() -> Response:
@@ -254,6 +328,11 @@ def create_app(
         return jsonify(count=count, size_bytes=size_bytes, dry_run=dry_run)
 
     return app
+
+
+def _page() -> dict[str, object]:
+    """Return the arguments of a command that lists something in pages."""
+    return {"offset": _number("offset", 0, 10**9), "limit": min(_number("limit", 100, 10**9), 1000)}
 
 
 def _device() -> dict[str, object]:

@@ -317,4 +317,4 @@ def test_nothing_is_said_of_an_application_to_strangers(serve: Callable[..., fla
 
 def test_the_gate_stands_before_any_application(serve: Callable[..., flask.testing.FlaskClient]) -> None:
     app: Flask = serve(Gate(Known())).application
-    assert app.before_request_funcs[None][0].__name__ == "check"
+    assert [each.__name__ for each in app.before_request_funcs[None]] == ["look", "check"]

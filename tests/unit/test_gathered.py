@@ -56,4 +56,13 @@ def test_one_more_request_goes_where_it_waits_least() -> None:
 def test_what_is_counted_stays_each_devices_own() -> None:
     one, other = {"devices": {"one": {"stalled_s": 1.0}}}, {"devices": {"other": {"stalled_s": 2.0}}}
     told = {"devices": {"one": {"stalled_s": 1.0}, "other": {"stalled_s": 2.0}}}
-    assert gathered.metrics({"one": one, "other": other}) == told
+    assert gathered.apart({"one": one, "other": other}) == told
+
+
+def test_a_node_is_drained_when_each_device_is() -> None:
+    def told(drained: bool, running: int) -> dict[str, Any]:
+        return {"draining": True, "drained": drained, "waiting": 1, "running": running}
+
+    one, other = told(True, 0), told(False, 2)
+    assert gathered.intake({"one": one, "other": other}) == {"draining": True, "drained": False, "waiting": 2, "running": 2}
+    assert gathered.intake({"one": one, "other": one | {"draining": False}})["draining"] is False

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from trunkline.errors import BudgetExceeded
 
 from sidecar.policies import POLICIES, Either, GreedyDualSizeFrequency, LeastOften, Policy, WholeModelLeastRecentlyUsed
-from sidecar.residency import Grant, Residency
+from sidecar.residency import Grant, Leaving, Residency
 from sidecar.rivals import AdaptiveResidency
 
 
@@ -398,6 +398,37 @@ def test_evicting_leaves_what_others_use() -> None:
     assert made.evict("a") == ("a",)
     assert made.evict("a") == ()
     assert made.is_ready("b")
+
+
+def test_what_would_leave_next_is_told_in_its_order() -> None:
+    clock = Clock()
+    made = Residency(100, clock=clock)
+    for plan, weights in (("a", {"trunk": 10, "a": 5}), ("b", {"trunk": 10, "b": 6}), ("old", {"o1": 1, "o2": 2})):
+        made.add_plan(plan, weights)
+    made.add_plan("brief", {"s": 7}, ttl_s=1.0)
+    made.add_plan("held", {"h": 9})
+    for plan in ("old", "a", "b", "brief"):
+        use(made, plan)
+        clock.now_s += 10
+    made.lease("held")
+    clock.now_s += 2
+    assert made.leased_for_s("held") == 2
+    made.lease("held")
+    assert made.leased_for_s("held") == 2
+    assert made.leaving() == [
+        Leaving(frozenset({"brief"}), 1, 7, None, 12),
+        Leaving(frozenset({"old"}), 2, 3, 5, 42),
+        Leaving(frozenset({"a"}), 1, 5, 5, 32),
+        # Equal in all: of these, weights leave one by one, those used last first.
+        *sorted([Leaving(frozenset({"a", "b"}), 1, 10, 5, 22), Leaving(frozenset({"b"}), 1, 6, 5, 22)], key=made.leaving().index),
+    ]
+    # And in just this order it leaves.
+    assert [made.relieve(size_bytes) for size_bytes in (7, 3, 5, 6, 10)] == [("s",), ("o2", "o1"), ("a",), ("b",), ("trunk",)]
+    assert made.leaving() == []
+    made.release("held")
+    made.release("held")
+    made.lease("held")
+    assert made.leased_for_s("held") == 0
 
 
 def test_memory_for_something_else_is_freed_by_the_same_rule() -> None:

@@ -198,7 +198,7 @@ class BudgetExceeded(CapacityError):
 
 
 class Draining(CapacityError):
-    """The sidecar is shutting down and takes no new work."""
+    """The sidecar takes no new work: it is shutting down, or an operator has stopped it for a while."""
 
     code = "draining"
     retryable = True
