@@ -225,7 +225,7 @@ class Placement:
     def _driven_out(self, profiles: Mapping[str, Profile]) -> dict[str, frozenset[str]]:
         """Return what may not stay where it is, which rests for nobody."""
         changes = {}
-        for name in self.placed.keys() & profiles.keys():
+        for name in sorted(self.placed.keys() & profiles.keys()):
             allowed = self.placed[name] & profiles[name].seconds.keys()
             if allowed != self.placed[name]:
                 changes[name] = allowed or frozenset({self.first(profiles[name], profiles)})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import queue
 import threading
 import time
@@ -33,8 +34,12 @@ from sidecar.relays import Line
 log = logging.getLogger("trunkline.engine")
 
 LOOK_EVERY_S: Final = 1.0
-# How much the latest second counts in the rate of requests, and in how many are under way, as a part of 1.
+# How much the latest second counts in the rate of requests, and in how many are under way, as a part of 1: when they change, and
+# as long as they may be what they were.
 _WEIGHT: Final = 0.3
+_STEADY: Final = 0.03
+# By so many standard deviations something has changed.
+_DEVIATIONS: Final = 4.0
 # Models that are asked together less often in a second are placed anew when they are.
 _FEWEST: Final = 0.01
 # In so many ways models are asked together on a device that it is counted and placed; there are more ways than are worth that.
@@ -83,21 +88,54 @@ class Tally:
                     del self._open[name]
 
 
+class _Mean:
+    """A running mean of what comes by chance: over half a minute, and over seconds once these say that it has changed.
+
+    What comes seldom is never the same from one second to the next: models would move for that. Half as many requests as before
+    are seen within seconds where they were many, and are believed later where they were few.
+    """
+
+    __slots__ = ("latest", "value")
+
+    def __init__(self) -> None:
+        self.value = self.latest = 0.0
+
+    def note(self, found: float, seconds: float) -> None:
+        self.latest += (1 - (1 - _WEIGHT) ** seconds) * (found - self.latest)
+        self.value += (1 - (1 - _STEADY) ** seconds) * (found - self.value)
+        # Counts vary as their square root; so many seconds, about, are in the latest mean.
+        many_s = (2 - _WEIGHT) / _WEIGHT
+        if abs(self.latest - self.value) > _DEVIATIONS * math.sqrt(max(self.value, 1 / many_s) / many_s):
+            self.value = self.latest
+
+
 class _Demand:
     """What is asked for under one name: requests in a second, and how many are under way, as running means."""
 
-    __slots__ = ("counted", "rate", "under_way")
+    __slots__ = ("_rate", "_under_way", "counted")
 
     def __init__(self, counted: int = 0) -> None:
         self.counted = counted
-        self.rate = 0.0
-        self.under_way = 0.0
+        self._rate = _Mean()
+        self._under_way = _Mean()
+
+    @property
+    def rate(self) -> float:
+        return self._rate.value
+
+    @property
+    def under_way(self) -> float:
+        return self._under_way.value
+
+    @property
+    def is_quiet(self) -> bool:
+        """Say whether nobody has asked for some time."""
+        return self._rate.latest < _FEWEST
 
     def note(self, count: int, under_way: int, seconds: float) -> None:
-        weight = 1 - (1 - _WEIGHT) ** seconds
         # Fewer than before where its count was begun anew.
-        self.rate += weight * (max(0, count - self.counted) / seconds - self.rate)
-        self.under_way += weight * (under_way - self.under_way)
+        self._rate.note(max(0, count - self.counted) / seconds, seconds)
+        self._under_way.note(under_way, seconds)
         self.counted = count
 
 
@@ -172,7 +210,9 @@ class Placing:
 
     def begin(self) -> None:
         """Place what there is, if it can be where it was before a restart. Before any engine runs."""
-        self._placement.placed = read_places(self._path, list(self._engines))
+        # Since it was there, operators may have had other devices, and what they had said of these counts again.
+        known = read_places(self._path, list(self._engines))
+        self._placement.placed = {name: allowed for name, where in known.items() if (allowed := where & self.allowed(name))}
         self._names = self._first.names()
         self._costs = {device: engine.costs(self._names) for device, engine in self._engines.items()}
         self._take()
@@ -213,7 +253,7 @@ class Placing:
             demand.note(count, sum(each.get(name, 0) for each in under_way), seconds)
         self._demands = demands
         # What is asked together and was not for a while has no place, and leaves room for what is.
-        quiet = [name for name in names[len(served) :] if demands[name].rate < _FEWEST]
+        quiet = [name for name in names[len(served) :] if demands[name].is_quiet]
         names = [name for name in names if name not in quiet]
         for tally in self._tallies.values():
             tally.forget(quiet)
@@ -290,7 +330,7 @@ class Placing:
         now = self._placement.placed[name]
         log.info("%s is to be asked on %s instead of %s", name, _listed(where), _listed(now))
         self._moving[name] = _Move(where, set(where - now))
-        for device in where - now:
+        for device in sorted(where - now):
             self._engines[device].bring(name, functools.partial(self._load_ended, name, device))
         self._end_move(name)
 

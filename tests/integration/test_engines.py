@@ -117,7 +117,8 @@ class Demand(placing._Demand):
 
     def __init__(self, rate: float, under_way: float) -> None:
         super().__init__()
-        self.rate, self.under_way = rate, under_way
+        self._rate.value = self._rate.latest = rate
+        self._under_way.value = under_way
 
     def note(self, count: int, under_way: int, seconds: float) -> None:
         pass
