@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from sidecar.errors import ConfigError
 from sidecar.machine import available_bytes, core_count, has_gpu_driver
+from sidecar.origins import Network, Origin, Policy, parse_origin
 from sidecar.policies import Either
 
 PREFIX: Final = "TRUNKLINE_"
@@ -32,7 +33,7 @@ _UNITS: Final = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_SHORTER: Final = {"quota_file": "--quotas"}
+_SHORTER: Final = {"quota_file": "--quotas", "pull_origins": "--pull-origin", "pull_networks": "--pull-network"}
 _DEVICE: Final = re.compile(r"auto|cuda(?::\d{1,3})?|cpu(?::(\d{1,4})(?:-(\d{1,4}))?)?", re.ASCII)
 _SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
 
@@ -81,6 +82,10 @@ class Settings:
     # None: changes are told in the log alone.
     audit_file: Path | None = None
     blob_limit_bytes: int = 64 * 2**30
+    pull_origins: tuple[Origin, ...] = ()
+    pull_networks: tuple[Network, ...] = ()
+    pull_signers: Path | None = None
+    pull_timeout_s: float = 3600.0
     queue_limit: int = 256
     batch_limit: int = 8
     batch_window_s: float = 0.0
@@ -104,6 +109,17 @@ class Settings:
     def is_exposed(self) -> bool:
         """Say whether the admin endpoint can be reached from other machines."""
         return self.admin_port > 0 and not _is_loopback(self.admin_host)
+
+    @property
+    def pull_policy(self) -> Policy:
+        """Return what may be pulled."""
+        return Policy(
+            origins=self.pull_origins,
+            networks=self.pull_networks,
+            signers=self.pull_signers,
+            blob_limit_bytes=self.blob_limit_bytes,
+            timeout_s=self.pull_timeout_s,
+        )
 
     def budget_bytes(self, device: str) -> int:
         """Return the memory for weights on a device; 0: as much as it has room for."""
@@ -199,6 +215,25 @@ def _switch(value: object) -> bool:
     return known[str(value).lower()]
 
 
+def _texts(value: object) -> list[str]:
+    """Return the parts of a list, or of a text with commas in between."""
+    parts: list[object] = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("a text, or a list of texts")
+    return [stripped for part in parts for each in str(part).split(",") if (stripped := each.strip())]
+
+
+def _origins(value: object) -> tuple[Origin, ...]:
+    return tuple(dict.fromkeys(parse_origin(text) for text in _texts(value)))
+
+
+def _networks(value: object) -> tuple[Network, ...]:
+    try:
+        return tuple(dict.fromkeys(ipaddress.ip_network(text) for text in _texts(value)))
+    except ValueError as error:
+        raise ValueError("networks such as 10.0.0.0/8 or fd00::/8, with commas in between") from error
+
+
 def _seconds(value: object) -> float:
     try:
         seconds = float(str(value))
@@ -249,6 +284,10 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "admin_workers": _integer(1, 16),
     "audit_file": _path,
     "blob_limit_bytes": _size(65536),
+    "pull_origins": _origins,
+    "pull_networks": _networks,
+    "pull_signers": _path,
+    "pull_timeout_s": _seconds,
     "queue_limit": _integer(1, 1_000_000),
     "batch_limit": _integer(1, 1024),
     "batch_window_s": _seconds,

@@ -92,6 +92,49 @@ class BundleError(TrunklineError):
     http_status = 422
 
 
+class UnknownJob(TrunklineError):
+    """No job of this id is known, or not any more."""
+
+    code = "unknown_job"
+    http_status = 404
+
+
+class JobLost(TrunklineError):
+    """The process that worked on the job ended before the job did."""
+
+    code = "job_lost"
+    retryable = True
+
+
+class OriginRefused(TrunklineError):
+    """A model may not be pulled from there: the operator has not listed it, or it leads somewhere else."""
+
+    code = "origin_refused"
+    http_status = 403
+
+
+class OriginFailed(TrunklineError):
+    """The origin cannot be reached, fell silent, or broke off; what was received whole is kept."""
+
+    code = "origin_failed"
+    retryable = True
+    http_status = 502
+
+
+class NotAtOrigin(TrunklineError):
+    """The origin does not have a file that the reference, or what it names, asks for."""
+
+    code = "not_at_origin"
+    http_status = 404
+
+
+class NotTrusted(TrunklineError):
+    """No signer that the operator trusts has signed the model."""
+
+    code = "not_trusted"
+    http_status = 403
+
+
 class ExportError(TrunklineError):
     """A model cannot be converted."""
 

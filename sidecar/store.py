@@ -7,7 +7,8 @@ synced, and renamed, so a crash at any line leaves leftovers but never half a fi
 on its temporary file, which the kernel frees however the writer ends: a leftover is a temporary file that nobody has locked.
 
 A blob whose bytes turn out not to be its digest's moves to ``quarantine/ab/abcd…``: it is never served again, and as the store
-then lacks it, pushing the model again heals the store.
+then lacks it, pushing the model again heals the store. What came of a blob that was pulled, before its origin broke off, waits
+in ``partial`` for the rest.
 
 A push counts on blobs it was told it need not send, and a collection removes blobs that no model uses: the first holds the
 file ``lock`` shared, the second alone. Readers hold nothing. The object has no state, so any thread may call anything, and it
@@ -25,7 +26,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -33,6 +34,7 @@ from typing import Final
 from isal import isal_zlib
 from trunkline.errors import ModelCorrupt, UnknownModel
 
+from sidecar import partials
 from sidecar.bundle import (
     MODEL_NAME,
     Bundle,
@@ -43,6 +45,7 @@ from sidecar.bundle import (
 )
 from sidecar.disk import TEMPORARY, opened, remove_unless_locked
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError, StoreFull
+from sidecar.partials import Partial
 
 log = logging.getLogger("trunkline.store")
 
@@ -51,6 +54,7 @@ DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 GC_GRACE_S: Final = 3600.0
 _CHUNK_BYTES: Final = 1 << 20
 _KINDS: Final = ("blobs", "graphs", "models", "quarantine")
+_PARTIAL: Final = "partial"
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -88,6 +92,7 @@ class Store:
         for kind in _KINDS:
             for path in (self.root / kind).rglob(f"*{TEMPORARY}*"):
                 remove_unless_locked(path)
+        partials.sweep(self.root / _PARTIAL)
 
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:
@@ -169,6 +174,48 @@ class Store:
                     digest=digest,
                 )
         return True
+
+    def resume_blob(self, digest: str, fetch: Callable[[int], Iterable[bytes]], size_bytes: int) -> int:
+        """Store a blob as ``put_blob`` does, going on where an attempt before has ended; return how many bytes were fetched.
+
+        ``fetch(start)`` gives the bytes from ``start`` on. When it raises, what came until then is kept for the next attempt.
+        Raises what it raises, BlobCorrupt and StoreFull, after which nothing is left.
+        """
+        path = self.blob_path(digest)
+        with self._locked(fcntl.LOCK_SH):
+            if self._renewed(digest):
+                return 0
+        try:
+            with partials.partial(self.root / _PARTIAL, digest, size_bytes) as partial:
+                if partial is None:
+                    # Somebody else receives it at this moment, perhaps for a model that nobody will need.
+                    return size_bytes if self.put_blob(digest, fetch(0), size_bytes) else 0
+                return self._resumed(partial, path, fetch, size_bytes)
+        except OSError as error:
+            raise self._refusal(error, size_bytes) from error
+
+    def _resumed(self, partial: Partial, path: Path, fetch: Callable[[int], Iterable[bytes]], size_bytes: int) -> int:
+        start = partial.size_bytes
+        try:
+            if start < size_bytes:
+                for chunk in fetch(start):
+                    partial.append(chunk)
+                    if partial.size_bytes > size_bytes:
+                        break
+            if partial.size_bytes != size_bytes or partial.digest() != path.name:
+                raise BlobCorrupt(
+                    f"blob {path.name[:12]} has {size_bytes} bytes; {partial.size_bytes} came, of digest {partial.digest()[:12]}",
+                    digest=path.name,
+                )
+            os.fsync(partial.descriptor)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            os.rename(partial.path, path)
+        except (BlobCorrupt, OSError):
+            partial.path.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+        _sync_folder(path.parent.parent)
+        return size_bytes - start
 
     def read_blob(self, digest: str, target: memoryview, crc32: int | None = None) -> None:
         """Read a blob into ``target``, which has exactly its size. Raises BlobMissing, BlobCorrupt, OSError.
@@ -299,13 +346,17 @@ class Store:
 
     # --- upkeep ------------------------------------------------------------------------------------------------------
 
-    def verify(self) -> Report:
+    def verify(self, advance: Callable[[int, int], None] = lambda done, total: None) -> Report:
         """Read every blob against its digest and every model against its blobs. Slow: sha256 of everything.
+
+        ``advance`` is told how many blobs were read, and how many there are; what it raises ends the work.
 
         Blobs that are altered or cannot be read are set aside. Safe while models are pushed, removed and collected.
         """
         report = Report()
-        for path in self._stored("blobs"):
+        paths = list(self._stored("blobs"))
+        for number, path in enumerate(paths):
+            advance(number, len(paths))
             try:
                 digest, size_bytes = _digest_of(path)
             except FileNotFoundError:
@@ -331,8 +382,16 @@ class Store:
                 report.broken[name] = f"{len(missing)} weights are missing, {len(altered)} are altered; push it again"
         return report
 
-    def gc(self, *, dry_run: bool = False, grace_s: float = GC_GRACE_S) -> tuple[int, int]:
+    def gc(
+        self,
+        *,
+        dry_run: bool = False,
+        grace_s: float = GC_GRACE_S,
+        advance: Callable[[int, int], None] = lambda done, total: None,
+    ) -> tuple[int, int]:
         """Remove blobs and graphs that no model uses and that are older than ``grace_s``; return count and bytes.
+
+        ``advance`` is told how many of those that no model uses were looked at, of how many; what it raises ends the work.
 
         What was set aside that long ago goes, too. While a model cannot be read, nothing is removed: its blobs cannot be told
         from garbage. Raises StoreError.
@@ -352,7 +411,9 @@ class Store:
             newest_s = time.time() - grace_s
             try:
                 unused = [path for kind in ("blobs", "graphs") for path in self._stored(kind) if path.name not in used]
-                for path in (*unused, *self._stored("quarantine")):
+                unused += self._stored("quarantine")
+                for number, path in enumerate(unused):
+                    advance(number, len(unused))
                     with contextlib.suppress(FileNotFoundError):
                         state = path.stat()
                         if state.st_mtime <= newest_s:

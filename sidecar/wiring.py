@@ -57,6 +57,11 @@ def _serve(settings: Settings, run: RunDirectory) -> int:
     if settings.quota_file is not None:
         # As the store below: each engine reads it again.
         read_quotas(settings.quota_file)
+    if settings.pull_signers is not None:
+        from sidecar.signers import read_signers
+
+        # As above: each pull reads it again.
+        read_signers(settings.pull_signers)
     # Opened here as well, so that a folder that cannot be written to is told at once, and not by each engine.
     Store(settings.store_dir)
 

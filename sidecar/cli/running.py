@@ -15,6 +15,11 @@ from sidecar.config import load_settings
 from sidecar.logs import log_to_stderr
 
 
+def _given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Tell a list that was not given from one that is empty."""
+    return value or None
+
+
 @click.command()
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings.")
 @click.option("--run-dir", help="Where the sockets are made.")
@@ -35,6 +40,12 @@ from sidecar.logs import log_to_stderr
 @click.option("--admin-workers", help="Processes of the admin endpoint.")
 @click.option("--audit-file", help="Where changes over the admin endpoint are recorded, beside the log.")
 @click.option("--blob-limit", "blob_limit_bytes", help="The largest weight that may be pushed.")
+@click.option(
+    "--pull-origin", "pull_origins", multiple=True, callback=_given, help="Where models may be pulled from; may be repeated."
+)
+@click.option("--pull-network", "pull_networks", multiple=True, callback=_given, help="A private network that origins may be in.")
+@click.option("--pull-signers", help="Public keys, one of which must have signed what is pulled.")
+@click.option("--pull-timeout", "pull_timeout_s", help="Seconds that one pull may take.")
 @click.option("--queue-limit", help="Requests that may wait.")
 @click.option("--batch-limit", help="Rows of different requests that are run as one batch; 1: none are.")
 @click.option("--batch-window", "batch_window_s", help="Seconds that a request waits for others on an idle device.")
@@ -47,7 +58,7 @@ from sidecar.logs import log_to_stderr
 @click.option("--connection-limit", help="Connections that may be open.")
 @click.option("--drain-timeout", "drain_timeout_s", help="Seconds to finish accepted requests on SIGTERM.")
 @click.option("--log-level", help="debug, info, warning or error.")
-def serve(config: Path | None, **flags: str | None) -> None:
+def serve(config: Path | None, **flags: str | tuple[str, ...] | None) -> None:
     """Run the sidecar until SIGTERM, then drain."""
     from sidecar.wiring import serve as run
 

@@ -31,9 +31,12 @@ from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError
 from sidecar.http.access import OPEN, OPERATE, READ, Gate, needs
 from sidecar.http.audit import Audit
+from sidecar.http.jobs import Command, LongWork, add_jobs
 from sidecar.http.metrics import CONTENT_TYPE, exposition
 from sidecar.http.openapi import add_openapi
+from sidecar.jobs import Jobs, Watch
 from sidecar.keeping import Keep
+from sidecar.origins import Policy
 from sidecar.store import DIGEST, Store
 from sidecar.strictjson import encode_json, load_json, members
 from sidecar.tenants import DEPLOYED_NAME
@@ -61,12 +64,16 @@ def create_app(
     *,
     blob_limit_bytes: int = MAX_BLOB_BYTES,
     scraped: EngineClient | None = None,
+    patient: EngineClient | None = None,
     gate: Gate | None = None,
+    jobs: Jobs | None = None,
+    policy: Policy | None = None,
 ) -> Flask:
     """Return the endpoint's WSGI application. Blobs longer than ``blob_limit_bytes`` are refused before they are read.
 
-    ``scraped`` is the engine as metrics ask it: by a client that gives up before whoever scrapes does. ``gate`` lets requests in;
-    by default, those from this machine.
+    ``scraped`` is the engine as metrics ask it, by a client that gives up before whoever scrapes does; ``patient`` as jobs do, by
+    one that does not. ``gate`` lets requests in; by default, those from this machine. ``jobs`` are kept in the store's folder
+    unless it says where. ``policy`` says from where models may be pulled: from nowhere, unless it does.
     """
     app = Flask("trunkline", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
@@ -79,6 +86,8 @@ def create_app(
     app.after_request(Audit().record)
     app.register_error_handler(Exception, _failed)
     add_openapi(app)
+    long_work = LongWork(jobs or Jobs(store.root / "jobs"), engine.command, (patient or engine).command)
+    add_jobs(app, long_work, store, policy or Policy(), _json_object)
 
     @app.get("/healthz")
     @needs(OPEN)
@@ -175,10 +184,23 @@ def create_app(
         store.remove_model(_name(name))
         return jsonify(engine.command("model_removed", {"name": name}))
 
-    @app.post("/admin/v1/models/<name>/<any(load,unload,evict,pin,unpin):action>")
+    @app.post("/admin/v1/models/<name>/load")
+    @needs(OPERATE)
+    def load(name: str) -> Any:
+        """Bring a model into memory; answered when it is there, or with a job."""
+        _json_object()
+        asked: dict[str, object] = {"name": _deployed_name(name)}
+
+        def work(watch: Watch, command: Command) -> object:
+            # It cannot be stopped halfway: what was begun is loaded.
+            return command("load", asked)
+
+        return long_work.answered("load", name, work)
+
+    @app.post("/admin/v1/models/<name>/<any(unload,evict,pin,unpin):action>")
     @needs(OPERATE)
     def act(name: str, action: str) -> Response:
-        """Load, unload, evict, pin or unpin a model; answered when it is done."""
+        """Unload, evict, pin or unpin a model; answered when it is done."""
         _json_object()
         return jsonify(engine.command(action, {"name": _deployed_name(name)}))
 
@@ -312,20 +334,28 @@ def create_app(
 
     @app.post("/admin/v1/store/verify")
     @needs(OPERATE)
-    def verify() -> Response:
+    def verify() -> Any:
         """Read every stored byte against its digest, and set aside what is altered; slow."""
         _json_object()
-        return jsonify(dataclasses.asdict(store.verify()))
+
+        def work(watch: Watch, command: Command) -> object:
+            return dataclasses.asdict(store.verify(lambda done, total: watch.advance(done, total, "blobs")))
+
+        return long_work.answered("verify", "store", work)
 
     @app.post("/admin/v1/store/gc")
     @needs(OPERATE)
-    def gc() -> Response:
+    def gc() -> Any:
         """Remove what no model uses and is older than an hour; ``dry_run`` only counts."""
         dry_run = _json_object(optional=("dry_run",)).get("dry_run", False)
         if not isinstance(dry_run, bool):
             raise InvalidInput("dry_run must be true or false")
-        count, size_bytes = store.gc(dry_run=dry_run)
-        return jsonify(count=count, size_bytes=size_bytes, dry_run=dry_run)
+
+        def work(watch: Watch, command: Command) -> object:
+            count, size_bytes = store.gc(dry_run=dry_run, advance=lambda done, total: watch.advance(done, total, "files"))
+            return {"count": count, "size_bytes": size_bytes, "dry_run": dry_run}
+
+        return long_work.answered("gc", "store", work)
 
     return app
 

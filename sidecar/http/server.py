@@ -32,6 +32,7 @@ from sidecar.http.audit import SharedFile, append_to
 from sidecar.http.callers import Callers, Room
 from sidecar.http.oip import add_open_inference
 from sidecar.http.tokenfile import TokenFile
+from sidecar.jobs import Jobs
 from sidecar.openinference import MAX_JSON_BYTES
 from sidecar.rundirectory import RunDirectory
 from sidecar.store import Store
@@ -54,6 +55,8 @@ _SILENCE_S = 10
 _BACKLOG = 64
 # An engine that does not answer a scrape for so long is away; Prometheus waits for 10 s unless told otherwise.
 _SCRAPE_S = 4.0
+# Nobody waits for a job, so it may wait for the engine.
+_JOB_S = 3600.0
 
 
 def _freeze(server: object, worker: object) -> None:
@@ -208,7 +211,16 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
         gate = Gate(tokens, is_exposed=settings.is_exposed, has_tenants=settings.quota_file is not None)
         if settings.audit_file is not None:
             append_to(settings.audit_file)
-        app = create_app(engine, store, blob_limit_bytes=settings.blob_limit_bytes, scraped=scraped, gate=gate)
+        app = create_app(
+            engine,
+            store,
+            blob_limit_bytes=settings.blob_limit_bytes,
+            scraped=scraped,
+            patient=EnginePool(lambda: AdminConnection(path, token, _JOB_S)),
+            gate=gate,
+            jobs=Jobs(settings.run_dir / "jobs"),
+            policy=settings.pull_policy,
+        )
         # What fits into an arena, and the JSON before it.
         limit_bytes = settings.arena_limit_bytes + MAX_JSON_BYTES
         workers = settings.admin_workers

@@ -52,6 +52,11 @@ LAYERS = {
         "processes",
         "disk",
         "jsonfile",
+        "jobs",
+        "origins",
+        "signers",
+        "fetching",
+        "partials",
         "rundirectory",
         "keeping",
         "tenants",
@@ -131,17 +136,20 @@ LAYERS = {
     },
     5: {
         "server",
+    5: {
+        "server",
         "supervisor",
         "admin_client",
+        "pulling",
         "http",
         "http.admin",
-        "http.callers",
+        "http.callers", "http.jobs",
         "http.metrics",
         "http.oip",
-        "http.openapi",
+        "http.openapi", "http.callers",
         "http.server",
     },
-    6: {"__main__", "wiring", "packing", "drawing", "local", "cli"},
+    6: {"__main__", "wiring", "packing", "publishing", "drawing", "local", "cli"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 MAY_IMPORT_TORCH = LAYERS[3]
@@ -152,6 +160,8 @@ BUILDERS = {
     ("http.admin", "http.openapi"),
     ("http.server", "http.callers"),
     ("http.admin", "http.metrics"),
+    ("http.admin", "http.jobs"),
+    ("http.jobs", "pulling"),
 }
 
 
