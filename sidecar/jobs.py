@@ -159,6 +159,7 @@ class _Job:
         self._lock = folder / f"{self.id}.lock"
         self._cancel = folder / f"{self.id}.cancel"
         self._written_s = 0.0
+        self._is_behind = False
         self._plain: dict[str, Any] = {
             "id": self.id,
             "kind": kind,
@@ -195,19 +196,23 @@ class _Job:
             return {"state": "failed", "error": failures.told(error, "").body["error"]}
 
     def advance(self, done: int, total: int, unit: str, step: str = "") -> None:
-        self.checkpoint()
         before = self._plain["progress"]
         self._plain["progress"] = {"done": done, "total": total, "unit": unit, "step": step}
-        if step != before["step"] or time.monotonic() - self._written_s >= _WRITE_S:
+        self._is_behind = True
+        if step != before["step"]:
             self._write()
+        self.checkpoint()
 
     def checkpoint(self) -> None:
+        # Here as well, so that what was told just before it came to a halt is not held back.
+        if self._is_behind and time.monotonic() - self._written_s >= _WRITE_S:
+            self._write()
         if self._cancel.exists():
             raise Cancelled
 
     def _write(self, **changes: object) -> bool:
         self._plain |= changes
-        self._written_s = time.monotonic()
+        self._written_s, self._is_behind = time.monotonic(), False
         try:
             replace_json(self._path, self._plain)
         except OSError as error:

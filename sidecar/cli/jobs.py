@@ -52,7 +52,7 @@ def job_ls(ctx: click.Context, as_json: bool) -> None:
     table.add_column("of")
     for entry in jobs:
         begun = datetime.fromtimestamp(entry["created_s"]).astimezone().isoformat(" ", "seconds")
-        table.add_row(entry["id"], entry["kind"], entry["state"], _progress(entry["progress"]), begun, entry["subject"])
+        table.add_row(entry["id"], entry["kind"], entry["state"], _progress(entry), begun, entry["subject"])
     console.print(table)
 
 
@@ -66,7 +66,7 @@ def job_show(ctx: click.Context, job_id: str, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    console.print(f"{found['kind']} of {found['subject']}: {found['state']}, {_progress(found['progress'])}", markup=False)
+    console.print(f"{found['kind']} of {found['subject']}: {found['state']}, {_progress(found)}", markup=False)
     if found["error"]:
         console.print(f"{found['error']['code']}: {found['error']['message']}", markup=False)
     for key, value in (found["result"] or {}).items():
@@ -82,12 +82,14 @@ def job_cancel(ctx: click.Context, job_id: str) -> None:
     console.print(f"{found['id']}: {'asked to stop' if found['state'] in ACTIVE else found['state']}")
 
 
-def _progress(found: dict[str, Any]) -> str:
+def _progress(job: dict[str, Any]) -> str:
+    found = job["progress"]
+    step = found["step"] if job["state"] in ACTIVE else ""
     shown: Callable[[int], str] = size if found["unit"] == "bytes" else str
     counted = f"{shown(found['done'])} of {shown(found['total'])}" if found["total"] else ""
     if counted and found["unit"] != "bytes":
         counted += f" {found['unit']}"
-    return ", ".join(part for part in (counted, found["step"]) if part) or "-"
+    return ", ".join(part for part in (counted, step) if part) or "-"
 
 
 def followed(client: AdminClient, begun: dict[str, Any], *, quiet: bool) -> Any:
@@ -105,7 +107,7 @@ def followed(client: AdminClient, begun: dict[str, Any], *, quiet: bool) -> Any:
                 time.sleep(LOOK_S)
                 found = _asked(client, path)
                 told = found["progress"]
-                bar.update(task, completed=told["done"], total=told["total"] or None, told=_progress(told))
+                bar.update(task, completed=told["done"], total=told["total"] or None, told=_progress(found))
     except KeyboardInterrupt:
         client.delete(path)
         click.echo(f"job {begun['id']} is asked to stop", err=True)
