@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import re
+import ssl
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from trunkline.protocol import TensorSpec
 
 from sidecar.bundle import Bundle, Graph, Node, Symbol, Value, Weight, graph_digest, write_bundle
@@ -22,7 +30,7 @@ WAIT_S = 60.0
 class OriginServer:
     """A server of static files. ``misbehave`` has what it does instead for paths that begin so."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, certificate: Path | None = None) -> None:
         self.root = root
         self.asked: list[tuple[str, str | None]] = []
         self.headers: list[dict[str, str]] = []
@@ -38,8 +46,14 @@ class OriginServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
         self._server.daemon_threads = True
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            # A client that does not like the certificate is no news.
+            self._server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
         self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
 
@@ -99,13 +113,34 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def origin_server(root: Path) -> Iterator[OriginServer]:
-    """Serve a folder while the block runs."""
-    made = OriginServer(root)
+def origin_server(root: Path, certificate: Path | None = None) -> Iterator[OriginServer]:
+    """Serve a folder while the block runs, by TLS where there is a certificate."""
+    made = OriginServer(root, certificate)
     try:
         yield made
     finally:
         made.close()
+
+
+def write_certificate(path: Path) -> Path:
+    """Write a certificate for 127.0.0.1 that vouches for itself, and its key, to one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    today = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(today - timedelta(days=1))
+        .not_valid_after(today + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(secret + certificate.public_bytes(Encoding.PEM))
+    return path
 
 
 # --- what it may do instead -------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from sidecar.cli.exits import FAILED
 from sidecar.cli.printing import as_json, console, print_json, size
 
 ACTIVE = ("queued", "running")
-# How often a job is asked for, and for how long an endpoint that is started again is waited for.
-LOOK_S = 0.2
+# How soon and how often a job is asked for, and for how long an endpoint that is started again is waited for.
+_FIRST_LOOK_S = 0.02
+_LOOK_S = 0.2
 PATIENCE_S = 15.0
 
 
@@ -98,13 +99,14 @@ def followed(client: AdminClient, begun: dict[str, Any], *, quiet: bool) -> Any:
     The endpoint may be away for ``PATIENCE_S`` meanwhile: what was being done there is lost then, and says so itself.
     """
     path = f"jobs/{begun['id']}"
-    found = begun
+    found, pause_s = begun, _FIRST_LOOK_S
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, disable=quiet) as bar:
             task = bar.add_task(begun["kind"], total=None, told="")
             while found["state"] in ACTIVE:
-                time.sleep(LOOK_S)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LOOK_S)
                 found = _asked(client, path)
                 told = found["progress"]
                 bar.update(task, completed=told["done"], total=told["total"] or None, told=_progress(found))
@@ -129,4 +131,4 @@ def _asked(client: AdminClient, path: str) -> Any:
         except SidecarUnavailable:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(LOOK_S)
+            time.sleep(_LOOK_S)

@@ -6,9 +6,9 @@ import sys
 
 import click
 
-from sidecar.cli.bars import steps
 from sidecar.cli.endpoint import client_of
 from sidecar.cli.exits import FAILED
+from sidecar.cli.jobs import followed
 from sidecar.cli.printing import as_json, console, print_json, size
 
 
@@ -21,9 +21,9 @@ def store() -> None:
 @as_json
 @click.pass_context
 def store_verify(ctx: click.Context, as_json: bool) -> None:
-    """Read every stored byte against its digest. What is altered is set aside, so that a push can replace it."""
-    with steps("reading what is stored"):
-        report = client_of(ctx).post("store/verify")
+    """Read every stored byte against its digest; what is altered is set aside, so that a push can replace it."""
+    client = client_of(ctx)
+    report = followed(client, client.post("store/verify?wait=false"), quiet=as_json)
     if as_json:
         print_json(report)
     else:
@@ -40,7 +40,8 @@ def store_verify(ctx: click.Context, as_json: bool) -> None:
 @click.pass_context
 def store_gc(ctx: click.Context, dry_run: bool, as_json: bool) -> None:
     """Remove stored bytes that no model uses."""
-    found = client_of(ctx).post("store/gc", {"dry_run": dry_run})
+    client = client_of(ctx)
+    found = followed(client, client.post("store/gc?wait=false", {"dry_run": dry_run}), quiet=as_json)
     if as_json:
         print_json(found)
         return

@@ -66,11 +66,25 @@ STATUS = {
 }
 
 
+def done(result: Any) -> dict[str, Any]:
+    """Return a job as it is when it has ended well."""
+    progress = {"done": 1, "total": 1, "unit": "blobs", "step": ""}
+    return {
+        "id": "0" * 16,
+        "kind": "verify",
+        "subject": "store",
+        "state": "done",
+        "progress": progress,
+        "result": result,
+        "error": None,
+    }
+
+
 class Answers:
     """Stands where requests leave the process; remembers what was asked and whether the client was closed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.table: dict[str, Any] = {"status": STATUS, "models": {"models": [MODEL, CORRUPT]}, "store/verify": {}}
+        self.table: dict[str, Any] = {"status": STATUS, "models": {"models": [MODEL, CORRUPT]}}
         self.asked: list[tuple[str, str]] = []
         self.sent: list[Any] = []
         self.closed = 0
@@ -164,11 +178,13 @@ def test_graph_draws_what_is_asked_for(answers: Answers, tmp_path: Path) -> None
     ],
 )
 def test_json_is_all_that_is_printed(answers: Answers, words: list[str], expected: Any) -> None:
-    asked = (
-        "/".join(words) if words[0] == "store" else {"trace": "trace?limit=10000", "model": "models/m"}.get(words[0], words[0])
-    )
-    answers.table.setdefault(asked, expected)
-    answers.table["store/verify"] = {"corrupt": [], "broken": {}}
+    asked = {
+        "trace": "trace?limit=10000",
+        "model": "models/m",
+        "store": f"store/{words[-1]}?wait=false",
+    }.get(words[0], words[0])
+    answers.table.setdefault(asked, done(expected) if words[0] == "store" else expected)
+    answers.table["store/verify?wait=false"] = done({"corrupt": [], "broken": {}})
     result = run(*words, "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout) == expected
@@ -197,7 +213,7 @@ def test_a_trace_is_written_in_lines_that_can_be_replayed(answers: Answers, tmp_
 
 
 def test_a_broken_store_fails_also_in_json(answers: Answers) -> None:
-    answers.table["store/verify"] = {"corrupt": ["0" * 64], "broken": {"m": "1 weights are missing"}}
+    answers.table["store/verify?wait=false"] = done({"corrupt": ["0" * 64], "broken": {"m": "1 weights are missing"}})
     result = run("store", "verify", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["broken"] == {"m": "1 weights are missing"}

@@ -31,7 +31,7 @@ from sidecar.publishing import publish
 from sidecar.pulling import Pulled, pull
 from sidecar.store import Store
 from tests import origin_server as origin
-from tests.origin_server import Handler, OriginServer, origin_server, write_chained_bundle
+from tests.origin_server import Handler, OriginServer, origin_server, write_certificate, write_chained_bundle
 from tests.unit.test_signers import write_key
 
 SMALL = [1.0, 2.0, 3.0]
@@ -198,6 +198,15 @@ def test_whatever_an_origin_does_is_told_and_nothing_bad_is_kept(
     server.release.set()
     assert pulled(server, store, reference).name == "m"
     assert partials(store) == {}
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path, root: Path, store: Store) -> None:
+    certificate = write_certificate(tmp_path / "certificate")
+    with origin_server(root, certificate) as server:
+        reference = published(tmp_path, root, "m", SMALL)
+        with pytest.raises(OriginFailed, match=r"cannot be reached \(ClientConnectorCertificateError\)"):
+            pulled(server, store, reference)
+        assert server.asked == []
 
 
 def test_a_server_that_is_not_there_is_told(tmp_path: Path, root: Path, server: OriginServer, store: Store) -> None:

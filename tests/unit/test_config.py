@@ -218,3 +218,37 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 def test_every_setting_and_its_flag_are_documented() -> None:
     documented = [line.split("`")[1:4:2] for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     assert documented == [[field.name, flag_of(field.name)] for field in fields(Settings)]
+
+
+def test_origins_are_a_list_wherever_they_come_from(tmp_path: Path) -> None:
+    path = tmp_path / "t.toml"
+    path.write_text('pull_origins = ["https://a.example/x", "file:///srv"]\npull_networks = "10.0.0.0/8, fd00::/8"\n')
+    flags = {"pull_origins": ("https://A.example:443/x/", "file:///srv"), "pull_networks": ("10.0.0.0/8", "fd00::/8")}
+    environ = {"PULL_ORIGINS": "https://a.example/x,file:///srv", "PULL_NETWORKS": "10.0.0.0/8,fd00::/8"}
+    for settings in (
+        load_settings({}, {}, path),
+        load_settings(flags, {}),
+        load_settings({}, {PREFIX + key: value for key, value in environ.items()}),
+    ):
+        assert [origin.url for origin in settings.pull_origins] == ["https://a.example/x", "file:///srv"]
+        assert list(map(str, settings.pull_networks)) == ["10.0.0.0/8", "fd00::/8"]
+        assert settings.pull_policy.origins == settings.pull_origins
+        assert settings.pull_policy.networks == settings.pull_networks
+    assert load_settings({}, {}).pull_policy.origins == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("pull_origins", 7, "a text, or a list of texts"),
+        ("pull_origins", ["https://a.example", 7], "a text, or a list of texts"),
+        ("pull_origins", "a.example", "SCHEME://HOST/PATH"),
+        ("pull_networks", "10.0.0.1/8", "networks such as"),
+        ("pull_networks", "10.0.0.0/33", "networks such as"),
+        ("pull_networks", [7], "networks such as"),
+        ("pull_timeout_s", "soon", "a number of seconds"),
+    ],
+)
+def test_what_is_no_origin_nor_network_is_refused(key: str, value: object, accepted: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag_of(key)} is .*; it must be {accepted}"):
+        load_settings({key: value}, {})
