@@ -73,7 +73,7 @@ class OriginServer:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET, and says so."""
+    """Answers GET and HEAD as a server of static files does, which is nearly as an object store does."""
 
     served: OriginServer
     protocol_version = "HTTP/1.1"
@@ -91,10 +91,10 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self.answer(404, b"")
             return
-        found = re.fullmatch(r"bytes=(\d+)-", wanted or "")
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
         if found and self.served.knows_ranges:
-            start = int(found[1])
-            self.answer(206, content[start:], {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"})
+            start, end = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
+            self.answer(206, content[start : end + 1], {"Content-Range": f"bytes {start}-{end}/{len(content)}"})
         else:
             self.answer(200, content)
 
@@ -107,6 +107,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
         self.close_connection = length is not None
+
+    def do_HEAD(self) -> None:
+        path = self.served.root / self.path.lstrip("/")
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("Content-Length", str(path.stat().st_size) if path.is_file() else "0")
+        self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
+        self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -590,6 +590,40 @@ def test_a_store_whose_library_is_not_installed_is_told(store: Store, monkeypatc
         pull(source, store, Policy(origins=(source.origin,)), Watched())
 
 
+def no_such_key(handler: Handler, content: bytes) -> None:
+    """Say what S3 says of a folder in which there is nothing."""
+    listed = b'<?xml version="1.0"?><ListBucketResult><KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>'
+    handler.answer(200, listed, {"Content-Type": "application/xml"})
+
+
+def test_a_bucket_is_an_origin(
+    tmp_path: Path, root: Path, server: OriginServer, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """s3fs against a server on this machine that knows as much of S3 as reading takes."""
+    for key, value in {
+        "ACCESS_KEY_ID": "a",
+        "SECRET_ACCESS_KEY": "b",
+        "DEFAULT_REGION": "none",
+        "ENDPOINT_URL": server.url,
+    }.items():
+        monkeypatch.setenv(f"AWS_{key}", value)
+    reference = published(tmp_path, root / "bucket" / "models", "m", LARGE)
+    source = parse_reference(f"s3://bucket/models/{reference}")
+    policy = Policy(origins=(source.origin,))
+    blob = store.root / "partial" / digest_of(LARGE)
+    blob.parent.mkdir()
+    blob.write_bytes(blob_path(tmp_path / "m", digest_of(LARGE)).read_bytes()[:5_000_000])
+    assert pull(source, store, policy, Watched()).fetched_bytes == 4 * len(LARGE) - 5_000_000
+    assert store.verify().corrupt == []
+    assert server.ranges()[-1].startswith("bytes=5000000-")
+    server.misbehave["/bucket?"] = no_such_key
+    with pytest.raises(NotAtOrigin, match="has no manifests/"):
+        pull(Reference(source.origin, "m", "0" * 64), store, policy, Watched())
+    server.close()
+    with pytest.raises(OriginFailed, match="cannot be read"):
+        pull(source, store, policy, Watched())
+
+
 def test_buckets_are_read_by_the_same_path(tmp_path: Path, store: Store) -> None:
     """fsspec's own object store in memory stands for those that cannot be reached here."""
     import fsspec
