@@ -44,6 +44,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.replay --json benchmarks/results/replay.json
 	$(BIN)/python -m benchmarks.swap --json benchmarks/results/swap.json
 	$(BIN)/python -m benchmarks.tenancy --json benchmarks/results/tenancy.json
+	$(BIN)/python -m benchmarks.http --json benchmarks/results/http.json
 
 clean:
 	rm -rf $(VENV) .trunkline

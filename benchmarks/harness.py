@@ -18,7 +18,7 @@ from typing import Self
 
 import requests
 from trunkline.client import Model, Models
-from trunkline.connection import Connection
+from trunkline.endpoint import Endpoint
 from trunkline.errors import TrunklineError
 from trunkline.pool import Pool
 
@@ -41,10 +41,12 @@ def free_port() -> int:
 class Sidecar:
     """A sidecar that serves from a folder of its own, asked by clients of this process."""
 
-    def __init__(self, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, folder: Path, process: subprocess.Popen[bytes], port: int = 0) -> None:
         self.process = process
+        self.url = f"http://127.0.0.1:{port}"
         self.socket = folder / "run" / "public" / "trunkline.sock"
-        self.admin = AdminClient(f"unix:{folder}/run/admin.sock")
+        self.admin_socket = folder / "run" / "admin.sock"
+        self.admin = AdminClient(f"unix:{self.admin_socket}")
         self._pools: dict[tuple[str, ...], Pool] = {}
 
     def model(self, name: str) -> Model:
@@ -57,8 +59,13 @@ class Sidecar:
 
     def _pool(self, *names: str) -> Pool:
         if names not in self._pools:
-            self._pools[names] = Pool(lambda path, **options: Connection(str(self.socket), **options))
+            self._pools[names] = Pool(endpoint=Endpoint(str(self.socket)))
         return self._pools[names]
+
+    def model_over_http(self, name: str) -> Model:
+        """Return a model as a function without a socket would have it. The sidecar must have been given a port."""
+        pool = self._pools.setdefault((name, self.url), Pool(endpoint=Endpoint(self.url)))
+        return Model(name, pool)
 
     def close(self) -> None:
         for pool in self._pools.values():
@@ -133,25 +140,34 @@ class Bench:
         self._started.remove(process)
 
     def start_sidecar(
-        self, name: str = "ours", threads: int = 1, *, store: str | None = None, device: str = "", **environment: str
+        self,
+        name: str = "ours",
+        threads: int = 1,
+        *,
+        store: str | None = None,
+        device: str = "",
+        port: int = 0,
+        **environment: str,
     ) -> Sidecar:
-        """Start a sidecar without waiting for it. ``environment`` holds settings: TRUNKLINE_PACKING="off".
+        """Start a sidecar without waiting for it. ``port`` is for HTTP. ``environment`` holds settings: TRUNKLINE_PACKING="off".
 
         Sidecars of one ``store`` have their models in common, what was found out about them, and their block files. They have
         one lane unless it is said otherwise: what is compared must not change on the way.
         """
         environment = {"TRUNKLINE_LANES": "1"} | environment
         folder = self.folder / name
-        run = ["--run-dir", str(folder / "run"), "--store-dir", str(self.folder / (store or name) / "store"), "--admin-port", "0"]
-        chosen = ["--threads", str(threads), "--device", device or self.report.device]
+        run = ["--run-dir", str(folder / "run"), "--store-dir", str(self.folder / (store or name) / "store")]
+        chosen = ["--admin-port", str(port), "--threads", str(threads), "--device", device or self.report.device]
         process = self.start([sys.executable, "-m", "sidecar", "serve", *run, *chosen], **environment)
-        sidecar = Sidecar(folder, process)
+        sidecar = Sidecar(folder, process, port)
         self._sidecars.append(sidecar)
         return sidecar
 
-    def sidecar(self, name: str = "ours", threads: int = 1, *, store: str | None = None, **environment: str) -> Sidecar:
+    def sidecar(
+        self, name: str = "ours", threads: int = 1, *, store: str | None = None, port: int = 0, **environment: str
+    ) -> Sidecar:
         """Start a sidecar and wait until it answers."""
-        sidecar = self.start_sidecar(name, threads, store=store, **environment)
+        sidecar = self.start_sidecar(name, threads, store=store, port=port, **environment)
         self.until(lambda: bool(sidecar.admin.get("status")))
         return sidecar
 
