@@ -30,7 +30,7 @@ from sidecar.bundle import MODEL_NAME
 from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError
 from sidecar.http.access import OPEN, OPERATE, READ, Gate, needs
-from sidecar.http.audit import Audit
+from sidecar.http.audit import Audit, note
 from sidecar.http.jobs import Command, LongWork, add_jobs
 from sidecar.http.metrics import CONTENT_TYPE, exposition
 from sidecar.http.openapi import add_openapi
@@ -211,6 +211,7 @@ def create_app(
         body = _json_object(optional=("priority", "keep_alive_s"))
         # Looked at here, too: not every number of JSON can be sent on.
         Keep().changed(body)
+        note(**body)
         return jsonify(engine.command("keep", {"name": _deployed_name(name), **body}))
 
     @app.get("/admin/v1/placement")
@@ -226,6 +227,7 @@ def create_app(
         body = _json_object(optional=("allow", "forbid"))
         # Looked at here, too, as above.
         check_constraint(body)
+        note(**body)
         return jsonify(engine.command("place", {"name": _deployed_name(name), **body}))
 
     @app.get("/admin/v1/sessions")
@@ -257,6 +259,7 @@ def create_app(
             raise InvalidInput(f"bytes must be an integer from 1 to {MOST_FREE_BYTES}: how many are to be free")
         if not isinstance(device, str):
             raise InvalidInput("device must be the name of a device")
+        note(bytes=size_bytes, device=device[:64])
         return jsonify(engine.command("relieve", {"bytes": size_bytes} | ({"device": device[:64]} if device else {})))
 
     @app.post("/admin/v1/drain")
@@ -294,6 +297,7 @@ def create_app(
         wanted = _json_object(required=("level",))["level"]
         if wanted not in loglevels.LEVELS:
             raise InvalidInput(f"level must be one of {', '.join(loglevels.LEVELS)}")
+        note(level=wanted)
         # First this endpoint's: it matters most while the engine is away.
         level.set(wanted)
         return jsonify(engine=engine.command("log_level", {"level": wanted})["level"], http=wanted)

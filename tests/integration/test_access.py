@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sidecar.ratelimit import Bucket
 from sidecar.store import Store
 
 UNIX = {"REMOTE_ADDR": ""}
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Engine:
@@ -96,6 +98,31 @@ def test_every_route_declares_what_it_needs(serve: Callable[..., flask.testing.F
         if role not in (OPEN, TENANT):
             changes = not (rule.methods or set()) <= set(LOOKING)
             assert role == (OPERATE if changes else READ), rule
+
+
+def documented(page: str, role_of: Callable[[str, str], str]) -> set[tuple[str, str, str]]:
+    """Return method, path and role of the routes in a page's table; a part in brackets may be there or not."""
+    found = set()
+    for method, path, told in re.findall(r"^\| `([A-Z]+)` \| `([^`]+)` \| (.*) \|$", (DOCS / page).read_text(), re.MULTILINE):
+        for each in {path.replace("[", "").replace("]", ""), re.sub(r"\[.*?\]", "", path)}:
+            found.add((method, each, role_of(method, told)))
+    return found
+
+
+def test_every_route_is_documented_with_its_role_and_no_other_is(serve: Callable[..., flask.testing.FlaskClient]) -> None:
+    def role_of(method: str, told: str) -> str:
+        """Return the role by the rule that the page gives, or the one that a row names."""
+        said = re.match(r"Role `(\w+)`", told)
+        return said[1] if said else READ if method == "GET" else OPERATE
+
+    app = serve().application
+    routes = {
+        (method, re.sub(r"<(?:[^:>]+:)?(\w+)>", r"{\1}", rule.rule), found.role)
+        for rule in app.url_map.iter_rules()
+        if rule.rule != "/me" and (found := needs_of(app, rule.endpoint)) is not None
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
+    assert documented("admin.md", role_of) | documented("oip.md", lambda method, told: TENANT) == routes
 
 
 @pytest.mark.parametrize("over", [{}, UNIX])

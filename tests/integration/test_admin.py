@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from sidecar.store import Store
 from tests.bundles import adding_bundle, write_adding_bundle
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
-PAGE = Path(__file__).parents[2] / "docs" / "admin.md"
 CONTENT = b"x" * 3333
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
@@ -331,16 +329,6 @@ def test_a_bug_shows_an_incident_and_no_trace(http: flask.testing.FlaskClient, e
     assert answer.status_code == 500
     assert "incident" in answer.text
     assert "secret" not in answer.text
-
-
-def test_every_route_is_documented(engine: FakeEngine, store: Store) -> None:
-    rules = {
-        (method, re.sub(r"<(?:[^:>]+:)?(\w+)>", r"{\1}", rule.rule))
-        for rule in create_app(engine, store).url_map.iter_rules()
-        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
-        if rule.endpoint != "static"
-    }
-    assert set(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", PAGE.read_text(), re.MULTILINE)) == rules
 
 
 def test_a_missing_token_is_told(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ DIGEST = "0" * 64
 
 class Engine:
     def command(self, name: str, arguments: dict[str, object] | None = None) -> Any:
-        return {"name": name}
+        return {"name": name, "level": "error"}
 
 
 class Known:
@@ -72,6 +72,23 @@ def test_a_change_is_recorded(http: flask.testing.FlaskClient, lines: Any) -> No
     http.delete("/admin/v1/models/none", json={}, headers=CHANGES | {"X-Call-Id": "mine"})
     (line,) = lines()
     assert (line["sequence"], line["method"], line["status"], line["call_id"]) == (2, "DELETE", 404, "mine")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "told"),
+    [
+        ("PUT", "log-level", {"level": "error"}, {"level": "error"}),
+        ("POST", "evict", {"bytes": 5, "device": "cpu"}, {"bytes": 5, "device": "cpu"}),
+        ("POST", "models/m/keep", {"priority": 3}, {"name": "m", "priority": 3}),
+        ("POST", "models/m/place", {"forbid": ["cpu"]}, {"name": "m", "forbid": ["cpu"]}),
+    ],
+)
+def test_what_the_body_says_is_recorded_where_it_is_what_matters(
+    http: flask.testing.FlaskClient, lines: Any, method: str, path: str, body: dict[str, Any], told: dict[str, Any]
+) -> None:
+    http.open(f"/admin/v1/{path}", method=method, json=body, headers=CHANGES)
+    (line,) = lines()
+    assert line["object"] == told
 
 
 def test_looking_is_not(http: flask.testing.FlaskClient, lines: Any) -> None:
