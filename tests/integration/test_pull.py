@@ -619,9 +619,6 @@ def test_a_bucket_is_an_origin(
     server.misbehave["/bucket?"] = no_such_key
     with pytest.raises(NotAtOrigin, match="has no manifests/"):
         pull(Reference(source.origin, "m", "0" * 64), store, policy, Watched())
-    server.close()
-    with pytest.raises(OriginFailed, match="cannot be read"):
-        pull(source, store, policy, Watched())
 
 
 def test_buckets_are_read_by_the_same_path(tmp_path: Path, store: Store) -> None:
