@@ -186,6 +186,8 @@ class Catalog:
     _awaited: dict[str, _Awaited] = field(default_factory=dict)
     # Digests of weights of what was removed.
     _gone: set[str] = field(default_factory=set)
+    # How often that has changed: what is made of it is right while this stays.
+    changes: int = 0
     # Made by whichever thread needs it first, from what is published.
     _joint: dict[str, Joint] = field(default_factory=dict)
 
@@ -493,6 +495,7 @@ class Catalog:
 
     def publish(self) -> None:
         """Let other threads see what is deployed. Every change ends with this."""
+        self.changes += 1
         self._forget_gone()
         self._bundles = {name: entry.bundle for name, entry in self.deployed.items()}
         for name, joint in list(self._joint.items()):

@@ -16,13 +16,14 @@ from sidecar.catalog import Catalog, Deployed
 from sidecar.graph import FusedBlock
 from sidecar.holdings import Holdings
 from sidecar.loads import Loads
+from sidecar.picture import Picture
 from sidecar.ports import Work
 from sidecar.scheduler import Scheduler
 from sidecar.tenants import unqualified
 from sidecar.traces import LIMIT
 
-# Commands that no model matters to: one that is still to be deployed after a restart may wait.
-LOOKS_ONLY: Final = frozenset({"metrics", "drain", "resume", "intake"})
+# Commands that no model matters to, or that only tell what there is now: what is to be deployed after a restart may wait.
+LOOKS_ONLY: Final = frozenset({"metrics", "picture", "drain", "resume", "intake"})
 
 
 class Commands:
@@ -65,6 +66,7 @@ class Commands:
         self._started_s = started_s
         self._clock = clock
         holdings = Holdings(catalog, loads, drop)
+        self._picture = Picture(catalog, clock)
         self._commands: dict[str, Callable[[Work, dict[str, Any]], object | None]] = {
             "status": self._status,
             "models": lambda work, arguments: {"models": self._models()},
@@ -81,6 +83,7 @@ class Commands:
             "drain": lambda work, arguments: intake(False),
             "resume": lambda work, arguments: intake(True),
             "intake": lambda work, arguments: intake(None),
+            "picture": self._look,
             "load": self._load,
             "unload": self._evict,
             "evict": self._evict,
@@ -137,6 +140,12 @@ class Commands:
             "corrupt": sorted(self._catalog.broken),
             "awaited_count": len(self._catalog.awaited),
         }
+
+    def _look(self, work: Work, arguments: dict[str, Any]) -> object:
+        """Return the picture of this device; ``of`` has by device what is known of it."""
+        device = self._catalog.device.name
+        known = arguments.get("of", {}).get(device, {})
+        return {"devices": {device: self._picture.to_plain(known)}}
 
     def _measures(self, deployed: Deployed) -> dict[str, object]:
         """Return what of a model is a number, or counts with others that are alike."""

@@ -28,6 +28,9 @@ class DeviceMemory:
     def size_bytes(self, weight: Weight) -> int:
         return weight.size_bytes
 
+    def is_in_host(self, digest: str) -> bool:
+        return False
+
     def kept(self) -> Iterable[str]:
         return ()
 

@@ -125,6 +125,6 @@ MERGES: Final[Mapping[str, Callable[[Documents], Any]]] = {
     "models": lambda found: {"models": models({device: each["models"] for device, each in found.items()})},
     "memory": memory,
     "queues": queues,
-    **dict.fromkeys(("metrics", "leases", "residency", "relieve"), apart),
+    **dict.fromkeys(("metrics", "picture", "leases", "residency", "relieve"), apart),
     **dict.fromkeys(("drain", "resume", "intake"), intake),
 }

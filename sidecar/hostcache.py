@@ -40,6 +40,10 @@ class HostCache(TierMemory):
         """How large a weight may be. Batches under way have as much together, and no more: there is always room for one."""
         return self._tier.budget_bytes // 2
 
+    def has(self, key: str) -> bool:
+        """Say whether a weight is here whole, and may stay. Any thread."""
+        return key in self._uses
+
     def choose(self, wanted: Sequence[Wanted]) -> list[Wanted]:
         """Return those that may be begun together, beside those that are in use."""
         room_bytes = self.largest_bytes - sum(self._in_use.values())

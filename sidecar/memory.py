@@ -68,6 +68,9 @@ class Memory(Protocol):
     def size_bytes(self, weight: Weight) -> int:
         """Return the bytes that a weight takes of the budget. Any thread."""
 
+    def is_in_host(self, digest: str) -> bool:
+        """Say whether the cache in host memory has a weight, where there is one below a device. Any thread."""
+
     def kept(self) -> Iterable[str]:
         """Return the digests of weights that an earlier engine left here. Called once, before all else."""
 

@@ -30,6 +30,7 @@ from typing import Final, NamedTuple
 from trunkline.errors import BudgetExceeded
 
 from sidecar.keeping import DEFAULT_PRIORITY, HIGHEST_PRIORITY
+from sidecar.moves import FETCH, Moves
 from sidecar.policies import LeastRecentlyUsed, Policy, Use, Value
 
 # Below the lowest: that of what only plans use that were idle for too long.
@@ -121,6 +122,7 @@ class Residency:
         self.budget_bytes = budget_bytes
         self.policy = policy or LeastRecentlyUsed()
         self.counts = Counts()
+        self.moves = Moves()
         # How long ago the weight that left last to make room had been used then.
         self.lru_age_s: float | None = None
         self.committed_bytes = 0
@@ -238,6 +240,7 @@ class Residency:
             return None
         evicted_bytes = self._let_go(victims, "room")
         self._commit(missing)
+        self._note_fetch(plans, missing, missed_bytes)
         self._note_uses(plans)
         count, size_bytes = self._extent(plans)
         self.counts.misses += len(missing)
@@ -250,6 +253,10 @@ class Residency:
         for digest, size_bytes in weights.items():
             self._committed[digest] = self._group_of[digest].committed[digest] = size_bytes
             self.committed_bytes += size_bytes
+
+    def _note_fetch(self, plans: Sequence[str], missing: Mapping[str, int], missed_bytes: int) -> None:
+        if missing:
+            self.moves.note(FETCH, plans, len(missing), missed_bytes, self._clock())
 
     def _extent(self, plans: Sequence[str]) -> tuple[int, int]:
         """Return how many weights plans have together, each once, and their bytes."""
@@ -351,6 +358,7 @@ class Residency:
             return None
         evicted_bytes = self._let_go(victims, "room")
         self._commit(missing)
+        self._note_fetch([plan], missing, missed_bytes)
         self._in_use.add(plan)
         self.counts.misses += len(missing)
         self.counts.missed_bytes += missed_bytes
@@ -463,7 +471,8 @@ class Residency:
         placed.sort(reverse=True)
         return [(digest, size_bytes) for _, digest, size_bytes in placed]
 
-    def _let_go(self, digests: Sequence[str], reason: str) -> int:
+    def _let_go(self, digests: Sequence[str], reason: str, whose: str = "") -> int:
+        """Count weights out; return their bytes. They are a single plan's, or of all that have them in use."""
         before_bytes = self.committed_bytes
         touched: dict[frozenset[str], _Group] = {}
         for digest in digests:
@@ -476,6 +485,9 @@ class Residency:
             self.committed_bytes -= size_bytes
             self.counts.evictions[reason] += 1
             self.counts.evicted_bytes[reason] += size_bytes
+        if touched:
+            plans = [whose] if whose else self._in_use & frozenset[str]().union(*touched)
+            self.moves.note(reason, plans, len(digests), before_bytes - self.committed_bytes, self._clock())
         for users in touched:
             self._held -= users
             for plan in users & self._in_use:
@@ -494,7 +506,7 @@ class Residency:
         self._in_use.discard(plan)
         self._held.discard(plan)
         freed = [digest for digest in self._plans[plan].weights if digest in self._committed and not self._has_use_for(digest)]
-        self._let_go(freed, reason)
+        self._let_go(freed, reason, plan)
         return tuple(freed)
 
     def relieve(self, size_bytes: int, reason: str = "memory") -> tuple[str, ...]:

@@ -62,6 +62,9 @@ class SwapMemory:
     def size_bytes(self, weight: Weight) -> int:
         return aligned(weight.size_bytes)
 
+    def is_in_host(self, digest: str) -> bool:
+        return self._host.has(digest)
+
     def kept(self) -> Iterable[str]:
         """Return nothing: what an earlier engine had on the device is gone with it; the host tier is no part of this budget."""
         return ()

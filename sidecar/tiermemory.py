@@ -51,6 +51,9 @@ class TierMemory:
     def size_bytes(self, weight: Weight) -> int:
         return page_aligned(weight.size_bytes)
 
+    def is_in_host(self, digest: str) -> bool:
+        return False
+
     def kept(self) -> Iterable[str]:
         return self._tier.keys()
 

@@ -128,6 +128,13 @@ class Gate:
         self._has_tenants = has_tenants
         self._attempts = Bucket(_ATTEMPTS, _ATTEMPTS_PER_S)
 
+    def role(self) -> str:
+        """Return what whoever asks may do, on a route that is open to all, too; empty: nothing that is known of."""
+        found = principal()
+        if found is not None:
+            return found.role
+        return OPERATE if self._tokens is None else ""
+
     def check(self) -> None:
         """Refuse a request that may not be made, before its route, or that there is none, matters."""
         request.max_content_length = MAX_BODY_BYTES

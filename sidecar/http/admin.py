@@ -31,9 +31,12 @@ from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError
 from sidecar.http.access import OPEN, OPERATE, READ, Gate, needs
 from sidecar.http.audit import Audit, note
+from sidecar.http.events import Feed
 from sidecar.http.jobs import Command, LongWork, add_jobs
 from sidecar.http.metrics import CONTENT_TYPE, exposition
 from sidecar.http.openapi import add_openapi
+from sidecar.http.page import add_page
+from sidecar.http.watch import Watcher
 from sidecar.jobs import Jobs, Watch
 from sidecar.keeping import Keep
 from sidecar.origins import Policy
@@ -71,9 +74,9 @@ def create_app(
 ) -> Flask:
     """Return the endpoint's WSGI application. Blobs longer than ``blob_limit_bytes`` are refused before they are read.
 
-    ``scraped`` is the engine as metrics ask it, by a client that gives up before whoever scrapes does; ``patient`` as jobs do, by
-    one that does not. ``gate`` lets requests in; by default, those from this machine. ``jobs`` are kept in the store's folder
-    unless it says where. ``policy`` says from where models may be pulled: from nowhere, unless it does.
+    ``scraped`` is the engine as metrics and the page ask it, by a client that gives up before whoever looks does; ``patient`` as
+    jobs do, by one that does not. ``gate`` lets requests in; by default, those from this machine. ``jobs`` are kept in the folder
+    of the store unless it says where. ``policy`` says from where models may be pulled: from nowhere, unless it does.
     """
     app = Flask("trunkline", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
@@ -82,7 +85,8 @@ def create_app(
     # Made before workers are forked, which have it in common.
     level = loglevels.SharedLevel()
     app.before_request(level.look)
-    app.before_request((gate or Gate()).check)
+    gate = gate or Gate()
+    app.before_request(gate.check)
     app.after_request(Audit().record)
     app.register_error_handler(Exception, _failed)
     add_openapi(app)
@@ -361,6 +365,7 @@ def create_app(
 
         return long_work.answered("gc", "store", work)
 
+    add_page(app, Feed(Watcher(scraped or engine).look), gate.role)
     return app
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flask import Flask
 from gunicorn.app.base import BaseApplication
 from gunicorn.config import make_settings
 from gunicorn.workers.gthread import ThreadWorker
@@ -30,6 +31,7 @@ from sidecar.http.access import Gate
 from sidecar.http.admin import EngineClient, admin_token, create_app
 from sidecar.http.audit import SharedFile, append_to
 from sidecar.http.callers import Callers, Room
+from sidecar.http.events import MOST_VIEWERS
 from sidecar.http.oip import add_open_inference
 from sidecar.http.tokenfile import TokenFile
 from sidecar.jobs import Jobs
@@ -40,10 +42,11 @@ from sidecar.store import Store
 log = logging.getLogger("trunkline.admin")
 
 # Of each worker. Threads are made as they are needed. Inferences may hold as many as there is room for, and have to wait for the
-# engine; the others are left to health, status and whatever else an operator asks meanwhile. Not divided among workers: a kernel
-# gives connections to whichever is awake first, and one that has most of them must not refuse what others had room for.
+# engine; so may whoever has the page open; the others are left to health, status and whatever else an operator asks meanwhile.
+# Not divided among workers: a kernel gives connections to whichever is awake first, and one that has most of them must not refuse
+# what others had room for.
 _MOST_INFERENCES = 32
-_THREADS = _MOST_INFERENCES + 8
+_THREADS = _MOST_INFERENCES + MOST_VIEWERS + 8
 # What inferences may hold of the memory of all workers at a time, parsed JSON included.
 _ROOM_BYTES = 1 << 30
 # Sessions that all workers keep for one token while nobody asks with it: they are its tenant's connections.
@@ -104,6 +107,14 @@ class ImpatientWorker(ThreadWorker):  # type: ignore[misc]
             conn.cfg = self._plain
         conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", _SILENCE_S, 0))
         super().enqueue_req(conn)
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        """End the streams of events, too, which would not end by themselves."""
+        super().handle_exit(sig, frame)
+        # It may be told to end before it has loaded the application.
+        app = getattr(self, "wsgi", None)
+        if isinstance(app, Flask):
+            app.extensions["feed"].close()
 
 
 def listen_tcp(settings: Settings) -> socket.socket | None:

@@ -293,6 +293,17 @@ def test_refusals_have_one_shape(
     assert "/tmp" not in answer.text
 
 
+def test_the_page_that_is_served_here_may_ask(http: flask.testing.FlaskClient, engine: FakeEngine) -> None:
+    path = "/admin/v1/models/m/load"
+    for base in ("http://localhost:9470", "https://localhost"):
+        assert http.post(path, json={}, base_url=base, headers={"Origin": base}).status_code == 200
+        for other in ("http://localhost", "http://localhost:9471", "null", "http://localhost:9470.evil"):
+            engine.asked.clear()
+            answer = http.post(path, json={}, base_url=base, headers={"Origin": other})
+            assert answer.status_code == 400
+            assert not engine.asked
+
+
 def test_a_wrong_method_is_told_the_right_ones(http: flask.testing.FlaskClient) -> None:
     assert http.get("/admin/v1/store/gc").headers["Allow"] == "OPTIONS, POST"
 
