@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,17 +14,19 @@ from typing import Any
 
 import flask.testing
 import pytest
+import requests
 from flask import Flask
 from trunkline.errors import QueueFull, SidecarUnavailable
 
 from sidecar import view
 from sidecar.http import page
 from sidecar.http.admin import create_app
-from sidecar.http.events import Feed, Shown
+from sidecar.http.events import MOST_VIEWERS, Feed, Shown
 from sidecar.http.page import ROLE_HEADER, add_page
 from sidecar.http.watch import Look, Watcher
 from sidecar.store import Store
 from tests.integration.test_admin import FakeEngine
+from tests.integration.test_admin_http import HttpServer
 from tests.integration.test_metrics import device_document
 
 HOSTILE = '<img src=x onerror="alert(1)">\'&amp;'
@@ -512,3 +516,50 @@ def test_one_viewer_too_many_is_told_when_to_come_back(http: flask.testing.Flask
     assert answer.json is not None
     assert answer.json["error"]["code"] == "queue_full"
     assert feed._shown == Shown()
+
+
+# --- gunicorn ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[HttpServer]:
+    # Not pytest's own folder: the path of a socket has at most 107 characters.
+    with tempfile.TemporaryDirectory(prefix="trunkline-") as folder:
+        running = HttpServer(Path(folder))
+        yield running
+        running.stop()
+
+
+def test_streams_end_when_the_server_does(server: HttpServer) -> None:
+    with requests.get(f"{server.url}/admin/v1/events", stream=True, timeout=WAIT_S) as answer:
+        lines = answer.iter_lines()
+        # There is no engine here.
+        assert next(lines).startswith(b"id: ")
+        assert next(lines) == b"event: away"
+        server.process.send_signal(signal.SIGTERM)
+        # To its proper end: nothing is raised.
+        assert not [line for line in lines if line.startswith(b"event:")]
+    assert server.process.wait(WAIT_S) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_viewers_that_left_make_room(server: HttpServer) -> None:
+    def opened() -> requests.Response:
+        return requests.get(f"{server.url}/admin/v1/events", stream=True, timeout=WAIT_S)
+
+    viewers = [opened() for _ in range(MOST_VIEWERS)]
+    assert all(viewer.status_code == 200 for viewer in viewers)
+    refused = opened()
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "10")
+    # All else is answered meanwhile.
+    assert requests.get(f"{server.url}/healthz", timeout=WAIT_S).ok
+    for viewer in viewers:
+        viewer.close()
+
+    def is_let_in() -> bool:
+        with opened() as again:
+            return again.status_code == 200
+
+    # They are missed when they are next sent something.
+    until(is_let_in)
+    assert "Traceback" not in server.log.read_text()

@@ -22,11 +22,12 @@ export class Drawing {
     this.now = null;
     this.groups = [];
     this.looked = -1;
-    this.svg.addEventListener("pointerover", (event) => this.look(this.placeOf(event.target)));
-    this.svg.addEventListener("focusin", (event) => this.look(this.placeOf(event.target)));
-    this.svg.addEventListener("pointerleave", () => this.look(this.placeOf(document.activeElement)));
-    this.svg.addEventListener("focusout", () => this.look(-1));
-    this.svg.addEventListener("keydown", (event) => this.step(event));
+    // Not at the svg: one that listens for the focus is a stop of its own for some browsers.
+    box.addEventListener("pointerover", (event) => this.look(this.placeOf(event.target)));
+    box.addEventListener("focusin", (event) => this.look(this.placeOf(event.target)));
+    box.addEventListener("pointerleave", () => this.look(this.placeOf(document.activeElement)));
+    box.addEventListener("focusout", () => this.look(-1));
+    box.addEventListener("keydown", (event) => this.step(event));
   }
 
   /** Draw anew what models there are. */

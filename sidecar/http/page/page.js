@@ -102,6 +102,7 @@ function showState(found) {
   $("drain").hidden = found.draining;
   $("resume").hidden = !found.draining;
   showStatus(found.draining ? "draining" : "live", found.draining ? "draining" : "live");
+  keepFocus();
 }
 
 document.addEventListener("click", (event) => {
@@ -189,8 +190,19 @@ $("model-rows").addEventListener("click", async (event) => {
   await post(action, `models/${encodeURIComponent(name)}/${action}`, name);
   row.classList.remove("asked");
   if (state) models.show(state.models);
-  // The button that was used is mostly gone now; whoever works by keyboard goes on in the same row.
-  [...row.querySelectorAll("[data-action]")].find((each) => each.offsetParent && !each.disabled)?.focus();
+  button.focus();
+  workedOn = row;
+});
+
+/** The button that was used goes with the next state, mostly; whoever works by keyboard goes on in the same row. */
+let workedOn = null;
+function keepFocus() {
+  const at = document.activeElement;
+  if (!workedOn || at.checkVisibility() && at !== document.body) return;
+  [...workedOn.querySelectorAll("[data-action]")].find((each) => each.checkVisibility() && !each.disabled)?.focus();
+}
+document.addEventListener("focusin", (event) => {
+  if (workedOn && !workedOn.contains(event.target)) workedOn = null;
 });
 
 for (const action of ["drain", "resume"]) {
