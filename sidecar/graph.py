@@ -201,7 +201,7 @@ class FusedGraph:
                 if each not in found:
                     own = {weights[index].digest: weights[index].size_bytes for index in block.weights}
                     new = {digest: size_bytes for digest, size_bytes in own.items() if digest not in counted}
-                    counted |= new.keys()
+                    counted.update(new)
                     found[each] = FusedBlock(each, parent, block.end - block.first, new, [])
                 found[each].models.append(name)
                 parent = each

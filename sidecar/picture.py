@@ -60,11 +60,12 @@ class Picture:
         if self._drawn != self._catalog.changes:
             self._draw()
         version = f"{self._life}-{self._drawn}"
+        resident = [self._resident_percent(run) for run in self._runs]
         return {
             "version": version,
             **({} if arguments.get("known") == version else {"block_count": self._block_count, "runs": self._described()}),
-            "resident": [self._resident_percent(run) for run in self._runs],
-            "host": [self._host_percent(run) for run in self._runs],
+            "resident": resident,
+            "host": [self._host_percent(run, percent) for run, percent in zip(self._runs, resident, strict=True)],
             "moves": self._moves(int(arguments.get("since", 0))),
             "last_move": self._catalog.residency.moves.last,
         }
@@ -129,8 +130,9 @@ class Picture:
             return 100
         return _percent(run.digests, self._catalog.residency.is_resident)
 
-    def _host_percent(self, run: _Run) -> int:
-        return _percent(run.digests, self._catalog.memory.is_in_host) if run.digests else 0
+    def _host_percent(self, run: _Run, resident_percent: int | None) -> int:
+        """Return how much of a run's bytes is in host memory, below a device that does not have all of it."""
+        return 0 if resident_percent in (None, 100) else _percent(run.digests, self._catalog.memory.is_in_host)
 
     def _moves(self, since: int) -> list[dict[str, object]]:
         now_s = self._clock()
