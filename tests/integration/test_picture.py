@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trunkline import client
 from trunkline.admin import AdminConnection
 
 from sidecar import blocks, picture
 from sidecar.sankey import laid_out
+from tests.copying import CopyingNode
 from tests.fakes import ADMIN_TOKEN, FakeDevice, FakeSource, Running, bundle_of, running_server
 from tests.integration.test_sharing import ask
+from tests.networks import network
 
 TRUNK = [bytes([1] * 10), bytes([2] * 20)]
 
@@ -127,3 +130,23 @@ def test_each_device_tells_of_itself(tmp_path: Path):
         a, b = (seen(running, device) for device in ("a", "b"))
         assert a["version"] != b["version"]
         assert [run["id"] for run in a["runs"]] == [run["id"] for run in b["runs"]]
+
+
+def test_what_left_a_device_is_seen_in_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRUNKLINE_SOCKET", str(tmp_path / "trunkline.sock"))
+    node = CopyingNode(tmp_path, 8 << 20, 8 << 20)
+    try:
+        network("mlp").put(node.source)
+        with node.serve() as running:
+            name = running.engine.device_name
+            ask(running, "load", name="mlp")
+            there = seen(running, name)
+            assert set(there["resident"]) == {100}
+            # What is all on the device is not looked for below it.
+            assert set(there["host"]) == {0}
+            ask(running, "evict", name="mlp")
+            gone = seen(running, name)
+            assert (set(gone["resident"]), set(gone["host"])) == ({0}, {100})
+    finally:
+        client._pool.close()
+        node.close()
