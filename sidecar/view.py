@@ -6,7 +6,7 @@ drawn. Nothing is as long as there are requests or weights; of very many models 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -62,7 +62,15 @@ class Seen:
 
 def state_of(seen: Seen, drawing: Mapping[str, Any], history: History) -> dict[str, Any]:
     """Return all that changes from second to second. ``history`` ends with what is seen."""
-    found = _Models(seen.metrics, history)
+    runs = _runs(seen, drawing)
+    # Of models that are not whole in memory, those that are in part.
+    in_part = {
+        lane["name"]
+        for run, percent in zip(drawing["runs"], runs["resident"], strict=True)
+        if percent
+        for lane in drawing["lanes"][run["first"] : run["first"] + run["lanes"]]
+    }
+    found = _Models(seen.metrics, history, in_part)
     first = next(iter(seen.metrics.values()))
     return {
         "draining": bool(first["engine"]["draining"]),
@@ -71,7 +79,7 @@ def state_of(seen: Seen, drawing: Mapping[str, Any], history: History) -> dict[s
         "models": found.rows(),
         "tenants": _tenants(seen, history),
         "moves": [_move(move) for move in reversed(seen.moves)],
-        "runs": _runs(seen, drawing, found),
+        "runs": {**runs, "flags": _flags(drawing, found)},
     }
 
 
@@ -123,8 +131,9 @@ def _moved(history: History) -> tuple[str, str]:
 class _Models:
     """The models of all devices, and what requests for them take."""
 
-    def __init__(self, devices: Mapping[str, Any], history: History) -> None:
+    def __init__(self, devices: Mapping[str, Any], history: History, in_part: Collection[str]) -> None:
         self._devices = devices
+        self._in_part = in_part
         self._now = history.before(0)
         self._before = history.before(RATE_S)
         self._window = history.before(WINDOW_S)
@@ -167,6 +176,9 @@ class _Models:
         flags = [state, *(["used"] if is_used else []), *(["pinned"] if is_pinned else [])]
         where = [device for device, each in own.items() if each["state"] == "resident"]
         told = "in use" if is_used else _STATES[state]
+        if told == _STATES["stored"] and name in self._in_part:
+            told = "in part"
+            flags.append("part")
         if len(self._devices) > 1 and where:
             told += f" on {', '.join(where)}"
         shared = any_one["shared_bytes"] / any_one["bytes"] if any_one["bytes"] else 0.0
@@ -332,9 +344,18 @@ def _move(move: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _runs(seen: Seen, drawing: Mapping[str, Any], found: _Models) -> dict[str, Any]:
-    """Return how much of each run is in memory, on the device that has most of it, and whether it is used or pinned."""
+def _runs(seen: Seen, drawing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how much of each run is in memory, on the device that has most of it."""
     pictures = [each for each in seen.pictures.values() if len(each["resident"]) == len(drawing["runs"])]
+    return {
+        "version": drawing["version"],
+        "resident": [_most(each) for each in zip(*(picture["resident"] for picture in pictures), strict=True)],
+        "host": [_most(each) or 0 for each in zip(*(picture["host"] for picture in pictures), strict=True)],
+    }
+
+
+def _flags(drawing: Mapping[str, Any], found: _Models) -> list[int]:
+    """Return of each run 1 if it is in use, and 2 more if it is pinned."""
     lanes = drawing["lanes"]
     used = [found.is_leased(lane["name"]) for lane in lanes]
     pinned = [found.is_pinned(lane["name"]) for lane in lanes]
@@ -342,12 +363,7 @@ def _runs(seen: Seen, drawing: Mapping[str, Any], found: _Models) -> dict[str, A
     for run in drawing["runs"]:
         own = slice(run["first"], run["first"] + run["lanes"])
         flags.append(any(used[own]) + 2 * any(pinned[own]))
-    return {
-        "version": drawing["version"],
-        "resident": [_most(each) for each in zip(*(picture["resident"] for picture in pictures), strict=True)],
-        "host": [_most(each) or 0 for each in zip(*(picture["host"] for picture in pictures), strict=True)],
-        "flags": flags,
-    }
+    return flags
 
 
 def _most(percents: Sequence[int | None]) -> int | None:

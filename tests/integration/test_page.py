@@ -267,6 +267,14 @@ def test_blocks_are_as_much_in_memory_as_on_the_device_that_has_most() -> None:
     assert looked(engine).state["runs"]["resident"] == [None, 10, 0]
 
 
+def test_what_others_have_in_memory_of_a_model_is_seen() -> None:
+    engine = Watched("m", "n")
+    engine.documents["cpu"]["models"]["n"]["state"] = "stored"
+    assert row_of(looked(engine), "n")["state"] == "in part, pinned"
+    engine.answers["picture"]["devices"]["cpu"]["resident"] = [0, 100, 0]
+    assert row_of(looked(engine), "n")["state"] == "on disk, pinned"
+
+
 def test_the_engine_is_told_what_is_known_and_a_new_one_asked_anew() -> None:
     engine = Watched()
     now_s = 0.0
