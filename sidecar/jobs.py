@@ -128,16 +128,15 @@ class Jobs:
         job: dict[str, Any] | None = read_json(path, None)
         if job is None or job["state"] not in ACTIVE:
             return job
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), _locked(self._path(job_id, "lock")):
+        with contextlib.suppress(BlockingIOError), _locked(self._path(job_id, "lock")):
             # It may have ended between the two looks, and nobody else writes now.
             job = read_json(path, None)
             if job is not None and job["state"] in ACTIVE:
                 error = JobLost("the process that worked on it has ended; ask for it again")
                 job |= {"state": "lost", "error": error.to_dict(), "ended_s": time.time()}
                 replace_json(path, job)
-            return job
-        # Either somebody works on it, or has ended it and is gone.
-        return read_json(path, None)  # type: ignore[no-any-return]
+            self._path(job_id, "lock").unlink(missing_ok=True)
+        return job
 
     def _prune(self) -> None:
         """Forget what ended long ago or is too much, and what was never begun."""
@@ -224,7 +223,7 @@ class _Job:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a job whose thread is no more. Raises BlockingIOError when it is, FileNotFoundError when it has ended."""
-    with opened(path, os.O_RDWR) as descriptor:
+    """Hold the lock of a job that nobody works on any more. Raises BlockingIOError when somebody does."""
+    with opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -106,6 +106,7 @@ def _fetch_blobs(files: fetching.Files, bundle: Bundle, store: Store, policy: Po
         )
     missing = store.missing(sizes)
     total_bytes = sum(sizes[digest] for digest in missing)
+    store.check_room(total_bytes)
     done_bytes = fetched_bytes = 0
     for number, digest in enumerate(missing, 1):
 

@@ -175,6 +175,11 @@ class Store:
                 )
         return True
 
+    def check_room(self, size_bytes: int) -> None:
+        """Raise StoreFull where the disk has no room for so many bytes, before any of them comes."""
+        if size_bytes > _free_bytes(self.root):
+            raise self._refusal(OSError(errno.ENOSPC, ""), size_bytes)
+
     def resume_blob(self, digest: str, fetch: Callable[[int], Iterable[bytes]], size_bytes: int) -> int:
         """Store a blob as ``put_blob`` does, going on where an attempt before has ended; return how many bytes were fetched.
 

@@ -399,6 +399,18 @@ def test_a_full_disk_is_told_and_given_back(
     pulled(server, store, reference)
 
 
+def test_what_has_no_room_is_not_begun(
+    tmp_path: Path, root: Path, server: OriginServer, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = published(tmp_path, root, "m", SMALL, [4.0, 5.0, 6.0])
+    monkeypatch.setattr("sidecar.store._free_bytes", lambda folder: 23)
+    with pytest.raises(StoreFull, match="24 bytes could not be stored .*: 23 bytes are free"):
+        pulled(server, store, reference)
+    assert server.paths() == ["manifests", "graphs"]
+    monkeypatch.setattr("sidecar.store._free_bytes", lambda folder: 24)
+    pulled(server, store, reference)
+
+
 # --- where names lead -------------------------------------------------------------------------------------------------
 
 

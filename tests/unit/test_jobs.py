@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from trunkline.errors import QueueFull
 
+from sidecar import jobs as jobs_module
 from sidecar.errors import BlobCorrupt, JobLost, UnknownJob
 from sidecar.jobs import ACTIVE, Cancelled, Jobs, Unwatched, Watch
 
@@ -188,6 +189,23 @@ def test_a_job_whose_process_was_killed_is_lost(jobs: Jobs, tmp_path: Path) -> N
     begun = Jobs(tmp_path / "jobs", limit_count=1).begin("pull", "n", held)
     held.release.set()
     assert ended(jobs, begun)["state"] == "done"
+
+
+def test_a_job_that_ends_between_two_looks_is_not_lost(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held()
+    begun = jobs.begin("gc", "store", held)
+    assert held.begun.wait(WAIT_S)
+    lock = jobs_module._locked
+
+    def ending(path: Path) -> Any:
+        monkeypatch.setattr(jobs_module, "_locked", lock)
+        held.release.set()
+        ended(jobs, begun)
+        return lock(path)
+
+    monkeypatch.setattr(jobs_module, "_locked", ending)
+    assert jobs.get(begun["id"])["state"] == "done"
+    assert {path.name for path in (tmp_path / "jobs").iterdir()} == {"lock", f"{begun['id']}.json"}
 
 
 def test_what_was_left_before_a_job_was_written_down_goes(jobs: Jobs, tmp_path: Path) -> None:
