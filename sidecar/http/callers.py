@@ -31,7 +31,8 @@ class Callers:
         self._path = socket_path
         self._idle_limit = idle_limit
         self._kept_s = kept_s
-        self._lock = threading.Lock()
+        # Notified when there are no pools any more.
+        self._changed = threading.Condition()
         # With when they were used last; the latest stands last.
         self._pools: dict[bytes, tuple[Pool, float]] = {}
         self._is_tidied = False
@@ -39,7 +40,7 @@ class Callers:
     @contextlib.contextmanager
     def pool(self, token: bytes) -> Iterator[Pool]:
         """Give the sessions of a caller while the block runs. A token that is refused is forgotten, and pushes out no other."""
-        with self._lock:
+        with self._changed:
             pool, _ = self._pools.get(token, (None, 0.0))
         if pool is None:
             pool = Pool(endpoint=Endpoint(self._path), credential=lambda: token, idle_limit=self._idle_limit)
@@ -62,13 +63,14 @@ class Callers:
 
     def close(self) -> None:
         """End all sessions that nobody uses at the moment."""
-        with self._lock:
+        with self._changed:
             pools, self._pools = self._pools, {}
+            self._changed.notify_all()
         for pool, _ in pools.values():
             pool.close()
 
     def _settle(self, token: bytes, pool: Pool, is_kept: bool) -> None:
-        with self._lock:
+        with self._changed:
             # Another thread may have brought one for this token meanwhile.
             known, _ = self._pools.pop(token, (pool, 0.0))
             leaving = {known, pool}
@@ -85,19 +87,21 @@ class Callers:
 
     def _tidy(self) -> None:
         """End sessions that nobody has used for a while, until there are none."""
-        while True:
-            with self._lock:
-                if not self._pools:
-                    self._is_tidied = False
-                    return
+        while (pool := self._next_idle()) is not None:
+            pool.close()
+
+    def _next_idle(self) -> Pool | None:
+        """Wait for a pool that nobody has used for a while, and forget it; None when there are none left."""
+        with self._changed:
+            while self._pools:
                 oldest, (pool, used_s) = next(iter(self._pools.items()))
                 left_s = used_s + self._kept_s - time.monotonic()
                 if left_s <= 0:
                     del self._pools[oldest]
-            if left_s <= 0:
-                pool.close()
-            else:
-                time.sleep(left_s)
+                    return pool
+                self._changed.wait(left_s)
+            self._is_tidied = False
+            return None
 
 
 class Room:
