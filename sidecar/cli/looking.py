@@ -10,7 +10,7 @@ import click
 
 from sidecar.cli.endpoint import client_of
 from sidecar.cli.models import print_models
-from sidecar.cli.printing import as_json, bar, console, print_found, print_json, print_rows, size
+from sidecar.cli.printing import as_json, bar, console, print_entries, print_json, print_rows, size
 
 
 @click.command()
@@ -120,22 +120,50 @@ def placement(ctx: click.Context, as_json: bool) -> None:
     print_rows(("model", "devices", "requests/s", "ms on each device", "may be"), rows)
 
 
-def listing(name: str, help_text: str) -> click.Command:
-    """Return a command that prints a list of the sidecar's as it is."""
-
-    @click.command(name, help=help_text)
-    @as_json
-    @click.pass_context
-    def show(ctx: click.Context, as_json: bool) -> None:
-        found = client_of(ctx).get(name)
-        if as_json:
-            print_json(found)
-        else:
-            print_found(found, name)
-
-    return show
+@click.command()
+@as_json
+@click.pass_context
+def sessions(ctx: click.Context, as_json: bool) -> None:
+    """List open connections, whose they are, what they have."""
+    found = client_of(ctx).get("sessions?limit=1000")
+    if as_json:
+        print_json(found)
+        return
+    print_entries(found["sessions"], "sessions")
+    if (total := found["total"]) > len(found["sessions"]):
+        console.print(f"and {total - len(found['sessions'])} more")
 
 
-sessions = listing("sessions", "List open connections, whose they are, what they have.")
-leases = listing("leases", "List the requests that keep models in memory.")
-residency = listing("residency", "Show what is in memory, and for whom.")
+@click.command()
+@as_json
+@click.pass_context
+def leases(ctx: click.Context, as_json: bool) -> None:
+    """List the models that requests or pins keep in memory."""
+    found = client_of(ctx).get("leases")
+    if as_json:
+        print_json(found)
+        return
+    for device, told in found["devices"].items():
+        console.print(f"[bold]{device}[/]")
+        print_entries(told["leases"], "leases")
+        console.print(f"pinned: {', '.join(entry['model'] for entry in told['pinned']) or 'nothing'}", markup=False)
+
+
+@click.command()
+@click.option("--limit", type=click.IntRange(0, 1000), default=20, show_default=True, help="At most so many of what leaves next.")
+@as_json
+@click.pass_context
+def residency(ctx: click.Context, limit: int, as_json: bool) -> None:
+    """Show each tier of memory, and what would leave it next."""
+    found = client_of(ctx).get(f"residency?limit={limit}")
+    if as_json:
+        print_json(found)
+        return
+    for device, told in found["devices"].items():
+        console.print(f"[bold]{device}[/], {size(told['pinned_bytes'])} pinned, {size(told['leaving_bytes'])} may leave")
+        for tier in told["tiers"]:
+            taken = bar(tier["used_bytes"], tier["budget_bytes"])
+            console.print(f"{tier['tier']:>12} {taken} {size(tier['used_bytes'])} of {size(tier['budget_bytes'])}", markup=False)
+        if told["leaving"]:
+            console.print("what would leave, the first first:")
+            print_entries(told["leaving"], "weights")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
 
 import click
 
 from sidecar.cli.endpoint import client_of, endpoint_of
+from sidecar.cli.exits import FAILED
 from sidecar.cli.loading import act_with_bar
 from sidecar.cli.models import action, print_acted
 from sidecar.cli.names import deployed_name, models_beginning
@@ -37,35 +38,52 @@ def _deployed_name(ctx: click.Context, param: click.Parameter, value: str | None
 
 @click.command()
 @click.argument("name", required=False, callback=_deployed_name, shell_complete=models_beginning)
-@click.option(
-    "--bytes", "size_bytes", callback=_size, metavar="SIZE", help="Free so much, e.g. 500MB: what is worth least goes first."
-)
+@click.option("--bytes", "size_bytes", callback=_size, metavar="SIZE", help="Have so much free, e.g. 500MB.")
+@click.option("--device", metavar="DEVICE", help="With --bytes: on this device alone.")
 @as_json
 @click.pass_context
-def evict(ctx: click.Context, name: str | None, size_bytes: int | None, as_json: bool) -> None:
+def evict(ctx: click.Context, name: str | None, size_bytes: int | None, device: str | None, as_json: bool) -> None:
     """Drop a model from memory, or what is worth least. The next request loads it again."""
     if (name is None) == (size_bytes is None):
         raise click.UsageError("give the NAME of a model, or --bytes")
     if name is not None:
+        if device is not None:
+            raise click.UsageError("--device goes with --bytes; a model leaves all devices")
         print_acted(act_with_bar(endpoint_of(ctx), name, "evict"), as_json)
         return
-    found = client_of(ctx).post("evict", {"bytes": size_bytes})
+    asked: dict[str, object] = {"bytes": size_bytes} | ({} if device is None else {"device": device})
+    found = client_of(ctx).post("evict", asked)
     if as_json:
         print_json(found)
-    else:
-        console.print(f"{size(found['freed_bytes'])} freed")
+        return
+    for on, told in found["devices"].items():
+        console.print(f"{on}: {size(told['freed_bytes'])} freed, {size(told['free_bytes'])} of {size(told['budget_bytes'])} free")
 
 
 @click.command()
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait so long for accepted requests."
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Wait so long for them; 30 unless said.",
 )
 @as_json
 @click.pass_context
 def drain(ctx: click.Context, timeout_s: float | None, as_json: bool) -> None:
-    """Take no new requests, and finish those accepted. `trunkline resume` ends it."""
+    """Take no new requests, and finish those accepted. `trunkline resume` ends it.
+
+    Fails when some of those accepted are not answered in time; none are taken all the same.
+    """
     found = client_of(ctx).post("drain", {} if timeout_s is None else {"timeout_s": timeout_s})
-    _print_draining(found, as_json)
+    if as_json:
+        print_json(found)
+    elif found["drained"]:
+        console.print("draining: no new requests are taken, and all accepted are answered")
+    else:
+        console.print(f"draining: no new requests are taken, {found['waiting']} wait and {found['running']} run still")
+    if not found["drained"]:
+        sys.exit(FAILED)
 
 
 @click.command()
@@ -73,14 +91,12 @@ def drain(ctx: click.Context, timeout_s: float | None, as_json: bool) -> None:
 @click.pass_context
 def resume(ctx: click.Context, as_json: bool) -> None:
     """Take requests again after `trunkline drain`."""
-    _print_draining(client_of(ctx).post("resume"), as_json)
-
-
-def _print_draining(found: dict[str, Any], as_json: bool) -> None:
+    found = client_of(ctx).post("resume")
     if as_json:
         print_json(found)
     else:
-        console.print("draining: no new requests are taken" if found["draining"] else "serving")
+        # One that is shutting down goes on to.
+        console.print("draining" if found["draining"] else "serving")
 
 
 @click.command("log-level")
@@ -94,4 +110,5 @@ def log_level(ctx: click.Context, level: str | None, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        console.print(found["level"])
+        for process, logged in found.items():
+            console.print(f"{process}: {logged}")

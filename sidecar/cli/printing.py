@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import click
@@ -57,20 +57,10 @@ def is_fitting(table: Table, on: Console, *, folded: bool = False) -> bool:
     return (needed.minimum if folded else needed.maximum) <= on.width
 
 
-def print_found(found: Any, told: str) -> None:
-    """Print what the sidecar tells as it is: a table of its list ``told``, and before it what else there is.
-
-    Fields named ``…_bytes`` are shown as sizes. Entries may differ in their fields.
-    """
-    entries = found.get(told, []) if isinstance(found, dict) else found
-    if isinstance(found, dict):
-        for key, value in found.items():
-            if key != told:
-                console.print(f"{key}: {_shown(key, value)}", markup=False)
-    if isinstance(entries, dict):
-        entries = [{"name": key} | (value if isinstance(value, dict) else {told: value}) for key, value in entries.items()]
+def print_entries(entries: Sequence[Mapping[str, Any]], kind: str) -> None:
+    """Print a list of the sidecar's as it is, fields named ``…bytes`` as sizes; entries may differ in their fields."""
     if not entries:
-        console.print(f"no {told}")
+        console.print(f"no {kind}")
         return
     headings = list(dict.fromkeys(key for entry in entries for key in entry))
     rows = [[escape(_shown(key, entry.get(key))) for key in headings] for entry in entries]
@@ -82,7 +72,7 @@ def _shown(key: str, value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, (int, float)) and key.endswith("_bytes"):
+    if isinstance(value, (int, float)) and key.endswith("bytes"):
         return size(value)
     if isinstance(value, float):
         return f"{value:.6g}"

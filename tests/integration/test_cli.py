@@ -80,6 +80,11 @@ def done(result: Any) -> dict[str, Any]:
     }
 
 
+FREED = {"devices": {"cpu": {"freed_bytes": 2500, "free_bytes": 3000, "budget_bytes": 4000}}}
+DRAINED = {"draining": True, "drained": True, "waiting": 0, "running": 0}
+DRAINING = "draining: no new requests are taken, and all accepted are answered\n"
+
+
 class Answers:
     """Stands where requests leave the process; remembers what was asked and whether the client was closed."""
 
@@ -165,24 +170,22 @@ def test_graph_draws_what_is_asked_for(answers: Answers, tmp_path: Path) -> None
         (["model", "keep", "m", "--priority", "1"], MODEL),
         (["model", "place", "m", "--anywhere"], MODEL),
         (["evict", "m"], MODEL),
-        (["evict", "--bytes", "1MB"], {"freed_bytes": 5}),
+        (["evict", "--bytes", "1MB"], FREED),
         (["pin", "m"], MODEL),
         (["unpin", "m"], MODEL),
-        (["drain"], {"draining": True}),
-        (["resume"], {"draining": False}),
-        (["log-level"], {"level": "info"}),
-        (["log-level", "debug"], {"level": "debug"}),
-        (["sessions"], {"sessions": [{"id": 1}]}),
-        (["leases"], {"leases": []}),
+        (["drain"], DRAINED),
+        (["resume"], DRAINED | {"draining": False}),
+        (["log-level"], {"engine": "info", "http": "info"}),
+        (["log-level", "debug"], {"engine": "debug", "http": "debug"}),
+        (["sessions"], {"total": 1, "sessions": [{"id": 1}]}),
+        (["leases"], {"devices": {}}),
         (["residency"], {"devices": {}}),
     ],
 )
 def test_json_is_all_that_is_printed(answers: Answers, words: list[str], expected: Any) -> None:
-    asked = {
-        "trace": "trace?limit=10000",
-        "model": "models/m",
-        "store": f"store/{words[-1]}?wait=false",
-    }.get(words[0], words[0])
+    known = {"trace": "trace?limit=10000", "model": "models/m", "store": f"store/{words[-1]}?wait=false"}
+    known |= {"sessions": "sessions?limit=1000", "residency": "residency?limit=20"}
+    asked = known.get(words[0], words[0])
     answers.table.setdefault(asked, done(expected) if words[0] == "store" else expected)
     answers.table["store/verify?wait=false"] = done({"corrupt": [], "broken": {}})
     result = run(*words, "--json")
@@ -278,6 +281,7 @@ def test_a_bad_address_is_told() -> None:
         ["evict", "m", "--bytes", "1GB"],
         ["evict", "--bytes", "much"],
         ["evict", "--bytes", "0"],
+        ["evict", "m", "--device", "cpu"],
         ["evict", "../m"],
         ["pin"],
         ["pin", "../m"],
@@ -403,27 +407,26 @@ def test_several_bundles_are_pushed_by_one_command(answers: Answers, tmp_path: P
     assert json.loads(printed.stdout)[0] == {"name": "one", "sent_count": 0, "blob_count": 1, "sent_bytes": 0, "blob_bytes": 4}
 
 
-DRAINING = "draining: no new requests are taken\n"
-
-
 @pytest.mark.parametrize(
     ("words", "asked", "sent", "answer", "printed"),
     [
         (["evict", "m"], ("POST", "models/m/evict"), {}, MODEL | {"freed_bytes": 1500}, "m: resident, pinned, 1.5 kB freed\n"),
-        (["evict", "--bytes", "2GB"], ("POST", "evict"), {"bytes": 2 * 10**9}, {"freed_bytes": 2500}, "2.5 kB freed\n"),
+        (
+            ["evict", "--bytes", "2GB"],
+            ("POST", "evict"),
+            {"bytes": 2 * 10**9},
+            FREED,
+            "cpu: 2.5 kB freed, 3.0 kB of 4.0 kB free\n",
+        ),
+        (["evict", "--bytes", "1", "--device", "c"], ("POST", "evict"), {"bytes": 1, "device": "c"}, {"devices": {}}, ""),
         (["pin", "m@d"], ("POST", "models/m@d/pin"), {}, MODEL, "m: resident, pinned\n"),
         (["unpin", "m"], ("POST", "models/m/unpin"), {}, MODEL | {"pinned": False}, "m: resident\n"),
-        (["drain"], ("POST", "drain"), {}, {"draining": True}, DRAINING),
-        (
-            ["drain", "--timeout", "1.5"],
-            ("POST", "drain"),
-            {"timeout_s": 1.5},
-            {"draining": True},
-            DRAINING,
-        ),
-        (["resume"], ("POST", "resume"), {}, {"draining": False}, "serving\n"),
-        (["log-level"], ("GET", "log-level"), None, {"level": "info"}, "info\n"),
-        (["log-level", "error"], ("PUT", "log-level"), {"level": "error"}, {"level": "error"}, "error\n"),
+        (["drain"], ("POST", "drain"), {}, DRAINED, DRAINING),
+        (["drain", "--timeout", "1.5"], ("POST", "drain"), {"timeout_s": 1.5}, DRAINED, DRAINING),
+        (["resume"], ("POST", "resume"), {}, DRAINED | {"draining": False}, "serving\n"),
+        (["resume"], ("POST", "resume"), {}, DRAINED, "draining\n"),
+        (["log-level"], ("GET", "log-level"), None, {"engine": "info", "http": "debug"}, "engine: info\nhttp: debug\n"),
+        (["log-level", "error"], ("PUT", "log-level"), {"level": "error"}, {"engine": "error"}, "engine: error\n"),
     ],
 )
 def test_what_operators_say_is_sent_and_its_end_is_told(
@@ -436,21 +439,56 @@ def test_what_operators_say_is_sent_and_its_end_is_told(
     assert answers.closed == 1
 
 
-def test_lists_are_printed_as_the_sidecar_tells_them(answers: Answers) -> None:
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_draining_fails_while_requests_are_left(answers: Answers, words: list[str]) -> None:
+    answers.table["drain"] = DRAINED | {"drained": False, "waiting": 2, "running": 1}
+    result = run("drain", *words)
+    assert (result.exit_code, result.stderr) == (1, "")
+    if words:
+        assert json.loads(result.stdout)["waiting"] == 2
+    else:
+        assert result.stdout == "draining: no new requests are taken, 2 wait and 1 run still\n"
+
+
+def lines_of(*words: str) -> list[str]:
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    return [" ".join(line.split()) for line in result.output.splitlines() if line.strip()]
+
+
+def test_sessions_are_listed_as_the_sidecar_tells_them(answers: Answers) -> None:
     entries = [
-        {"id": 7, "tenant": "[red]", "arena_bytes": 1500, "models": ["a", "b"], "uptime_s": 1.25, "idle": True},
-        {"id": 8, "tenant": None, "arena_bytes": 0, "more": {"x_bytes": 2000, "y": 1}},
+        {"session": 7, "tenant": "[red]", "arena_bytes": 1500, "models": ["a", "b"], "age_s": 1.25, "administrator": True},
+        {"session": 8, "tenant": None, "arena_bytes": 0, "more": {"x_bytes": 2000, "y": 1}},
     ]
-    answers.table["sessions"] = {"total": 2, "sessions": entries}
-    lines = [" ".join(line.split()) for line in run("sessions").output.splitlines()]
-    assert lines[0] == "total: 2"
-    assert "id tenant arena models uptime s idle more" in lines
+    answers.table["sessions?limit=1000"] = {"total": 5, "sessions": entries}
+    lines = lines_of("sessions")
+    assert "session tenant arena models age s administrator more" in lines
     assert "7 [red] 1.5 kB a, b 1.25 yes -" in lines
     assert "8 - 0 B - - - x_bytes 2.0 kB, y 1" in lines
-    answers.table["leases"] = {"leases": []}
-    assert run("leases").output == "no leases\n"
-    answers.table["residency"] = {"residency": {"cpu": {"resident_bytes": 5}, "cuda:0": {"resident_bytes": 6}}}
-    assert "cuda:0 6 B" in [" ".join(line.split()) for line in run("residency").output.splitlines()]
+    assert lines[-1] == "and 3 more"
+    answers.table["sessions?limit=1000"] = {"total": 0, "sessions": []}
+    assert lines_of("sessions") == ["no sessions"]
+
+
+def test_leases_and_pins_are_listed_by_device(answers: Answers) -> None:
+    lease = {"model": "m", "version": "1", "bytes": 1500, "leases": 2, "since_s": 0.25, "streaming": False}
+    idle: dict[str, object] = {"leases": [], "pinned": []}
+    answers.table["leases"] = {"devices": {"cuda:0": {"leases": [lease], "pinned": [{"model": "n"}]}, "cpu": idle}}
+    lines = lines_of("leases")
+    assert lines[0] == "cuda:0"
+    assert "m 1 1.5 kB 2 0.25 no" in lines
+    assert lines[-4:] == ["pinned: n", "cpu", "no leases", "pinned: nothing"]
+
+
+def test_residency_tells_what_leaves_next(answers: Answers) -> None:
+    tiers = [{"tier": "device", "budget_bytes": 4000, "used_bytes": 1000}]
+    leaving = [{"models": ["m", "n"], "model_count": 2, "weights": 3, "bytes": 500, "priority": 5, "idle_s": 1.5}]
+    told = {"tiers": tiers, "pinned_bytes": 10, "leaving_bytes": 500, "leaving": leaving}
+    answers.table["residency?limit=1"] = {"devices": {"cpu": told}}
+    lines = lines_of("residency", "--limit", "1")
+    assert lines[:2] == ["cpu, 10 B pinned, 500 B may leave", f"device [{'#' * 8}{'.' * 22}] 1.0 kB of 4.0 kB"]
+    assert "m, n 2 3 500 B 5 1.5" in lines
 
 
 def test_a_table_that_is_too_wide_is_printed_in_lines(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
