@@ -213,6 +213,7 @@ def test_up_stops_everything_on_sigint(tmp_path: Path) -> None:
     assert len(started) >= 8
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
+    process.stderr.close()
     eventually(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in started))
 
 
@@ -232,6 +233,7 @@ def test_nothing_outlives_an_up_that_is_killed(tmp_path: Path) -> None:
     started = descendants(process.pid)
     process.kill()
     process.wait()
+    process.stderr.close()
     eventually(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in started))
     process.stderr.close()
 
