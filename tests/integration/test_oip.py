@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from trunkline import client, model, oip
 from trunkline.admin import AdminConnection
+from trunkline.client import Model
 from trunkline.errors import InvalidInput, QueueFull, SidecarUnavailable, TrunklineError, Unauthorized
 from trunkline.protocol import TensorSpec
 from trunkline.signature import Signature
@@ -407,6 +408,79 @@ def test_a_token_that_does_not_count_any_more_is_forgotten(tenanted: Endpoint) -
 
 
 # --- sessions and room ------------------------------------------------------------------------------------------------
+
+
+def greeting(**changed: object) -> dict[str, object]:
+    return {"request_bytes": 12, "reply_bytes": 12, "timeout": 20_000_000} | changed
+
+
+def test_a_greeting_opens_the_session_that_the_next_request_takes(tenanted: Endpoint) -> None:
+    told = tenanted.http.get("/v2", query_string=greeting(model=["age", "text"]), headers=VISION).json
+    assert told is not None
+    assert oip.EXTENSION in told["extensions"]
+    (pool,) = tenanted.callers._pools.values()
+    assert pool.connect_count == 1
+    assert tenanted.infer(headers=VISION).status_code == 200
+    assert pool.connect_count == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "code"),
+    [
+        ({"timeout": ""}, 400, "invalid_input"),
+        ({"request_bytes": "1e3"}, 400, "invalid_input"),
+        ({"reply_bytes": -1}, 400, "invalid_input"),
+        ({"reply_bytes": 2**41}, 400, "invalid_input"),
+        ({"request_bytes": "9" * 5000}, 400, "invalid_input"),
+        ({"model": ["age"] * 9}, 400, "invalid_input"),
+        ({"model": ["../age"]}, 404, "unknown_model"),
+        ({"request_bytes": 2**40}, 413, "arena_full"),
+        ({"timeout": 0}, 504, "deadline_exceeded"),
+    ],
+)
+def test_a_greeting_that_is_none_is_refused(tenanted: Endpoint, changed: dict[str, object], status: int, code: str) -> None:
+    refused(tenanted.http.get("/v2", query_string=greeting(**changed), headers=VISION), status, code)
+    assert not tenanted.callers._pools
+
+
+def test_a_greeting_needs_a_token_and_room(tenanted: Endpoint, tmp_path: Path) -> None:
+    refused(tenanted.http.get("/v2", query_string=greeting()), 401, "unauthorized")
+    with endpoint(tenanted.running, tmp_path, Room(0, 1)) as full:
+        refused(full.http.get("/v2", query_string=greeting(), headers=VISION), 503, "queue_full")
+
+
+def test_several_models_are_asked_at_once(open_one: Endpoint) -> None:
+    told = open_one.http.get("/v2/models/age+gender").json
+    assert told is not None
+    assert [output["name"] for output in told["outputs"]] == ["age/y", "gender/y"]
+    answer = open_one.infer("age+gender").json
+    assert [output["name"] for output in answer["outputs"]] == ["age/y", "gender/y"]
+    refused(open_one.infer("age+none"), 404, "unknown_model")
+
+
+def test_who_goes_by_another_version_is_refused(open_one: Endpoint) -> None:
+    for id in ("", model("age").signature.id):
+        assert open_one.infer(parameters={oip.SIGNATURE_ID: id}).status_code == 200
+    told = refused(open_one.infer(parameters={oip.SIGNATURE_ID: "other"}), 400, "signature_mismatch", "age is version 1 now")
+    assert told["details"] == {"version": "1"}
+    for odd in (7, "x" * 129):
+        refused(open_one.infer(parameters={oip.SIGNATURE_ID: odd}), 400, "invalid_input", "must be a text")
+
+
+def test_a_version_that_comes_in_the_middle_does_not_answer_who_goes_by_another(
+    open_one: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, before = open_one.running, model("age").signature.id
+    call = Model.call
+
+    def replaced_meanwhile(asked: Model, *arguments: Any, **named: Any) -> Any:
+        running.source.put(bundle_of("age", [b"other"], version="2"), [b"other"])
+        open_one.admin.command("model_changed", {"name": "age"})
+        return call(asked, *arguments, **named)
+
+    monkeypatch.setattr(Model, "call", replaced_meanwhile)
+    refused(open_one.infer(parameters={oip.SIGNATURE_ID: before}), 400, "signature_mismatch", "age is version 2 now")
+    assert open_one.infer().status_code == 200
 
 
 def test_sessions_of_few_tokens_are_kept(tenanted: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
