@@ -162,7 +162,7 @@ def test_an_answer_that_is_compressed_is_refused() -> None:
         asked(inferred([Y], Content_Encoding="gzip"))
 
 
-@pytest.mark.parametrize("piece", [b"", b"HTTP/1.1 200 OK\r\n", inferred([Y])[:-3]])
+@pytest.mark.parametrize("piece", [b"", b"HTTP/1.1 200 OK\r\n", inferred([Y])[:-3], inferred([Y], Content_Length="9" * 5000)])
 def test_an_answer_that_breaks_off_is_a_lost_connection(piece: bytes) -> None:
     with pytest.raises(ConnectionLost):
         asked(lambda peer: peer.sendall(piece))
@@ -186,6 +186,12 @@ def test_nobody_there_is_told_with_the_address() -> None:
     assert caught.value.details == {"url": f"http://127.0.0.1:{port}"}
     with pytest.raises(SidecarUnavailable, match="no such host"):
         HttpConnection("http://nobody.invalid", deadline=soon())
+
+
+@pytest.mark.parametrize("host", [".a", "a:99999", "a..b"])
+def test_an_address_that_is_none_is_told(host: str) -> None:
+    with pytest.raises(errors.InvalidInput, match="which is no address"):
+        HttpConnection(f"http://{host}", deadline=soon())
 
 
 def test_a_port_that_closes_between_two_requests_is_a_lost_connection() -> None:
@@ -269,6 +275,9 @@ def test_a_refusal_without_reasons_is_told_by_its_status() -> None:
     assert caught.value.details == {"status": 503, "retry_after_s": 7}
     with pytest.raises(ConnectionLost):
         asked(gateway)
+    with pytest.raises(SidecarUnavailable) as caught:
+        greeted(answer(b"<html>", "503 Service Unavailable", Retry_After="9" * 5000))
+    assert caught.value.details == {"status": 503}
 
 
 def test_an_engine_that_is_away_is_a_lost_connection() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import mmap
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ import urllib3
 from numpy.typing import NDArray
 from requests import PreparedRequest, RequestException, Response
 from requests.adapters import HTTPAdapter
+from requests.exceptions import InvalidURL
 from urllib3.connection import HTTPConnection
-from urllib3.exceptions import HTTPError, NewConnectionError
+from urllib3.exceptions import HTTPError, LocationValueError, NewConnectionError
 
 from trunkline import oip, protocol
 from trunkline.arena import page_aligned
@@ -28,6 +30,7 @@ from trunkline.connection import view
 from trunkline.errors import (
     ArenaFull,
     ConnectionLost,
+    InvalidInput,
     MalformedFrame,
     ProtocolError,
     SidecarUnavailable,
@@ -45,6 +48,7 @@ _SMALLEST_BYTES: Final = 1 << 20
 _MOST_REPLY_BYTES: Final = 1 << 30
 # A description, or what went wrong.
 _MOST_JSON_BYTES: Final = 1 << 20
+_DIGITS: Final = re.compile(r"[0-9]{1,18}")
 
 
 class HttpConnection:
@@ -134,8 +138,8 @@ class HttpConnection:
             raise ConnectionLost(f"the connection to {self.endpoint} is closed")
         left_s = min(remaining_s(deadline), LONGEST_WAIT_S)
         request = PreparedRequest()
-        request.prepare(method=method, url=self.endpoint + path, headers=self._headers | headers, data=sent)
         try:
+            request.prepare(method=method, url=self.endpoint + path, headers=self._headers | headers, data=sent)
             response = self._adapter.send(request, stream=True, timeout=urllib3.Timeout(total=left_s))  # type: ignore[arg-type]
             try:
                 body = self._read(response, limit_bytes)
@@ -155,17 +159,17 @@ class HttpConnection:
             limit_bytes = min(limit_bytes, _MOST_JSON_BYTES)
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise ProtocolError(f"{self.endpoint} compresses its answers, which no sidecar does; correct TRUNKLINE_URL")
-        announced = response.headers.get("Content-Length", "")
-        if announced.isdecimal() and int(announced) > limit_bytes:
+        announced = _number(response, "Content-Length")
+        if announced is not None and announced > limit_bytes:
             raise ArenaFull(
                 f"the answer takes {announced} bytes, at most {limit_bytes} are read",
-                needed_reply_bytes=int(announced),
+                needed_reply_bytes=announced,
                 limit_bytes=limit_bytes,
             )
         body: bytes = response.raw.read(limit_bytes + 1, decode_content=False)
         if len(body) > limit_bytes:
             raise ArenaFull(f"the answer takes more than the {limit_bytes} bytes that are read of it", limit_bytes=limit_bytes)
-        if announced != str(len(body)) and "Transfer-Encoding" not in response.headers:
+        if announced != len(body) and "Transfer-Encoding" not in response.headers:
             # One without a length is one whose headers broke off: a sidecar says how long its answers are.
             raise ConnectionLost(f"the connection to {self.endpoint} broke in the middle of an answer")
         return body
@@ -175,7 +179,7 @@ class HttpConnection:
         try:
             told = oip.error_of(body)
         except MalformedFrame:
-            status, wait = response.status_code, response.headers.get("Retry-After", "")
+            status, wait_s = response.status_code, _number(response, "Retry-After")
             if status not in (502, 503, 504):
                 return ProtocolError(
                     f"{self.endpoint} answers with status {status}, not as a sidecar does; correct TRUNKLINE_URL",
@@ -184,8 +188,8 @@ class HttpConnection:
             # What stands in between says that there is nobody behind it.
             kind = SidecarUnavailable if is_first else ConnectionLost
             lost = kind(f"nobody answers behind {self.endpoint} (status {status})", status=status)
-            if wait.isdecimal():
-                lost.details["retry_after_s"] = int(wait)
+            if wait_s is not None:
+                lost.details["retry_after_s"] = wait_s
             return lost
         if isinstance(told, SidecarUnavailable) or (isinstance(told, Unauthorized) and not is_first):
             # Over a socket the engine would have left the connection: it is being started, or this token does not count any more.
@@ -196,6 +200,10 @@ class HttpConnection:
 
     def _failure(self, error: Exception, left_s: float, is_first: bool) -> TrunklineError:
         """Return what it means that no answer came, or not all of it."""
+        if isinstance(error, (InvalidURL, LocationValueError)):
+            return InvalidInput(
+                f"TRUNKLINE_URL is {self.endpoint[:80]!r}, which is no address; it must be like http://127.0.0.1:9470"
+            )
         causes = list(_causes(error))
         if any(isinstance(each, NewConnectionError) for each in causes):
             numbers = [each.errno for each in causes if isinstance(each, OSError) and each.errno]
@@ -279,6 +287,12 @@ def _authorization(token: bytes) -> dict[str, str]:
     if not all(0x21 <= byte <= 0x7E for byte in token):
         raise Unauthorized("the token has characters that cannot be sent over HTTP; make another with `trunkline tenant rotate`")
     return {"Authorization": f"Bearer {token.decode('ascii')}"}
+
+
+def _number(response: Response, header: str) -> int | None:
+    """Return the number in a header; None where there is none, or one that nobody means."""
+    text = response.headers.get(header, "")
+    return int(text) if _DIGITS.fullmatch(text) else None
 
 
 def _segment(model: str) -> str:
