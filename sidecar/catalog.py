@@ -142,16 +142,19 @@ class Joint:
 class _Awaited:
     """A model that is to be deployed under a name: what is found of it in the store, once for all who ask. Any thread."""
 
-    def __init__(self, name: str, stored: Callable[[], Bundle | TrunklineError]) -> None:
-        """``stored`` reads it from the store, once for all domains."""
+    def __init__(
+        self, name: str, stored: Callable[[], Bundle | TrunklineError], known_as: Callable[[Bundle, str], Bundle]
+    ) -> None:
+        """``stored`` reads it from the store, once for all domains; ``known_as`` returns it as it is known by a name."""
         self._name = name
         self._stored = stored
+        self._known_as = known_as
 
     @functools.cached_property
     def found(self) -> Bundle | TrunklineError:
         """What is to be deployed, or what is wrong with it. Raises UnknownModel."""
         found = self._stored()
-        return found if isinstance(found, TrunklineError) else _as_known(found, self._name)
+        return found if isinstance(found, TrunklineError) else self._known_as(found, self._name)
 
     @functools.cached_property
     def published(self) -> Signature | TrunklineError:
@@ -172,6 +175,9 @@ class Catalog:
     forget: Callable[[Collection[str]], None] = lambda digests: None
     # By domain, patterns of the models that may be used in it.
     domains: Mapping[str, Sequence[str]] = field(default_factory=OPEN.domains)
+    # Of models whose weights anybody may know; and names of what was deployed anew because that has changed.
+    public: Sequence[str] = ()
+    renamed: list[str] = field(default_factory=list)
     graph: FusedGraph = field(default_factory=FusedGraph)
     deployed: dict[str, Deployed] = field(default_factory=dict)
     broken: dict[str, TrunklineError] = field(default_factory=dict)
@@ -184,6 +190,9 @@ class Catalog:
     _bundles: dict[str, Bundle] = field(default_factory=dict)
     # Those that are still to be deployed, by name. Whoever looks here and at what is published looks here first.
     _awaited: dict[str, _Awaited] = field(default_factory=dict)
+    # By public model the blobs of its weights, and all of them. Replaced as a whole, too.
+    _blobs: dict[str, frozenset[str]] = field(default_factory=dict)
+    _public_blobs: frozenset[str] = frozenset()
     # Digests of weights of what was removed.
     _gone: set[str] = field(default_factory=set)
     # How often that has changed: what is made of it is right while this stays.
@@ -272,7 +281,7 @@ class Catalog:
         """Have every model of the store be deployed, by a call of ``complete`` for each name that is ``awaited`` from now on."""
         for model in self.source.models():
             stored = functools.cache(functools.partial(self._stored, model))
-            self._awaited.update({name: _Awaited(name, stored) for name in self.names(model)})
+            self._awaited.update({name: _Awaited(name, stored, self._as_known) for name in self.names(model)})
 
     @property
     def awaited(self) -> Collection[str]:
@@ -317,6 +326,8 @@ class Catalog:
         What is wrong with it is kept in ``broken``. Raises UnknownModel.
         """
         found = self._stored(model)
+        if matches(model, self.public):
+            self._note_public(model, found)
         return [digest for name in self.names(model) for digest in self._deploy(name, found)]
 
     def _stored(self, model: str) -> Bundle | TrunklineError:
@@ -333,16 +344,47 @@ class Catalog:
         self.pins.forget(model)
         return freed
 
-    def use_domains(self, domains: Mapping[str, Sequence[str]]) -> Sequence[str]:
-        """Have these domains from now on. What they may use no more is withdrawn; what they may use besides is ``lacking``."""
-        self.domains = dict(domains)
+    def use_domains(self, domains: Mapping[str, Sequence[str]], public: Sequence[str] = ()) -> Sequence[str]:
+        """Have these domains from now on, and these patterns of public models.
+
+        What they may use no more is withdrawn; what they may use besides is ``lacking``. What knows its weights by other names
+        from now on is deployed anew, and ``renamed``.
+        """
+        self.domains, self.public = dict(domains), tuple(public)
+        self._find_public()
         freed: list[str] = []
         for name in (*self.deployed, *self.broken):
             model, domain = unqualified(name)
             if not self._may_use(domain, model):
                 freed += self.withdraw(name)
+            elif name in self.deployed and not self._is_known_as_now(self.deployed[name]):
+                freed += self._deploy(name, self.deployed[name].bundle)
+                self.renamed.append(name)
         self.publish()
         return freed
+
+    def _find_public(self) -> None:
+        """Find out which weights anybody may know: those of public models of the store, whichever other models have them."""
+        models = [model for model in self.source.models() if matches(model, self.public)] if self.public else []
+        self._blobs = {model: known for model, known in self._blobs.items() if model in models}
+        for model in models:
+            # What is deployed is not what was pushed since: that will be noted when it is deployed.
+            if model not in self._blobs:
+                self._note_public(model, self._stored(model))
+        self._public_blobs = frozenset[str]().union(*self._blobs.values())
+
+    def _note_public(self, model: str, found: Bundle | TrunklineError) -> None:
+        if isinstance(found, Bundle):
+            self._blobs[model] = frozenset(weight.blob for weight in found.graph.weights)
+            self._public_blobs = frozenset[str]().union(*self._blobs.values())
+
+    def _is_known_as_now(self, deployed: Deployed) -> bool:
+        """Say whether a model has the names for its weights that it would have were it deployed now."""
+        return self._as_known(deployed.bundle, deployed.name).graph.weights == deployed.bundle.graph.weights
+
+    def _as_known(self, bundle: Bundle, name: str) -> Bundle:
+        """Return a model as it is known by a name, in the domain that this says."""
+        return replace(bundle, name=name, graph=in_domain(bundle.graph, unqualified(name)[1], self._public_blobs))
 
     def lacking(self) -> list[str]:
         """Return the names under which models of the store may be used and are not deployed."""
@@ -384,8 +426,8 @@ class Catalog:
             freed = self.withdraw(name)
             self.broken[name] = found
             return freed
-        bundle = _as_known(found, name)
-        plan = f"{name}@{bundle.graph_digest}"
+        bundle = self._as_known(found, name)
+        plan = f"{name}@{bundle.graph_digest}{_names_of(bundle)}"
         if name in self.deployed and self.deployed[name].plan.partition("#")[0] == plan:
             # The same graph under another version, perhaps.
             self.deployed[name].bundle, self.deployed[name].signature = bundle, _signature(bundle)
@@ -528,11 +570,12 @@ class Catalog:
             deployed.unbind()
 
 
-def _as_known(bundle: Bundle, name: str) -> Bundle:
-    """Return a model as it is known by a name, in the domain that this says."""
-    if name == bundle.name:
-        return bundle
-    return replace(bundle, name=name, graph=in_domain(bundle.graph, unqualified(name)[1]))
+def _names_of(bundle: Bundle) -> str:
+    """Return what tells a deployment with some of a model's weights public from those with others; nothing where none is."""
+    digests = [weight.digest for weight in bundle.graph.weights]
+    if not bundle.graph.domain or in_domain(bundle.graph, bundle.graph.domain).weights == bundle.graph.weights:
+        return ""
+    return f"@{hashlib.sha256(' '.join(digests).encode()).hexdigest()[:8]}"
 
 
 def _deployed(bundle: Bundle, plan: str, staged: Staged, verdict: Verdict | None = None) -> Deployed:

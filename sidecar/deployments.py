@@ -115,6 +115,10 @@ class Deployments:
     def domains_changed(self, done: Callable[[], None]) -> None:
         """Deploy what may be used besides since the catalog has other domains; ``done`` is called when all of that is there."""
         self._when_complete.append(done)
+        while self._catalog.renamed:
+            if (deployed := self._catalog.deployed.get(name := self._catalog.renamed.pop())) is not None:
+                self._begin(deployed)
+                self._load_pinned(name)
         if self.has_begun:
             self._lacking = deque(self._catalog.lacking())
             self._deploy_lacking()
@@ -142,8 +146,11 @@ class Deployments:
         deployed = self._completed(name)
         if deployed is not None:
             self.is_new(deployed)
-            if name in self._catalog.pinned():
-                self._accept(own_load(name, self._clock()))
+            self._load_pinned(name)
+
+    def _load_pinned(self, name: str) -> None:
+        if name in self._catalog.pinned():
+            self._accept(own_load(name, self._clock()))
 
     # --- what was deployed -------------------------------------------------------------------------------------------
 

@@ -477,7 +477,7 @@ class Engine:
         if self._activations is not None:
             self._activations.reserves.use(quotas.tenants.values())
         self._admission.unblock()
-        self._drop(self._catalog.use_domains(quotas.domains()))
+        self._drop(self._catalog.use_domains(quotas.domains(), quotas.public))
         self._deployments.domains_changed(done)
 
     def _rest_s(self) -> float | None:

@@ -107,7 +107,7 @@ class FusedGraph:
         for entry in self._entries.values():
             other = entry.bundle.graph
             # The same model in another domain, read from the store once for both: contents, structures and cuts are the same.
-            if other.nodes is graph.nodes and in_domain(other, graph.domain) == graph:
+            if other.nodes is graph.nodes and in_domain(other, "") == in_domain(graph, ""):
                 found = self._tokens.identify_again(entry.identities, graph.domain)
                 return found, _named(entry.blocks.values(), found)
         found = self._tokens.identify(graph)

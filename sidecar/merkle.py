@@ -11,7 +11,9 @@ value
 
 A graph may be in a *domain* (``sidecar.tenants``). Then its values, and the digests its weights are known by, are made of the
 domain and of what they would be without one. Everything that shares anything does so by these names; so nothing is shared between
-domains, and nobody has to see to that but this module. Structures have no domain: an executable holds no weights.
+domains, and nobody has to see to that but this module. Structures have no domain: an executable holds no weights. Nor have
+weights that are *public*, as an operator says of models: their digests are the same in all domains, so that their bytes are
+shared. Values always have: what is computed, of whatever weights, belongs to one domain.
 
 Names do not count: not those of inputs, outputs and symbols, nor where a node came from. Two models that were converted
 independently have equal ids wherever they begin with equal computation. An input is known by its dtype, its shape, and its
@@ -124,19 +126,20 @@ class Tokens:
         return self._both(structure, content, domain)
 
 
-def in_domain(graph: Graph, domain: str) -> Graph:
+def in_domain(graph: Graph, domain: str, public: Container[str] = ()) -> Graph:
     """Return a graph as a domain knows it, whichever it is in: with identities of its own for its weights, and for its values.
 
-    The bytes of its weights are read from the store as before: each says which blob it has.
+    The bytes of its weights are read from the store as before: each says which blob it has. Weights of ``public`` blobs have the
+    identity that they have without domains.
     """
-    if graph.domain == domain:
+    if graph.domain == domain == "":
         return graph
-    return replace(graph, domain=domain, weights=tuple(_weight_in(weight, domain) for weight in graph.weights))
+    return replace(graph, domain=domain, weights=tuple(_weight_in(weight, domain, public) for weight in graph.weights))
 
 
-def _weight_in(weight: Weight, domain: str) -> Weight:
+def _weight_in(weight: Weight, domain: str, public: Container[str]) -> Weight:
     digest, stored_as = weight.blob, ""
-    if domain:
+    if domain and weight.blob not in public:
         digest, stored_as = hashlib.sha256(_token("weight in", domain, bytes.fromhex(weight.blob))).hexdigest(), weight.blob
     return Weight(digest, weight.dtype, weight.shape, weight.size_bytes, weight.crc32, stored_as)
 

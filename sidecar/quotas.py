@@ -153,8 +153,10 @@ class _Reading:
 
     def quotas(self, read: Mapping[str, Any]) -> Quotas:
         for key in read:
-            if key != "tenants":
-                self._refuse((key,), "is no key of a quota file; it has one table [tenants.NAME] for each tenant")
+            if key not in ("tenants", "domains"):
+                self._refuse(
+                    (key,), "is no key of a quota file; it has one table [tenants.NAME] for each tenant, and [domains] perhaps"
+                )
         tables = read.get("tenants", {})
         if not isinstance(tables, dict):
             self._refuse(("tenants",), "must have a table for each tenant: [tenants.NAME]")
@@ -167,7 +169,19 @@ class _Reading:
                     other = holders[token_hash]
                     self._refuse(("tenants", name, "tokens"), f"has a token that is {other}'s already; make another")
                 holders[token_hash] = name
-        return Quotas(tenants)
+        return Quotas(tenants, self._public(read.get("domains", {})))
+
+    def _public(self, table: object) -> tuple[str, ...]:
+        """Return the patterns of the models whose weights are shared by all domains."""
+        if not isinstance(table, dict):
+            self._refuse(("domains",), "must be a table: [domains]")
+        for key in table:
+            if key != "public":
+                self._refuse(("domains", key), "is no key of [domains]; it has one key, public")
+        try:
+            return _models(table.get("public", []))
+        except ValueError as error:
+            self._refuse(("domains", "public"), f"must be {error}")
 
     def _tenant(self, name: str, table: object) -> Tenant:
         at = ("tenants", name)

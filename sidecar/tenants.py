@@ -71,8 +71,8 @@ class Tenant:
 
     ``token_hashes`` are sha256 digests in hexadecimal, two at most, so that a token can be changed without a gap. ``models`` are
     patterns as of a shell. Tenants of one ``domain`` share weights and computation, and can tell so by the time it takes;
-    those of different domains share neither. ``weight`` is the part of device time it gets when all want some, relative to the
-    others' of its ``priority``; those of a higher priority go first.
+    those of different domains share neither, but for the weights of public models. ``weight`` is the part of device time it gets
+    when all want some, relative to the others' of its ``priority``; those of a higher priority go first.
     """
 
     name: str
@@ -122,9 +122,13 @@ ANYONE: Final = Tenant(name="anyone", domain="", models=("*",))
 
 @dataclass(frozen=True)
 class Quotas:
-    """All tenants by name, as one quota file has them. Without a file there is but ``ANYONE``, who needs no token."""
+    """All tenants by name, as one quota file has them. Without a file there is but ``ANYONE``, who needs no token.
+
+    ``public`` are patterns of the models whose weights anybody may know: all domains have them in memory once.
+    """
 
     tenants: Mapping[str, Tenant] = field(default_factory=lambda: {ANYONE.name: ANYONE})
+    public: tuple[str, ...] = ()
 
     def holder(self, token_hash: str) -> Tenant | None:
         """Return whose token it is that has this hash, or, for the empty text, who needs none.

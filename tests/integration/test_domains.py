@@ -30,10 +30,10 @@ X = {"x": np.ones((1, 3), np.float32)}
 SUM = {name: sum(TRUNK) + sum(name.encode()) for name in ("age", "gender")}
 
 
-def quotas(**domains: str) -> Quotas:
+def quotas(public: tuple[str, ...] = (), **domains: str) -> Quotas:
     """Return quotas with a tenant in each domain, and the patterns of the models it may use."""
     tenants = [Tenant(name=f"of-{each}", domain=each, models=tuple(patterns.split())) for each, patterns in domains.items()]
-    return Quotas({tenant.name: tenant for tenant in tenants})
+    return Quotas({tenant.name: tenant for tenant in tenants}, public)
 
 
 BOTH = quotas(a="*", b="*")
@@ -95,6 +95,93 @@ def test_models_share_within_a_domain_and_nothing_beyond(
         assert counts["stage_requests"] == 2
         # Programs hold no weights.
         assert running.device.prepare_count == (2 if "gender" in other else 1)
+
+
+@pytest.mark.parametrize(
+    ("public", "one", "other", "resident_bytes", "shared_stages"),
+    [
+        # Bytes in memory once, and each domain's stages its own.
+        (("age",), "age@a", "age@b", 103, 0),
+        (("ag?",), "age@a", "age@a", 103, 1),
+        # What is tuned from a public model has its trunk in common with all, and its head with nobody.
+        (("age",), "age@a", "gender@b", 109, 0),
+        (("age",), "gender@a", "gender@b", 112, 0),
+        (("age",), "age@a", "gender@a", 109, 0),
+        (("gender",), "age@a", "age@b", 106, 0),
+        # Without that nothing.
+        (("other",), "age@a", "age@b", 206, 0),
+        ((), "gender@a", "gender@b", 212, 0),
+    ],
+)
+def test_weights_of_public_models_are_in_memory_once_and_nothing_is_computed_for_two_domains(
+    public: tuple[str, ...], one: str, other: str, resident_bytes: int, shared_stages: int, tmp_path: Path, source: FakeSource
+) -> None:
+    with serve(tmp_path, source, quotas(public, a="*", b="*")) as running:
+        for name in (one, other):
+            assert answer(running, name) == SUM[name.split("@")[0]]
+        assert memory(running) == (resident_bytes, resident_bytes)
+        with counted(running) as counts:
+            called_at_once(running, (one, X), (other, X))
+        assert counts["stages"] == 2 - shared_stages
+
+
+def test_what_is_public_follows_the_quotas(tmp_path: Path, source: FakeSource) -> None:
+    open_to_all = quotas(("age",), a="*", b="*")
+    with serve(tmp_path, source) as running:
+
+        def resident_bytes() -> int:
+            for name in ("age@a", "age@b", "gender@a", "gender@b"):
+                assert answer(running, name) == SUM[name.split("@")[0]]
+            return memory(running)[0]
+
+        assert resident_bytes() == 2 * 109
+        ask(running, "pin", name="age@a")
+        for asked, expected in ((open_to_all, 103 + 2 * 6), (BOTH, 2 * 109), (open_to_all, 103 + 2 * 6)):
+            change(running, asked)
+            assert resident_bytes() == expected
+            assert ask(running, "model", name="age@a")["pinned"]
+            running.engine._catalog.check_invariants()
+
+
+def test_nobody_is_refused_while_weights_become_public(tmp_path: Path, source: FakeSource) -> None:
+    running_it, leave = threading.Event(), threading.Event()
+    with serve(tmp_path, source) as running:
+        running.device.on_run = lambda: (running_it.set(), leave.wait(60))
+        under_way = submitted(running, "age@b", X)
+        assert running_it.wait(60)
+        done = threading.Event()
+        running.engine.use_quotas(quotas(("age",), a="*", b="*"), done.set)
+        waiting = submitted(running, "age@b", X)
+        leave.set()
+        for each in (under_way, waiting):
+            assert float(each.result()["y"][0, 0] - 1) == SUM["age"]
+        assert done.wait(60)
+        assert answer(running, "age@a") == SUM["age"]
+        assert memory(running) == (103, 103)
+
+
+def test_a_public_model_that_is_pushed_shares_its_weights_with_what_is_deployed_after_it(
+    tmp_path: Path, source: FakeSource
+) -> None:
+    gone = source.bundles.pop("age")
+    with serve(tmp_path, source, quotas(("age",), a="*", b="*")) as running:
+        assert answer(running, "gender@a") == SUM["gender"]
+        source.bundles["age"] = gone
+        ask(running, "model_changed", name="age")
+        for name in ("age@a", "age@b"):
+            assert answer(running, name) == SUM["age"]
+        # What was deployed before has names of its own for its weights, until the quotas are read again.
+        assert memory(running) == (106 + 103, 106 + 103)
+        change(running, quotas(("age",), a="*", b="*"))
+        for name in ("age@a", "age@b", "gender@a", "gender@b"):
+            assert answer(running, name) == SUM[name.split("@")[0]]
+        assert memory(running) == (103 + 2 * 6, 103 + 2 * 6)
+
+
+def test_a_public_model_that_is_damaged_keeps_nothing_from_being_served(tmp_path: Path, source: FakeSource) -> None:
+    source.broken["age"] = BundleError("damaged")
+    with serve(tmp_path, source, quotas(("age",), a="*", b="*")) as running:
+        assert answer(running, "gender@a") == SUM["gender"]
 
 
 def test_without_quotas_there_is_one_domain_and_names_are_plain(tmp_path: Path, source: FakeSource) -> None:

@@ -194,6 +194,19 @@ def test_the_way_into_a_domain_does_not_count(way: tuple[str, ...]) -> None:
     assert in_domain(made, "") == TWO
 
 
+def test_public_weights_have_one_name_everywhere_and_values_never() -> None:
+    tokens = Tokens()
+    public = {TWO.weights[0].blob}
+    one, two = (in_domain(TWO, domain, public) for domain in ("a", "b"))
+    assert one.weights[0] == two.weights[0] == TWO.weights[0]
+    assert {weight.digest for weight in one.weights[1:]}.isdisjoint(weight.digest for weight in two.weights[1:])
+    found = [tokens.identify(graph) for graph in (one, two)]
+    # What is computed has the names that it would have were nothing public.
+    assert found == [Tokens().identify(in_domain(TWO, domain)) for domain in ("a", "b")]
+    assert in_domain(one, "a") == in_domain(TWO, "a")
+    assert in_domain(in_domain(TWO, "a"), "a", public) == one
+
+
 def test_what_was_found_in_one_domain_holds_in_others() -> None:
     for made in DIFFERENT.values():
         tokens = Tokens()

@@ -64,6 +64,12 @@ def test_what_is_said_is_read_and_what_is_not_has_no_limit() -> None:
     assert quotas.tenants["vision"].connection_limit == math.inf
 
 
+def test_models_are_public_only_where_an_operator_says_so() -> None:
+    assert parse_quotas(FULL, "quotas.toml").public == ()
+    assert parse_quotas(FULL + '[domains]\npublic = ["resnet*", "embed"]\n', "quotas.toml").public == ("resnet*", "embed")
+    assert parse_quotas("[domains]\n", "quotas.toml").public == ()
+
+
 def test_a_file_without_tenants_lets_nobody_in() -> None:
     assert parse_quotas("", "q") == Quotas({})
     assert parse_quotas("[tenants]", "q").holder("") is None
@@ -127,6 +133,9 @@ def of(line: str) -> str:
         ("[[tenants]]\na = 1\n", 1, "tenants", "must have a table for each tenant"),
         ("\ntenants = 3", 2, "tenants", "must have a table for each tenant"),
         ("version = 1\n", 1, "version", "version is no key of a quota file"),
+        ("domains = 1\n", 1, "domains", "domains must be a table"),
+        ("[domains]\nprivate = []\n", 2, "private", "domains.private is no key of [domains]"),
+        ("[domains]\npublic = 'm'\n", 2, "public", "domains.public must be a list of different names"),
         ("[tenant.a]\nmodels = []\n", 1, "tenant", "tenant is no key of a quota file"),
         (
             f"[tenants.a]\nmodels = []\ntokens = ['sha256:{HASH}']\n[tenants.b]\nmodels = []\ntokens = [\n'sha256:{HASH}']",
