@@ -27,6 +27,8 @@ FILE_LIMIT_BYTES: Final = 256 * 1024
 SMALLEST_CONNECTION_BYTES: Final = 3 * 64 * 1024
 _LARGEST_BYTES: Final = 2**50
 _LIGHTEST, _HEAVIEST = 0.001, 1000
+# The next number is nobody's: -1 where a uid is expected.
+_HIGHEST_ID: Final = 2**32 - 2
 HASH: Final = re.compile(rf"{HASHED}([0-9a-f]{{64}})")
 _PATTERN: Final = re.compile(r"[a-z0-9._*?\[\]!-]{1,128}")
 _LINE: Final = re.compile(r"at line (\d+)")
@@ -202,6 +204,8 @@ class _Reading:
                 self._refuse((*at, key), f"must be {error}")
         if "models" not in table:
             self._refuse(at, "has no key models: the patterns of the names of those it may use", key="models")
+        if "socket_gid" in table and not values.get("socket"):
+            self._refuse((*at, "socket_gid"), "is the group of a socket of its own, which it has with socket = true")
         return Tenant(name=name, **values)
 
     def _refuse(self, keys: Sequence[str], problem: str, *, key: str = "") -> NoReturn:
@@ -298,4 +302,8 @@ _KEYS: Final[Mapping[str, tuple[str, Callable[[object], Any]]]] = {
     "connections": ("connection_limit", _integer(1, 100_000)),
     "arena": ("arena_limit_bytes", _size(SMALLEST_CONNECTION_BYTES)),
     "resident": ("resident_limit_bytes", _size(1)),
+    "uid": ("uid", _integer(0, _HIGHEST_ID)),
+    "gid": ("gid", _integer(0, _HIGHEST_ID)),
+    "socket": ("socket", _switch),
+    "socket_gid": ("socket_gid", _integer(0, _HIGHEST_ID)),
 }

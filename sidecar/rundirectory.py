@@ -38,6 +38,11 @@ class RunDirectory:
         return self.public / "trunkline.sock"
 
     @property
+    def tenants(self) -> Path:
+        """Return where tenants have folders with sockets of their own; a function mounts its tenant's instead of ``public``."""
+        return self.root / "tenants"
+
+    @property
     def admin_socket(self) -> Path:
         return self.root / "admin.sock"
 

@@ -23,7 +23,8 @@ import struct
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -63,7 +64,7 @@ from trunkline.signature import Signature
 from sidecar import loglevels
 from sidecar.logs import RateLimit
 from sidecar.ports import OutputSpecs, Serving, Work
-from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant, as_known_to, hash_of, qualified, unqualified
+from sidecar.tenants import ANYONE, OPEN, Peer, Quotas, Tenant, as_known_to, hash_of, qualified, unqualified
 
 log = logging.getLogger("trunkline.server")
 # One line a function that is not let in, as long as there are not too many of them.
@@ -76,6 +77,8 @@ HANDSHAKE_S: Final = 1.0
 _COMMAND_DEADLINE_S: Final = 600.0
 _SMALLEST_ARENA_BYTES: Final = 64 * 1024
 _ACCEPT_SLICE: Final = 64
+# What the kernel tells of a peer: pid, uid and gid.
+_CREDENTIALS: Final = struct.Struct("=iII")
 # How soon a function is told to try again that has as many connections as its tenant may have.
 _CONNECTION_RETRY_S: Final = 1.0
 # Names of models whose right a session remembers.
@@ -83,7 +86,8 @@ _MOST_NAMES: Final = 64
 # The one answer to whoever has no token that counts: it says nothing about whose tokens there are.
 _UNAUTHORIZED: Final = (
     "this sidecar knows no such token, or asks for one and got none; mount the token of your tenant as the secret "
-    "trunkline-token, or name its file in TRUNKLINE_TOKEN_FILE (an operator makes one with `trunkline tenant add` or `rotate`)"
+    "trunkline-token, or name its file in TRUNKLINE_TOKEN_FILE (an operator makes one with `trunkline tenant add` or `rotate`); "
+    "a tenant with a socket or a uid of its own must come through the one, from the other"
 )
 
 # Has the quota file read, and then calls what it is given, in any thread, with the quotas now in force, or with what is wrong.
@@ -103,13 +107,14 @@ class Server:
         arena_total_bytes: int,
         connection_limit: int,
         quotas: Quotas = OPEN,
+        tenant_sockets: Mapping[str, socket.socket] = MappingProxyType({}),
         reload: Reload | None = None,
         generation: int = 0,
         transport: str | None = None,
     ) -> None:
         """``arena_limit_bytes`` bounds one arena, ``arena_total_bytes`` all arenas together, of all tenants.
 
-        ``reload`` is None where there is no quota file.
+        ``listener`` is for all but those who have one in ``tenant_sockets``. ``reload`` is None where there is no quota file.
         """
         self.engine = engine
         self.transport = transport or choose_transport()
@@ -121,10 +126,13 @@ class Server:
         self._arena_total_bytes = arena_total_bytes
         self._arena_bytes = 0
         self._connection_limit = connection_limit
-        self._listener = listener
-        self._listener.setblocking(False)
         self._poll = select.epoll()
-        self._poll.register(listener, select.EPOLLIN)
+        # By descriptor, with the tenant that each is for; "" for all.
+        self._listeners: dict[int, tuple[socket.socket, str]] = {}
+        self._listening = True
+        self._listen_at(listener, "")
+        for name, each in tenant_sockets.items():
+            self._listen_at(each, name)
         # Other threads wake the loop through this descriptor.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wake_lock = threading.Lock()
@@ -140,20 +148,19 @@ class Server:
         self._turned_away: Counter[str] = Counter()
         self._last_session = 0
         self._draining = False
-        self._listening = True
         self._stopping = False
 
     def run(self) -> None:
         """Serve until ``stop``."""
-        listener, wake = self._listener.fileno(), self._wake
+        wake = self._wake
         while not self._stopping:
             events = self._poll.poll(HANDSHAKE_S if self._greeting or not self._listening else -1)
             if not (events or self._listening or self._draining):
                 # Quiet for a while: perhaps there are descriptors again.
                 self._listen(True)
             for fd, _ in events:
-                if fd == listener:
-                    self._accept()
+                if fd in self._listeners:
+                    self._accept(*self._listeners[fd])
                 elif fd == wake:
                     os.eventfd_read(wake)
                     while self._posted:
@@ -176,13 +183,19 @@ class Server:
         self._stopping = True
         self._wake_up()
 
-    def use_quotas(self, quotas: Quotas, done: Callable[[], None] = lambda: None) -> None:
+    def use_quotas(
+        self,
+        quotas: Quotas,
+        done: Callable[[], None] = lambda: None,
+        tenant_sockets: Mapping[str, socket.socket] = MappingProxyType({}),
+    ) -> None:
         """Go by other quotas from now on, for sessions that are open, too. Any thread.
 
         A session whose tenant is gone, or whose token does not count any more, is closed; it may come back with another. ``done``
-        is called, in the engine's thread, when all is deployed that tenants may use besides.
+        is called, in the engine's thread, when all is deployed that tenants may use besides. ``tenant_sockets`` are those there
+        are now; others are closed.
         """
-        self._post(lambda: self._adopt(quotas, done))
+        self._post(lambda: self._adopt(quotas, done, tenant_sockets))
 
     def _shut_down(self) -> None:
         # The engine has ended, so it holds nothing of anybody.
@@ -205,10 +218,10 @@ class Server:
 
     # --- connections -------------------------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket, through: str) -> None:
         for _ in range(_ACCEPT_SLICE):
             try:
-                sock, _ = self._listener.accept()
+                sock, _ = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -226,18 +239,37 @@ class Server:
                 sock.close()
                 continue
             self._last_session += 1
-            session = Session(self, sock, self._last_session)
+            session = Session(self, sock, self._last_session, through)
             self._sessions[sock.fileno()] = session
             self._greeting[sock.fileno()] = time.monotonic() + HANDSHAKE_S
             self._poll.register(sock, select.EPOLLIN)
 
     def _listen(self, wanted: bool) -> None:
-        """Take the listener into the poll, or out of it: one that nobody accepts from would wake it for ever."""
-        if wanted and not self._listening:
-            self._poll.register(self._listener, select.EPOLLIN)
-        elif self._listening and not wanted:
-            self._poll.unregister(self._listener)
+        """Take all listeners into the poll, or out of it: one that nobody accepts from would wake it for ever."""
+        for fd in self._listeners:
+            if wanted and not self._listening:
+                self._poll.register(fd, select.EPOLLIN)
+            elif self._listening and not wanted:
+                self._poll.unregister(fd)
         self._listening = wanted
+
+    def _listen_at(self, listener: socket.socket, tenant: str) -> None:
+        listener.setblocking(False)
+        self._listeners[listener.fileno()] = listener, tenant
+        if self._listening:
+            self._poll.register(listener, select.EPOLLIN)
+
+    def _use_sockets(self, wanted: Mapping[str, socket.socket]) -> None:
+        """Listen at these sockets of tenants, and close those that are not among them."""
+        for fd, (listener, tenant) in list(self._listeners.items()):
+            if tenant and wanted.get(tenant) is not listener:
+                if self._listening:
+                    self._poll.unregister(fd)
+                del self._listeners[fd]
+                listener.close()
+        for tenant, listener in wanted.items():
+            if listener.fileno() not in self._listeners:
+                self._listen_at(listener, tenant)
 
     def _close_the_silent(self) -> None:
         now = time.monotonic()
@@ -315,25 +347,30 @@ class Server:
         session.close()
         self._listen(not self._draining)
 
-    def _adopt(self, quotas: Quotas, done: Callable[[], None]) -> None:
+    def _adopt(self, quotas: Quotas, done: Callable[[], None], tenant_sockets: Mapping[str, socket.socket]) -> None:
         self._quotas = quotas
+        self._use_sockets(tenant_sockets)
         self.engine.use_quotas(quotas, done)
         for session in list(self._sessions.values()):
             if session.welcomed and not session.adopt(quotas):
-                log.info("session %d of %s ends: its token does not count any more", session.number, session.tenant.name)
+                log.info("session %d of %s ends: it would not be let in any more", session.number, session.tenant.name)
                 self._end(session)
 
     # --- what sessions ask of the server -----------------------------------------------------------------------------
 
-    def identify(self, token_hash: str) -> tuple[Tenant, bool]:
+    def identify(self, token_hash: str, through: str = "", peer: Peer | None = None) -> tuple[Tenant, bool]:
         """Return whose token it is that has this hash, the empty text for none, and whether it is the administrator's.
 
-        Raises Unauthorized. However wrong a token is, finding out takes the same time.
+        It came ``through`` the socket of a tenant, or the one for all, and from ``peer``, where that can be seen. Raises
+        Unauthorized. However wrong a token is, finding out takes the same time.
         """
         is_admin = hmac.compare_digest(token_hash, self._admin_hash)
-        tenant = self._quotas.holder(token_hash)
-        if is_admin:
+        tenant = self._quotas.holder(token_hash, through)
+        if is_admin and not through:
             return ANYONE, True
+        if tenant is not None and tenant.is_bound_to_others(peer):
+            refusals.info("%s is bound to uid %s and gid %s, its token came from %s", tenant.name, tenant.uid, tenant.gid, peer)
+            tenant = None
         if tenant is None:
             raise Unauthorized(_UNAUTHORIZED)
         return tenant, False
@@ -475,7 +512,8 @@ class Session:
     ``handle`` runs in the server's thread; ``answer``, ``document``, ``fail`` and ``released`` in the engine's.
     """
 
-    def __init__(self, server: Server, sock: socket.socket, number: int) -> None:
+    def __init__(self, server: Server, sock: socket.socket, number: int, through: str = "") -> None:
+        """``through`` is the tenant whose socket it came through, empty for the one for all."""
         self.sock = sock
         self.number = number
         self.welcomed = False
@@ -485,6 +523,8 @@ class Session:
         self._server = server
         self._is_admin = False
         self._token_hash = ""
+        self._through = through
+        self._peer = Peer(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
         # The engine's names of models that this session has asked for, and may use.
         self._names: dict[str, str] = {}
         self._busy = False
@@ -539,7 +579,7 @@ class Session:
                 newest=protocol.VERSION,
             )
         self._token_hash = hash_of(hello.token) if hello.token else ""
-        self.tenant, self._is_admin = server.identify(self._token_hash)
+        self.tenant, self._is_admin = server.identify(self._token_hash, self._through, self._peer)
         if not self._is_admin:
             server.check_connection_limit(self.tenant)
         request_bytes, reply_bytes = hello.request_bytes, hello.reply_bytes
@@ -575,9 +615,9 @@ class Session:
         return self.welcomed and not self._is_admin and self.tenant.name == tenant.name
 
     def adopt(self, quotas: Quotas) -> bool:
-        """Go by other quotas; return False when the token this session came with does not count any more."""
-        tenant = quotas.holder(self._token_hash)
-        if self._is_admin or tenant is None:
+        """Go by other quotas; return False when this session would not be let in any more."""
+        tenant = quotas.holder(self._token_hash, self._through)
+        if self._is_admin or tenant is None or tenant.is_bound_to_others(self._peer):
             return self._is_admin
         self.tenant = tenant
         self._names.clear()

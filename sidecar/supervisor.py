@@ -18,40 +18,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from sidecar.errors import ConfigError
 from sidecar.processes import die_with_parent
 from sidecar.rundirectory import RunDirectory, write_token
 from sidecar.segment import Segment
+from sidecar.tenantsockets import HANDED_OVER, Keeper, listen_at, silence
 
 log = logging.getLogger("trunkline.supervisor")
 
-_BACKLOG: Final = 1024
-_SIGNALS: Final = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_SIGNALS: Final = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, HANDED_OVER}
 # An engine that lived longer than this was healthy; the next one is started at once.
 _HEALTHY_S: Final = 1.0
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
 # Beyond the drain itself: time for the exit.
 EXIT_GRACE_S: Final = 2.0
-
-
-def _listen(run: RunDirectory) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    # Bound aside and renamed into place: whoever finds the name finds a socket that listens.
-    temporary = run.socket.with_suffix(".new")
-    temporary.unlink(missing_ok=True)
-    try:
-        listener.bind(str(temporary))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"the socket {run.socket} cannot be made ({error}); a socket's path has at most 107 characters, this one "
-            f"{len(str(temporary))}"
-        ) from error
-    temporary.chmod(0o666)
-    listener.listen(_BACKLOG)
-    temporary.rename(run.socket)
-    return listener
 
 
 class Supervisor:
@@ -62,14 +42,16 @@ class Supervisor:
         run: RunDirectory,
         *,
         preload: Callable[[], None],
-        engine: Callable[[socket.socket, bytes, int, Sequence[int]], None],
+        engine: Callable[[socket.socket, bytes, int, Sequence[int], Keeper], None],
         http: Callable[[], None],
         drain_timeout_s: float,
         segment_bytes: Sequence[int],
     ) -> None:
-        """``preload`` imports what the engine needs; ``engine(listener, token, generation, segments)`` is the engine process.
+        """``preload`` imports what the engine needs; ``engine(listener, token, generation, segments, keeper)`` is the engine
+        process.
 
-        ``segments`` are the descriptors of the memory for weights that outlives the engine, of ``segment_bytes`` each.
+        ``keeper`` has the sockets of tenants that engines before it have opened, and takes its own. ``segments`` are the
+        descriptors of the memory for weights that outlives the engine, of ``segment_bytes`` each.
 
         ``http()`` is the process of the admin endpoint.
         """
@@ -80,6 +62,7 @@ class Supervisor:
         self._drain_timeout_s = drain_timeout_s
         self._segment_bytes = segment_bytes
         self._segments: list[Segment] = []
+        self._keeper = Keeper()
         self._engine_pid = 0
         self._engine_started_s = 0.0
         self._generation = 0
@@ -88,7 +71,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code. The run directory is the caller's."""
-        listener = _listen(self._run)
+        listener = listen_at(self._run.socket, 0o666)
         token = write_token(self._run.token)
         # Signals are waited for, not handled: nothing here can be interrupted half-way.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -106,7 +89,9 @@ class Supervisor:
                 segment.unlink()
                 segment.close()
             listener.close()
+            self._keeper.close()
             run = self._run
+            silence(run.tenants)
             for path in (run.socket, run.token, run.admin_socket, run.quotas, run.admin_tokens):
                 path.unlink(missing_ok=True)
         return 0
@@ -138,6 +123,7 @@ class Supervisor:
                 received = None
             if received in (signal.SIGTERM, signal.SIGINT):
                 return
+            self._keeper.take()
             if received == signal.SIGCHLD:
                 self._bury()
             elif received == signal.SIGHUP and self._engine_pid:
@@ -152,12 +138,15 @@ class Supervisor:
         self._engine_started_s = time.monotonic()
         self._generation += 1
         segments = [segment.descriptor for segment in self._segments]
-        self._engine_pid = _fork("engine", lambda: self._engine(listener, token, self._generation, segments))
+        # What the last one has handed over, in its last moment perhaps.
+        self._keeper.take()
+        self._engine_pid = _fork("engine", lambda: self._engine(listener, token, self._generation, segments, self._keeper))
 
     def _start_http(self, listener: socket.socket) -> None:
         def serve() -> None:
             # Functions are the engine's; a second holder would keep their socket open beyond the supervisor's death.
             listener.close()
+            self._keeper.close()
             for segment in self._segments:
                 segment.close()
             self._http_main()

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Final, NamedTuple
 
 from trunkline.protocol import JOINT
 
@@ -65,6 +65,14 @@ def hash_of(token: bytes) -> str:
     return hashlib.sha256(token).hexdigest()
 
 
+class Peer(NamedTuple):
+    """What the kernel says of the process that made a connection, of when it did. Between containers its pid is 0."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
     """One tenant. Limits are of what it may have at a time; infinity where the operator named none.
@@ -90,10 +98,21 @@ class Tenant:
     arena_limit_bytes: float = math.inf
     # Of the weights that models it uses have in memory.
     resident_limit_bytes: float = math.inf
+    # Of the processes that its connections must be of; whichever where there is none.
+    uid: int | None = None
+    gid: int | None = None
+    # Whether it has a socket of its own, and uses no other; and the group that may use that, everybody where there is none.
+    socket: bool = False
+    socket_gid: int | None = None
 
     def allows(self, model: str) -> bool:
         """Say whether the operator lets this tenant use a model."""
         return matches(model, self.models)
+
+    def is_bound_to_others(self, peer: Peer | None) -> bool:
+        """Say whether it is bound to other processes than this one; None for one that nobody can see."""
+        bounds = ((self.uid, None if peer is None else peer.uid), (self.gid, None if peer is None else peer.gid))
+        return any(bound is not None and bound != found for bound, found in bounds)
 
     def to_plain(self) -> dict[str, object]:
         """Return what an operator may see, as JSON has it: of tokens how many are valid, and None where there is no limit."""
@@ -112,6 +131,10 @@ class Tenant:
             "weight": self.weight,
             "priority": self.priority,
             "compute_once": self.compute_once,
+            "uid": self.uid,
+            "gid": self.gid,
+            "socket": self.socket,
+            "socket_gid": self.socket_gid,
             **{key: None if limit == math.inf else limit for key, limit in limits.items()},
         }
 
@@ -130,17 +153,25 @@ class Quotas:
     tenants: Mapping[str, Tenant] = field(default_factory=lambda: {ANYONE.name: ANYONE})
     public: tuple[str, ...] = ()
 
-    def holder(self, token_hash: str) -> Tenant | None:
+    def holder(self, token_hash: str, through: str = "") -> Tenant | None:
         """Return whose token it is that has this hash, or, for the empty text, who needs none.
 
-        Every hash there is gets compared, and each in constant time: how long it takes says nothing about any of them.
+        What came ``through`` a tenant's own socket is that tenant or nobody: with its token, or with none where it has none. What
+        came through the one for all is nobody who has a socket. Every hash there is gets compared, and each in constant time: how
+        long it takes says nothing about any of them.
         """
         found = None if token_hash else self.tenants.get(ANYONE.name)
         for tenant in self.tenants.values():
             for known in tenant.token_hashes:
                 if hmac.compare_digest(known, token_hash):
                     found = tenant
-        return found
+        own = self.tenants.get(through)
+        if not through:
+            return None if found is not None and found.socket else found
+        if own is None or not own.socket:
+            return None
+        is_own = found is own if token_hash else not own.token_hashes
+        return own if is_own else None
 
     def domains(self) -> Mapping[str, tuple[str, ...]]:
         """Return for each domain the patterns of the models that somebody in it may use."""

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from sidecar.rundirectory import RunDirectory
 from sidecar.store import Store
 from sidecar.supervisor import EXIT_GRACE_S, Supervisor
 from sidecar.tenants import OPEN, Quotas
+from sidecar.tenantsockets import Keeper, TenantSockets
 
 if TYPE_CHECKING:
     # Not before the supervisor is asked to: looking and pushing have to be quick.
@@ -65,10 +66,10 @@ def _serve(settings: Settings, run: RunDirectory) -> int:
     # Opened here as well, so that a folder that cannot be written to is told at once, and not by each engine.
     Store(settings.store_dir)
 
-    def engine(functions: socket.socket, token: bytes, generation: int, segments: Sequence[int]) -> None:
+    def engine(functions: socket.socket, token: bytes, generation: int, segments: Sequence[int], keeper: Keeper) -> None:
         if tcp:
             tcp.close()
-        _engine_process(settings, run, functions, token, generation, segments)
+        _engine_process(settings, run, functions, token, generation, segments, keeper)
 
     supervisor = Supervisor(
         run,
@@ -97,7 +98,13 @@ def _preload() -> None:
 
 
 def _engine_process(
-    settings: Settings, run: RunDirectory, listener: socket.socket, token: bytes, generation: int, segments: Sequence[int]
+    settings: Settings,
+    run: RunDirectory,
+    listener: socket.socket,
+    token: bytes,
+    generation: int,
+    segments: Sequence[int],
+    keeper: Keeper,
 ) -> None:
     from sidecar.constraints import Constraints
     from sidecar.engines import Engines
@@ -112,6 +119,7 @@ def _engine_process(
             # What an earlier sidecar went by, which was killed perhaps, is not in force any more.
             run.quotas.unlink(missing_ok=True)
         quotas = quota_file.read_or_keep()
+    sockets = TenantSockets(run.tenants, keeper)
     # Swept when the sidecar started; to look through it again would keep those waiting who were served before a restart.
     store = Store(settings.store_dir, sweep=False)
     in_flight = InFlight()
@@ -130,6 +138,7 @@ def _engine_process(
         arena_total_bytes=settings.arena_total_bytes,
         connection_limit=settings.connection_limit,
         quotas=quotas,
+        tenant_sockets=sockets.follow(quotas),
         reload=None if quota_file is None else quota_file.reload,
         generation=generation,
     )
@@ -147,7 +156,11 @@ def _engine_process(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=engine.run, name="engine", daemon=True).start()
     if quota_file is not None:
-        threading.Thread(target=quota_file.run, args=(server.use_quotas,), name="quotas", daemon=True).start()
+
+        def use(changed: Quotas, done: Callable[[], None]) -> None:
+            server.use_quotas(changed, done, sockets.follow(changed))
+
+        threading.Thread(target=quota_file.run, args=(use,), name="quotas", daemon=True).start()
     server.run()
 
 

@@ -100,6 +100,10 @@ def _reloaded(ctx: click.Context) -> TrunklineError | None:
 @click.option("--connections", type=int, help="Connections that may be open.")
 @click.option("--arena", metavar="SIZE", help="Shared memory of its connections.")
 @click.option("--resident", metavar="SIZE", help="Weights of models it uses that may be in memory.")
+@click.option("--uid", type=int, help="The uid that its functions run as; any unless said.")
+@click.option("--gid", type=int, help="Their gid.")
+@click.option("--socket", is_flag=True, default=None, help="It has a socket of its own, RUN_DIR/tenants/NAME, and uses no other.")
+@click.option("--socket-gid", type=int, help="The group that may use that; everybody who can reach it unless said.")
 @quota_file
 @token_file
 @as_json

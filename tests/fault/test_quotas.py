@@ -77,6 +77,85 @@ def write(folder: Path) -> Path:
     return folder / "adder"
 
 
+def restart_engine(box: Box) -> None:
+    engine = box.sidecar.await_engine()
+    os.kill(engine, signal.SIGKILL)
+    while box.sidecar.await_engine() == engine:
+        time.sleep(0.02)
+
+
+def through(path: Path, token: str = "") -> Connection:
+    return Connection(str(path), token=token.strip().encode(), deadline=time.monotonic() + 30)
+
+
+def test_a_tenant_has_a_socket_of_its_own_and_no_other(box: Box) -> None:
+    vision = (box.folder / "token").read_text()
+    search = box.trunkline("tenant", "add", "search", "--models", "adder", "--socket", "--uid", str(os.getuid()))
+    path = box.sidecar.run_dir / "tenants" / "search" / "trunkline.sock"
+    admin = (box.sidecar.run_dir / "admin.token").read_text()
+
+    def only_search_comes_in() -> None:
+        with contextlib.closing(through(path, search)) as connection:
+            connection.describe("adder", time.monotonic() + 30)
+        for token in ("", "guess", vision, admin):
+            with pytest.raises(errors.Unauthorized):
+                through(path, token)
+        with pytest.raises(errors.Unauthorized):
+            box.connect(search)
+        box.connect(vision).close()
+
+    only_search_comes_in()
+    # The next engine has the same socket.
+    number = path.stat().st_ino
+    restart_engine(box)
+    assert path.stat().st_ino == number
+    only_search_comes_in()
+    # A call that meets an engine's death is repeated, and answered by the next one.
+    asked = client.Model("adder", pool := Pool(address=lambda: str(path), credential=lambda: search.strip().encode()))
+    assert asked(X).shape == X.shape
+    restart_engine(box)
+    assert asked(X).shape == X.shape
+    pool.close()
+    # Without a token the folder is the credential, and a token is nobody's.
+    box.quotas.write_text(box.quotas.read_text() + "\n[tenants.bare]\nmodels = ['adder']\nsocket = true\n")
+    box.sidecar.admin.post("quotas/reload")
+    bare = path.parents[1] / "bare" / "trunkline.sock"
+    held = through(bare)
+    for token in (search, vision, "guess"):
+        with pytest.raises(errors.Unauthorized):
+            through(bare, token)
+    with pytest.raises(errors.Unauthorized):
+        box.connect("")
+    # Who is gone has no folder, and no connection.
+    box.trunkline("tenant", "rm", "bare")
+    assert not bare.parent.exists()
+    with pytest.raises(errors.TransportError), contextlib.closing(held):
+        held.describe("adder", time.monotonic() + 30)
+    only_search_comes_in()
+    assert box.sidecar.stop() == 0
+    assert [each.name for each in path.parents[1].iterdir()] == ["search"]
+    assert not path.exists()
+
+
+def test_a_token_counts_from_its_tenants_uid_only(box: Box) -> None:
+    vision = (box.folder / "token").read_text()
+    held = box.connect(vision)
+    text = box.quotas.read_text()
+    for key, number in (("uid", os.getuid()), ("gid", os.getgid())):
+        box.quotas.write_text(f"{text}{key} = {number}\n")
+        box.sidecar.admin.post("quotas/reload")
+        held.describe("adder", time.monotonic() + 30)
+        box.connect(vision).close()
+    for key, number in (("gid", os.getgid() + 1), ("uid", os.getuid() + 1)):
+        box.quotas.write_text(f"{text}{key} = {number}\n")
+        box.sidecar.admin.post("quotas/reload")
+        with pytest.raises(errors.Unauthorized, match="from the other"):
+            box.connect(vision)
+        box.logged(f"vision is bound to uid {'None' if key == 'gid' else number}")
+    with pytest.raises(errors.TransportError), contextlib.closing(held):
+        held.describe("adder", time.monotonic() + 30)
+
+
 def test_tenants_come_and_go_while_the_sidecar_runs(box: Box) -> None:
     vision = (box.folder / "token").read_text()
     for wrong in ("", "guess"):

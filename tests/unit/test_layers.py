@@ -76,6 +76,7 @@ LAYERS = {
         "placement",
         "places",
         "gathered",
+        "tenantsockets",
         "logs",
         "loglevels",
         "machine",

@@ -18,7 +18,7 @@ from sidecar.keeping import Keep
 from sidecar.pins import Pins
 from sidecar.processes import die_with_parent, end_within
 from sidecar.rundirectory import RunDirectory, write_token
-from sidecar.supervisor import _listen
+from sidecar.tenantsockets import listen_at
 
 
 def test_pins_are_kept(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_socket_path_that_is_too_long_is_told(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / ("x" * 120))
     run.create()
     with pytest.raises(ConfigError, match="at most 107 characters"):
-        _listen(run)
+        listen_at(run.socket, 0o666)
 
 
 def test_a_token_is_private_and_new_each_time(tmp_path: Path) -> None:

@@ -133,6 +133,10 @@ def of(line: str) -> str:
         ("[[tenants]]\na = 1\n", 1, "tenants", "must have a table for each tenant"),
         ("\ntenants = 3", 2, "tenants", "must have a table for each tenant"),
         ("version = 1\n", 1, "version", "version is no key of a quota file"),
+        ("[tenants.a]\nmodels = []\nuid = -1\n", 3, "uid", "tenants.a.uid must be an integer from 0 to 4294967294, is -1"),
+        ("[tenants.a]\nmodels = []\ngid = 'root'\n", 3, "gid", "must be an integer"),
+        ("[tenants.a]\nmodels = []\nsocket = 1\n", 3, "socket", "must be true or false"),
+        ("[tenants.a]\nmodels = []\nsocket_gid = 7\n", 3, "socket_gid", "which it has with socket = true"),
         ("domains = 1\n", 1, "domains", "domains must be a table"),
         ("[domains]\nprivate = []\n", 2, "private", "domains.private is no key of [domains]"),
         ("[domains]\npublic = 'm'\n", 2, "public", "domains.public must be a list of different names"),
@@ -292,4 +296,6 @@ def test_the_example_of_the_page_is_one() -> None:
     assert list(quotas.tenants) == ["vision", "search", "trial"]
     assert quotas.tenants["search"].domain == "base"
     assert quotas.tenants["trial"].arena_limit_bytes == 64_000_000
+    trial = quotas.tenants["trial"]
+    assert (trial.uid, trial.gid, trial.socket, trial.socket_gid) == (10007, 10007, True, 10007)
     assert {key for key in _KEYS if f"\n{key} = " in text} == set(_KEYS)
