@@ -99,6 +99,7 @@ def create_app(handle: Callable[[Event, Context], Any]) -> flask.Flask:
         call_id = flask.request.headers.get("X-Call-Id", "")[:128] or secrets.token_hex(16)
         flask.g.call_id = call_id
         context.call_id.set(call_id)
+        context.traceparent.set(flask.request.headers.get("Traceparent", ""))
 
     @app.after_request
     def return_call_id(response: flask.Response) -> flask.Response:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trunkline import protocol
+from trunkline.arguments import traced
 from trunkline.errors import FrameTooLarge, MalformedFrame
 from trunkline.protocol import (
     Coder,
@@ -25,7 +26,8 @@ from trunkline.protocol import (
     encode,
 )
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "wire" / "v1"
+GOLDEN = Path(__file__).parent.parent / "golden" / "wire"
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 EXAMPLES: dict[str, protocol.Message] = {
     "hello": Hello(1, 1, b"secret", "classify/7", 602_112, 65_536, ("classify", "embed")),
@@ -45,6 +47,9 @@ EXAMPLES: dict[str, protocol.Message] = {
     "fault": Fault(18, "queue_full", "256 requests are waiting", True, {"limit_count": 256, "ratio": 1.5, "who": "a"}),
 }
 
+# What version 2 has besides.
+NEWER: dict[str, protocol.Message] = {"traced-infer": EXAMPLES["infer"]._replace(traceparent=TRACEPARENT)}  # type: ignore[union-attr]
+
 names = st.text(max_size=protocol.MAX_NAME)
 ids = st.integers(0, protocol.MAX_ID)
 sizes = st.integers(0, protocol.MAX_ARENA_BYTES)
@@ -60,19 +65,76 @@ placements = st.lists(
 ).map(tuple)
 messages = st.one_of(
     st.builds(Describe, ids, names),
-    st.builds(Infer, ids, st.integers(1, protocol.MAX_DEADLINE_US), names, names, names, placements),
+    st.builds(
+        Infer,
+        *(ids, st.integers(1, protocol.MAX_DEADLINE_US), names, names, names, placements),
+        st.just("") | st.from_regex(protocol.TRACEPARENT, fullmatch=True),
+    ),
     st.builds(Result, ids, placements),
     st.builds(Document, ids, sizes),
     st.builds(Command, ids, names, sizes),
 )
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_golden_frames_never_change(name: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "name", "message"),
+    [*(("v1", *each) for each in EXAMPLES.items()), *(("v2", *each) for each in NEWER.items())],
+)
+def test_golden_frames_never_change(version: str, name: str, message: protocol.Message) -> None:
     """Images of functions live longer than sidecars: the bytes of a released version stay as they are."""
-    frame = bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
-    assert encode(EXAMPLES[name]) == frame
-    assert decode(frame) == EXAMPLES[name]
+    frame = bytes.fromhex((GOLDEN / version / f"{name}.hex").read_text())
+    assert encode(message) == frame
+    assert decode(frame) == message
+
+
+@pytest.mark.parametrize(
+    "traceparent",
+    [
+        "",
+        TRACEPARENT.upper(),
+        TRACEPARENT[:-1],
+        f"{TRACEPARENT}0",
+        f"{TRACEPARENT}\n",
+        f"ff{TRACEPARENT[2:]}",
+        f"01{TRACEPARENT[2:]}",
+        f"00-{'0' * 32}-00f067aa0ba902b7-01",
+        f"00-4bf92f3577b34da6a3ce929d0e0e4736-{'0' * 16}-01",
+        TRACEPARENT.replace("-", "_"),
+        TRACEPARENT.replace("4", "\u0664"),
+        TRACEPARENT.encode(),
+        7,
+        None,
+    ],
+)
+def test_what_is_no_traceparent_is_dropped_by_the_client_and_refused_by_the_server(traceparent: object) -> None:
+    with pytest.raises(MalformedFrame):
+        decode(msgpack.packb([3, 1, 1, "c", traceparent, "m", "s", []]))
+    coder = Coder()
+    coder.decode(encode(Infer(1, 1, "c", "m", "s", ())))
+    with pytest.raises(MalformedFrame):
+        coder.decode(msgpack.packb([3, 1, 1, "c", traceparent, "m", "s", []]))
+    if isinstance(traceparent, str) and traceparent.strip() != TRACEPARENT:
+        assert traced(traceparent) == ""
+
+
+def test_a_header_with_spaces_around_it_is_a_traceparent() -> None:
+    assert traced(f" {TRACEPARENT} ") == TRACEPARENT
+
+
+def test_a_coder_takes_calls_with_and_without_a_trace_by_turns() -> None:
+    sender, receiver, inputs = Coder(), Coder(), (Placement("x", "float32", (1, 3), 0),)
+    kept = None
+    for number in range(6):
+        message = Infer(number, 1000 + number, f"call {number}", "m", "s", inputs, TRACEPARENT if number % 2 else "")
+        frame = sender.encode(message)
+        assert frame == encode(message)
+        assert (b"4bf92f" in frame) == bool(number % 2)
+        decoded = receiver.decode(frame)
+        assert decoded == message
+        assert isinstance(decoded, Infer)
+        # The placements are not decoded anew.
+        assert kept is None or decoded.inputs is kept
+        kept = decoded.inputs
 
 
 @given(messages)
@@ -184,7 +246,7 @@ def test_a_coder_gives_what_encode_and_decode_give(sequence: list[protocol.Messa
         assert receiver.decode(frame) == message
 
 
-@given(st.sampled_from([EXAMPLES["infer"], EXAMPLES["result"]]), st.data())
+@given(st.sampled_from([EXAMPLES["infer"], NEWER["traced-infer"], EXAMPLES["result"]]), st.data())
 def test_a_coder_takes_and_refuses_what_decode_does(message: protocol.Message, data: st.DataObject) -> None:
     """Also a frame that ends like the one before and is something else in front."""
     coder = Coder()

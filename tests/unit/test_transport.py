@@ -305,6 +305,23 @@ def test_a_bad_answer_to_a_call_is_refused(
         against(tmp_path, lambda peer: reply(peer, make), lambda connection: connection.infer("m", (), soon()))
 
 
+@pytest.mark.parametrize(("version", "fields"), [(1, 7), (2, 8)])
+def test_a_sidecar_that_speaks_version_1_is_sent_no_traceparent(tmp_path: Path, version: int, fields: int) -> None:
+    frames = []
+
+    def answer(peer: socket.socket) -> None:
+        welcome(peer, version=version)
+        frames.append(peer.recv(5000))
+        asked = protocol.decode(frames[0])
+        assert isinstance(asked, protocol.Infer)
+        peer.send(protocol.encode(Result(asked.request_id, ())))
+
+    parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    against(tmp_path, answer, lambda connection: connection.infer("m", (), soon(), traceparent=parent))
+    assert frames[0][0] == 0x90 | fields
+    assert (parent.encode() in frames[0]) == (version == 2)
+
+
 @pytest.mark.parametrize(
     "make", [lambda asked: Result(asked, ()), lambda asked: Document(asked, 9999), lambda asked: Document(asked, 3)]
 )

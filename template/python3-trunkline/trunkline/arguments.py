@@ -1,4 +1,4 @@
-"""What callers pass in, made what the wire carries, or refused: arrays, sizes of axes, call ids. Pure."""
+"""What callers pass in, made what the wire carries, or refused: arrays, sizes of axes, call ids, traceparents. Pure."""
 
 from __future__ import annotations
 
@@ -86,3 +86,9 @@ def sendable(text: str) -> str:
     """Return a call id as it can be sent: it is for the log only, so what cannot be encoded may be lost."""
     text = str(text)
     return (text if text.isascii() else text.encode("utf-8", "replace").decode())[: protocol.MAX_NAME]
+
+
+def traced(header: str) -> str:
+    """Return a W3C traceparent as it can be sent; empty for what is none: no call fails for the sake of its trace."""
+    text = header.strip()
+    return text if protocol.TRACEPARENT.fullmatch(text) else ""

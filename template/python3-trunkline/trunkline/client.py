@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from trunkline import context, protocol
-from trunkline.arguments import Array, by_name, checked, dtype_name, sendable, size_of
+from trunkline.arguments import Array, by_name, checked, dtype_name, sendable, size_of, traced
 from trunkline.connection import view
 from trunkline.errors import (
     ArenaFull,
@@ -206,7 +206,8 @@ class Model:
     def call(self, inputs: Mapping[str, ArrayLike], *, deadline_s: float | None = None, call_id: str | None = None) -> Outputs:
         """Run the model on ``inputs`` within ``deadline_s`` (default TRUNKLINE_DEADLINE_S, 30 s).
 
-        ``call_id`` stands in the sidecar's log; it defaults to the X-Call-Id of the HTTP request being served.
+        ``call_id`` stands in the sidecar's log; it defaults to the X-Call-Id of the HTTP request being served. The traceparent
+        of that request goes along (``trunkline.context``).
         Raises TrunklineError: RequestError for the caller's fault, TransportError and CapacityError for ours.
         """
         return self._call_known((), inputs, _deadline(deadline_s), call_id)
@@ -327,6 +328,8 @@ class Request:
         self._layout = layout
         self._deadline = deadline
         self._call_id = sendable(context.call_id.get() if call_id is None else call_id)
+        header = context.traceparent.get()
+        self._traceparent = traced(header) if header else ""
         self._reply_bytes = layout.reply_bytes
         self._connection: AnyConnection | None = None
         # Where the inputs are written: the arena of the first connection, which outlives it while this refers to it.
@@ -400,7 +403,9 @@ class Request:
             input_bytes = self._layout.input_bytes
             connection.request[:input_bytes] = self._memory[:input_bytes]
         signature = self._known.signature
-        return connection.infer(signature.model, self._layout.inputs, self._deadline, self._call_id, signature.id)
+        return connection.infer(
+            signature.model, self._layout.inputs, self._deadline, self._call_id, signature.id, self._traceparent
+        )
 
 
 def _repeated(pool: Pool, attempt: Callable[[], T]) -> T:

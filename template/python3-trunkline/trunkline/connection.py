@@ -80,6 +80,7 @@ class Connection:
         self.reply_bytes = welcome.reply_bytes
         self.transport = welcome.transport
         self.generation = welcome.generation
+        self.version = welcome.version
 
     def _shake_hands(
         self, token: bytes, models: tuple[str, ...], request_bytes: int, reply_bytes: int, deadline: float
@@ -130,9 +131,16 @@ class Connection:
         return self._reply.memory
 
     def infer(
-        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = "", signature: str = ""
+        self,
+        model: str,
+        inputs: tuple[Placement, ...],
+        deadline: float,
+        call_id: str = "",
+        signature: str = "",
+        traceparent: str = "",
     ) -> tuple[tuple[str, NDArray[Any]], ...]:
-        """Run ``model`` on tensors already in the request arena. ``signature`` is the id of the one they were made for.
+        """Run ``model`` on tensors already in the request arena. ``signature`` is the id of the one they were made for,
+        ``traceparent`` the W3C header of the trace that the call belongs to.
 
         Returns name and array of each output: read-only views of the reply arena, valid until the next exchange.
         """
@@ -140,7 +148,9 @@ class Connection:
         remaining_us = (deadline - time.monotonic()) * 1_000_000
         # A deadline that has passed is found by send; the message just needs a valid number.
         deadline_us = int(min(max(remaining_us, 1), protocol.MAX_DEADLINE_US))
-        answer = self._exchange(Infer(self._last_id, deadline_us, call_id, model, signature, inputs), deadline)
+        # An older sidecar would not understand it.
+        parent = traceparent if self.version >= protocol.TRACING_VERSION else ""
+        answer = self._exchange(Infer(self._last_id, deadline_us, call_id, model, signature, inputs, parent), deadline)
         if not isinstance(answer, Result):
             raise MalformedFrame("the sidecar did not answer an inference with a result")
         if answer.outputs is not self._placed:

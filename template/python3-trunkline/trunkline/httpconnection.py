@@ -109,13 +109,21 @@ class HttpConnection:
         return oip.signature_of(oip.load(body))
 
     def infer(
-        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = "", signature: str = ""
+        self,
+        model: str,
+        inputs: tuple[Placement, ...],
+        deadline: float,
+        call_id: str = "",
+        signature: str = "",
+        traceparent: str = "",
     ) -> tuple[tuple[str, NDArray[Any]], ...]:
         """Run ``model`` on tensors that lie in ``request``, as ``Connection.infer`` does. The outputs are read-only views."""
         asked, json_bytes = oip.encode(
             inputs, self.request, timeout_us=_timeout_us(deadline), call_id=call_id, signature_id=signature
         )
         headers = {"Content-Type": "application/octet-stream", oip.HEADER_LENGTH: str(json_bytes)}
+        if traceparent:
+            headers["traceparent"] = traceparent
         limit_bytes = oip.MAX_HEADER_BYTES + self.reply_bytes
         body, announced = self._exchange("POST", f"/v2/models/{_segment(model)}/infer", asked, headers, limit_bytes, deadline)
         return tuple((output.name, view(body, output)) for output in oip.decode(body, announced))

@@ -11,6 +11,7 @@ version is never changed once it was released.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -19,7 +20,7 @@ import msgpack
 
 from trunkline.errors import Detail, FrameTooLarge, MalformedFrame
 
-VERSION: Final = 1
+VERSION: Final = 2
 OLDEST_VERSION: Final = 1
 MAX_FRAME_BYTES: Final = 4096
 MAX_TENSORS: Final = 16
@@ -36,6 +37,10 @@ JOINT_OUTPUT: Final = "/"
 MAX_ID: Final = 2**63 - 1
 MAX_ARENA_BYTES: Final = 2**40
 MAX_DEADLINE_US: Final = 24 * 3600 * 1_000_000
+# The first version in which an Infer may carry a traceparent.
+TRACING_VERSION: Final = 2
+# W3C Trace Context, version 00: trace id, id of the parent span, flags. Neither id may be all zeros.
+TRACEPARENT: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 # Every tensor starts on a cache line; vector loads need no more.
 ALIGNMENT: Final = 64
 
@@ -105,9 +110,10 @@ class Describe(NamedTuple):
 class Infer(NamedTuple):
     """Run a model on tensors in the request arena. ``deadline_us`` is the time left, so clocks need not agree.
 
-    ``signature`` is the id of the signature that the client went by; empty: any.
+    ``signature`` is the id of the signature that the client went by; empty: any. ``traceparent`` is the W3C header of that name,
+    by which spans of the sidecar find their trace; empty: none, and then it takes no bytes. Never sent in version 1.
 
-    What changes from call to call stands first, what mostly stays the same last: see ``Coder``.
+    In a frame, what changes from call to call stands first, what mostly stays the same last: see ``Coder``.
     """
 
     request_id: int
@@ -116,6 +122,7 @@ class Infer(NamedTuple):
     model: str
     signature: str
     inputs: tuple[Placement, ...]
+    traceparent: str = ""
 
 
 class Command(NamedTuple):
@@ -184,15 +191,7 @@ def _sendable(frame: bytes) -> bytes:
 def _fields(message: Message) -> tuple[object, ...]:
     match message:
         case Infer():
-            return (
-                _INFER,
-                message.request_id,
-                message.deadline_us,
-                message.call_id,
-                message.model,
-                message.signature,
-                message.inputs,
-            )
+            return *_fields_of_front(message), message.model, message.signature, message.inputs
         case Result():
             return _RESULT, message.request_id, message.outputs
         case Describe():
@@ -227,6 +226,11 @@ def _fields(message: Message) -> tuple[object, ...]:
             )
 
 
+def _fields_of_front(message: Infer) -> tuple[object, ...]:
+    front = _INFER, message.request_id, message.deadline_us, message.call_id
+    return (*front, message.traceparent) if message.traceparent else front
+
+
 def decode(frame: bytes) -> Message:
     """Return the message in ``frame``, every field checked for type and range.
 
@@ -241,9 +245,10 @@ def decode(frame: bytes) -> Message:
     decoder = _DECODERS.get(fields[0])
     if decoder is None:
         raise MalformedFrame(f"{fields[0]} is no kind of message", kind=fields[0])
-    arity, build = decoder
-    if len(fields) != arity:
-        raise MalformedFrame(f"a message of kind {fields[0]} has {arity} fields, this one has {len(fields)}", kind=fields[0])
+    arities, build = decoder
+    if len(fields) not in arities:
+        known = " or ".join(map(str, arities))
+        raise MalformedFrame(f"a message of kind {fields[0]} has {known} fields, this one has {len(fields)}", kind=fields[0])
     return build(fields)
 
 
@@ -267,8 +272,9 @@ def _unpack(frame: bytes) -> tuple[Any, ...]:
     return fields
 
 
-# The first bytes of the messages that carry tensors: an array of so many fields, and the kind.
-_INFER_START, _RESULT_START = bytes((0x97, _INFER)), bytes((0x93, _RESULT))
+# The first bytes of the messages that carry tensors: an array of so many fields, and the kind. An Infer has one field more with
+# a traceparent.
+_INFER_STARTS, _RESULT_START = (bytes((0x97, _INFER)), bytes((0x98, _INFER))), bytes((0x93, _RESULT))
 
 
 class Coder:
@@ -284,15 +290,16 @@ class Coder:
         self._sent: tuple[Any, ...] = ()
         self._sent_end = b""
         self._received: tuple[Any, ...] = ()
-        self._received_start = b""
+        self._received_start: bytes | tuple[bytes, ...] = b""
         self._received_end = b""
 
     def encode(self, message: Message) -> bytes:
         """Return the frame of ``message``. Raises FrameTooLarge."""
         if isinstance(message, Infer):
             # The array's first byte says how many fields follow; the front alone would say too few.
-            front = msgpack.packb((_INFER, message.request_id, message.deadline_us, message.call_id))
-            return _sendable(_INFER_START[:1] + front[1:] + self._ending(message.model, message.signature, message.inputs))
+            front = msgpack.packb(_fields_of_front(message))
+            start = _INFER_STARTS[1 if message.traceparent else 0][:1]
+            return _sendable(start + front[1:] + self._ending(message.model, message.signature, message.inputs))
         if isinstance(message, Result):
             front = msgpack.packb((_RESULT, message.request_id))
             return _sendable(_RESULT_START[:1] + front[1:] + self._ending(message.outputs))
@@ -315,16 +322,17 @@ class Coder:
                 pass
             else:
                 if front[0] == _INFER:
-                    return Infer(*_infer_front(front), *self._received)
+                    model, signature, inputs = self._received
+                    return Infer(*_infer_front(front), model, signature, inputs, _traceparent(front))
                 return Result(_id(front[1]), *self._received)
         message = decode(frame)
         if isinstance(message, Infer):
-            self._keep(_INFER_START, message[3:])
+            self._keep(_INFER_STARTS, message[3:6])
         elif isinstance(message, Result):
             self._keep(_RESULT_START, message[1:])
         return message
 
-    def _keep(self, start: bytes, received: tuple[Any, ...]) -> None:
+    def _keep(self, start: bytes | tuple[bytes, ...], received: tuple[Any, ...]) -> None:
         self._received_start, self._received = start, received
         # Should the other side have written the same values otherwise, its frames never end like this.
         self._received_end = b"".join(map(msgpack.packb, received))
@@ -397,11 +405,13 @@ def _describe(fields: tuple[Any, ...]) -> Describe:
 
 
 def _infer(fields: tuple[Any, ...]) -> Infer:
+    model, signature, inputs = fields[-3:]
     return Infer(
         *_infer_front(fields),
-        _text(fields[4], MAX_NAME, "the model's name"),
-        _text(fields[5], MAX_NAME, "the signature's id"),
-        placements(fields[6], "the inputs"),
+        _text(model, MAX_NAME, "the model's name"),
+        _text(signature, MAX_NAME, "the signature's id"),
+        placements(inputs, "the inputs"),
+        _traceparent(fields[:-3]),
     )
 
 
@@ -411,6 +421,15 @@ def _infer_front(fields: tuple[Any, ...]) -> tuple[int, int, str]:
         _integer(fields[2], 1, MAX_DEADLINE_US, "the deadline in microseconds"),
         _text(fields[3], MAX_NAME, "the call id"),
     )
+
+
+def _traceparent(front: tuple[Any, ...]) -> str:
+    if len(front) == 4:
+        return ""
+    text = front[4]
+    if type(text) is not str or not TRACEPARENT.fullmatch(text):
+        raise MalformedFrame("the traceparent must be one of W3C Trace Context, version 00, in lower case")
+    return text
 
 
 def _command(fields: tuple[Any, ...]) -> Command:
@@ -462,15 +481,15 @@ def fault(fields: tuple[Any, ...]) -> Fault:
     )
 
 
-_DECODERS: Final[dict[int, tuple[int, Callable[[tuple[Any, ...]], Message]]]] = {
-    _HELLO: (8, _hello),
-    _DESCRIBE: (3, _describe),
-    _INFER: (7, _infer),
-    _COMMAND: (4, _command),
-    _WELCOME: (7, _welcome),
-    _DOCUMENT: (3, _document),
-    _RESULT: (3, _result),
-    FAULT: (6, fault),
+_DECODERS: Final[dict[int, tuple[tuple[int, ...], Callable[[tuple[Any, ...]], Message]]]] = {
+    _HELLO: ((8,), _hello),
+    _DESCRIBE: ((3,), _describe),
+    _INFER: ((7, 8), _infer),
+    _COMMAND: ((4,), _command),
+    _WELCOME: ((7,), _welcome),
+    _DOCUMENT: ((3,), _document),
+    _RESULT: ((3,), _result),
+    FAULT: ((6,), fault),
 }
 
 

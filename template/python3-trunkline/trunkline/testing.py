@@ -96,7 +96,13 @@ class FakeConnection:
         return self._find(model)[0].to_plain()
 
     def infer(
-        self, model: str, inputs: tuple[Placement, ...], deadline: float, call_id: str = "", signature: str = ""
+        self,
+        model: str,
+        inputs: tuple[Placement, ...],
+        deadline: float,
+        call_id: str = "",
+        signature: str = "",
+        traceparent: str = "",
     ) -> tuple[tuple[str, NDArray[Any]], ...]:
         known, answer = self._find(model)
         known.bind([(p.name, p.dtype, p.shape) for p in inputs])
