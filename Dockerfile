@@ -15,7 +15,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY template/python3-trunkline/trunkline template/python3-trunkline/trunkline
 COPY sidecar sidecar
-RUN pip install . && pip uninstall --yes pip setuptools && find /opt/trunkline -name tests -type d -prune -exec rm -rf {} +
+RUN pip install ".[otel]" && pip uninstall --yes pip setuptools && find /opt/trunkline -name tests -type d -prune -exec rm -rf {} +
 
 # Nothing that compiles is in here: the environment comes ready from the stage above.
 FROM python:${PYTHON_VERSION}-${DEBIAN_OS} AS ship

@@ -162,6 +162,8 @@ class Admission:
 
     def load(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None, tenant: Tenant, grant: Grant) -> None:
         """Have models loaded that were leased for a request, in the quota of a tenant."""
+        if work.notes is not None:
+            work.notes.taken(self._clock(), self._catalog.device.name)
         self._claims.claim(tenant, [deployed.plan for deployed in parts])
         self._record(grant, parts)
         self._drop(grant.evict)
@@ -197,7 +199,7 @@ class Admission:
             self._admit(work)
         except Exception as error:  # noqa: BLE001 - incident logs it
             # Out of the queue, and nowhere else: whoever asked must not wait for ever.
-            self._refusals.turn_away(work, incident(f"{work.model} (call {work.call_id})", error))
+            self._refusals.turn_away(work, incident(f"{work.model} (call {work.call_id})", error, work))
 
     def _admit(self, work: Work) -> None:
         try:
@@ -316,6 +318,9 @@ class Admission:
             self._refusals.turn_away(work, error)
             return
         if entered:
+            if work.notes is not None:
+                work.notes.taken(self._clock(), self._catalog.device.name)
+                self._loads.watch(parts[0], work.notes)
             self._under_way.enter(Parked(work, parts, None, set()))
         else:
             self._aside.append(work)

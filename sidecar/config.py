@@ -99,6 +99,8 @@ class Settings:
     connection_limit: int = 1024
     drain_timeout_s: float = 10.0
     log_level: str = "info"
+    log_format: str = "human"
+    traces: bool = False
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -215,6 +217,36 @@ def _switch(value: object) -> bool:
     return known[str(value).lower()]
 
 
+def _traces(value: object) -> bool | None:
+    if value == "auto":
+        return None
+    try:
+        return _switch(value)
+    except ValueError as error:
+        raise ValueError("auto, on or off") from error
+
+
+def _wants_traces(environ: Mapping[str, str]) -> bool:
+    """Say whether OpenTelemetry's own variables ask for traces. Raises ConfigError."""
+    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip()
+    if exporter not in ("", "otlp", "none"):
+        raise ConfigError(f"OTEL_TRACES_EXPORTER is {exporter[:80]!r}; it must be otlp or none", key="OTEL_TRACES_EXPORTER")
+    if exporter:
+        return exporter == "otlp"
+    return any(environ.get(f"OTEL_EXPORTER_OTLP_{which}ENDPOINT", "").strip() for which in ("", "TRACES_"))
+
+
+def _check_traces_protocol(environ: Mapping[str, str]) -> None:
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        protocol = environ.get(name, "").strip()
+        if protocol not in ("", "http/protobuf"):
+            raise ConfigError(f"{name} is {protocol[:80]!r}; spans are sent as http/protobuf only (port 4318 mostly)", key=name)
+        if protocol:
+            return
+
+
 def _texts(value: object) -> list[str]:
     """Return the parts of a list, or of a text with commas in between."""
     parts: list[object] = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -300,6 +332,8 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "connection_limit": _integer(1, 100_000),
     "drain_timeout_s": _seconds,
     "log_level": _match(r"debug|info|warning|error", "debug, info, warning or error"),
+    "log_format": _match("human|json", "human or json"),
+    "traces": _traces,
 }
 
 
@@ -324,6 +358,10 @@ def load_settings(flags: Mapping[str, object], environ: Mapping[str, str], toml_
     values.setdefault("host_budget_bytes", _default_host_bytes() // len(devices))
     values.setdefault("activation_budget_bytes", _default_activation_bytes() // len(devices))
     values.setdefault("threads", _default_threads())
+    if values.get("traces") is None:
+        values["traces"] = _wants_traces(environ)
+    if values["traces"]:
+        _check_traces_protocol(environ)
     settings = Settings(**values)
     _check_together(settings)
     return settings

@@ -5,6 +5,7 @@ They go with their handles. For a CPU whose packed weights cannot be told as byt
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -41,7 +42,9 @@ class DeviceMemory:
         """Do nothing: there are no block files."""
 
     def end(self, batch: Batch) -> list[object]:
-        return [outcome_of(each, self._bring) for each in batch.wanted]
+        outcomes = [outcome_of(each, self._bring) for each in batch.wanted]
+        batch.in_host_s = time.monotonic()
+        return outcomes
 
     def _bring(self, wanted: Wanted) -> object:
         weight, recipe = wanted

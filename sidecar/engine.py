@@ -101,6 +101,7 @@ class Engine:
         activation_budget_bytes: int | None = None,
         generation: int = 0,
         facts: dict[str, object] | None = None,
+        tracing: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget_bytes = budget_bytes
@@ -144,6 +145,7 @@ class Engine:
             self._under_way.enter,
             self._under_way.load_failed,
             self._under_way.release,
+            clock,
         )
         self._claims = Claims(self._residency)
         self._recorder = Recorder()
@@ -180,6 +182,7 @@ class Engine:
             self._post,
             clock,
             stacking=stacking,
+            tracing=tracing,
         )
         self._division = Division(
             device,

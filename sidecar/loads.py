@@ -7,6 +7,7 @@ there; the others arrive while it is computed.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,6 +20,7 @@ from sidecar.memory import Wanted
 from sidecar.mover import Mover
 from sidecar.ports import Device, Work
 from sidecar.residency import Residency
+from sidecar.tracing import RequestNotes
 
 # Copies of weights that were stacked may take this part of the budget beside it.
 _STACKED_SHARE: Final = 0.01
@@ -71,6 +73,7 @@ class Loads:
         ready: Callable[[Parked], None],
         failed: Callable[[Deployed, Sequence[Parked], TrunklineError], None],
         done: Callable[[Deployed], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
         self._residency = residency
@@ -78,6 +81,9 @@ class Loads:
         self._ready = ready
         self._failed = failed
         self._done = done
+        self._clock = clock
+        # Requests of which it is noted when weights of a model arrive, by the model's plan.
+        self._watching: dict[str, list[RequestNotes]] = {}
         self._handles: dict[str, object] = {}
         self._loads: dict[str, _Load] = {}
         # Weights that the mover was asked for and has not brought yet.
@@ -101,6 +107,8 @@ class Loads:
                 self._start(deployed)
             if (load := self._loads.get(deployed.plan)) is None:
                 continue
+            if work.notes is not None:
+                self.watch(deployed, work.notes)
             first = {weight.digest for weight in deployed.steps[0].graph.weights}
             waiting |= load.waiting if work.inputs is None else load.waiting & first
         parked = Parked(work, parts, joint, waiting)
@@ -141,7 +149,27 @@ class Loads:
             if wanted:
                 self._mover.fetch(wanted, self._arrived)
 
-    def _arrived(self, pairs: Sequence[tuple[Weight, object]]) -> None:
+    def watch(self, deployed: Deployed, notes: RequestNotes) -> None:
+        """Have it noted of a request when weights of a model arrive, until the request is over."""
+        watching = [each for each in self._watching.get(deployed.plan, ()) if not each.ended_s and each is not notes]
+        self._watching[deployed.plan] = [*watching, notes]
+
+    def _note(self, pairs: Sequence[tuple[Weight, object]], begun_s: float, in_host_s: float) -> None:
+        now, digests = self._clock(), {weight.digest for weight, _ in pairs}
+        for plan, watching in list(self._watching.items()):
+            left = [each for each in watching if not each.ended_s]
+            load = self._loads.get(plan)
+            if load is not None and not load.waiting.isdisjoint(digests):
+                for notes in left:
+                    notes.moved(begun_s, in_host_s, now)
+            if left:
+                self._watching[plan] = left
+            else:
+                del self._watching[plan]
+
+    def _arrived(self, pairs: Sequence[tuple[Weight, object]], begun_s: float, in_host_s: float) -> None:
+        if self._watching:
+            self._note(pairs, begun_s, in_host_s)
         for weight, outcome in pairs:
             self._weight_arrived(weight, outcome)
 

@@ -1,4 +1,4 @@
-"""Log lines that strangers cannot forge or flood: what a function sends appears in them."""
+"""Log lines that strangers cannot forge or flood: what a function sends appears in them. Those of a request have its call id."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ import sys
 import time
 from collections.abc import Callable
 
+from trunkline import context
+from trunkline.logs import JsonFormatter
+
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class OneLineFormatter(logging.Formatter):
-    """Writes every message on one line, control characters spelt out; only traces of exceptions have lines of their own."""
+    """Writes every message on one line, control characters spelt out; only traces of exceptions have lines of their own.
+
+    The call that is being served over HTTP stands at the end of its lines; messages about the engine's have it.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
+        if not hasattr(record, "call_id") and (call_id := context.call_id.get()):
+            record.message += f" call={call_id}"
         record.message = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", record.message)
         return super().formatMessage(record)
 
@@ -44,8 +52,9 @@ class RateLimit(logging.Filter):
         return True
 
 
-def log_to_stderr(level: str) -> None:
-    """Send the log of this process, and of those it forks, to standard error."""
+def log_to_stderr(level: str, form: str = "human") -> None:
+    """Send the log of this process, and of those it forks, to standard error; ``form`` is ``human`` or ``json``."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLineFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    human = OneLineFormatter("%(asctime)s %(name)s %(levelname)s %(message)s")
+    handler.setFormatter(JsonFormatter() if form == "json" else human)
     logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -44,6 +44,8 @@ class Batch:
     targets: list[memoryview] = field(default_factory=list)
     # Of those that were in memory already, so that nothing had to be read.
     kept_bytes: int = 0
+    # When the last of those that had to be read was in host memory, of ``time.monotonic``; 0: nothing had to be.
+    in_host_s: float = 0.0
 
     @property
     def missing(self) -> list[Wanted]:

@@ -34,8 +34,9 @@ _FIRST_PACE: Final = 500e6
 _ENOUGH_BYTES: Final = 1 << 20
 _LATEST_BYTES: Final = 64 << 20
 
-# Run in the engine thread, with each weight and its handle, or a TrunklineError.
-_Arrived = Callable[[Sequence[tuple[Weight, object]]], None]
+# Run in the engine thread, with each weight and its handle, or a TrunklineError; with when that was begun, and when what had to
+# be read was in host memory (0: nothing had to be).
+_Arrived = Callable[[Sequence[tuple[Weight, object]], float, float], None]
 _Job = Callable[[], object]
 
 
@@ -45,6 +46,7 @@ class _Fetch:
 
     wanted: Sequence[Wanted]
     arrived: _Arrived
+    # Linux gives ``time.perf_counter`` and ``time.monotonic`` by one clock.
     begun_s: float = 0.0
     batch: Batch | None = None
 
@@ -153,9 +155,11 @@ class Mover:
     def _end(self, fetch: _Fetch) -> None:
         self._begun_count -= 1
         outcomes: Sequence[object] = ()
+        in_host_s = 0.0
         with _guarded(fetch):
             if fetch.batch is not None:
                 outcomes = self._memory.end(fetch.batch)
+                in_host_s = fetch.batch.in_host_s
                 self._measure(fetch, fetch.batch)
         if fetch.batch is None:
             # What was made room for is given back: whoever wants it next makes room anew.
@@ -165,8 +169,8 @@ class Mover:
         pairs = [(each.weight, outcome) for each, outcome in zip(fetch.wanted, outcomes, strict=True)]
         # The reader may not have let go of it yet.
         fetch.batch = None
-        arrived = fetch.arrived
-        self._post(lambda: arrived(pairs))
+        arrived, begun_s = fetch.arrived, fetch.begun_s
+        self._post(lambda: arrived(pairs, begun_s, in_host_s))
 
     def _measure(self, fetch: _Fetch, batch: Batch) -> None:
         size_bytes = sum(each.weight.size_bytes for each in fetch.wanted) - batch.kept_bytes

@@ -13,6 +13,7 @@ from sidecar.bundle import Bundle, Weight
 from sidecar.devicetier import Span
 from sidecar.lowering import Recipe
 from sidecar.tenants import ANYONE, Quotas, Tenant
+from sidecar.tracing import RequestNotes
 
 # What outputs a request has: name, dtype and shape of each.
 OutputSpecs = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -115,3 +116,5 @@ class Work:
     input_bytes: int = 0
     # What it is reckoned to take beside weights while it is under way.
     activation_bytes: int = 0
+    # What is noted of it, where it is traced.
+    notes: RequestNotes | None = None

@@ -34,7 +34,8 @@ class Refusals:
         self.failed_count += 1
         if work.inputs is not None:
             self._outcomes.failed(work.model, error.code)
-        refusals.info("%s refused (call %s): %s: %s", work.model, work.call_id or "-", error.code, error.message)
+        told = work.model, work.call_id or "-", error.code, error.message
+        refusals.info("%s refused (call %s): %s: %s", *told, extra=_fields(work))
         work.session.fail(work.request_id, error)
 
     def turn_away(self, work: Work, error: TrunklineError) -> None:
@@ -57,11 +58,17 @@ class Refusals:
 
 def as_told(work: Work, error: Exception) -> TrunklineError:
     """Return what a request is told of an error on its way: what is no error of ours is an incident."""
-    return error if isinstance(error, TrunklineError) else incident(f"{work.model} (call {work.call_id})", error)
+    return error if isinstance(error, TrunklineError) else incident(f"{work.model} (call {work.call_id})", error, work)
 
 
-def incident(what: str, error: Exception) -> SidecarFault:
-    """Log an error that nobody has foreseen, with its trace; return what others are told of it."""
+def incident(what: str, error: Exception, work: Work | None = None) -> SidecarFault:
+    """Log an error that nobody has foreseen, with its trace, of a request or not; return what others are told of it."""
     number = secrets.token_hex(4)
-    log.error("incident %s: %s failed", number, what, exc_info=error)
+    log.error("incident %s: %s failed", number, what, exc_info=error, extra=None if work is None else _fields(work))
     return SidecarFault(f"the sidecar failed at {what}; its log has incident {number}", incident=number)
+
+
+def _fields(work: Work) -> dict[str, str]:
+    """Return what a log line for programs tells of a request."""
+    known = {"call_id": work.call_id, "model": work.model, "tenant": work.tenant.name}
+    return known if work.notes is None else known | {"trace_id": f"{work.notes.place.trace_id:032x}"}

@@ -110,8 +110,12 @@ class Runs:
         clock: Callable[[], float],
         *,
         stacking: bool,
+        tracing: bool = False,
     ) -> None:
-        """``choice`` is told what was run, where by that is chosen how many lanes there are."""
+        """``choice`` is told what was run, where by that is chosen how many lanes there are.
+
+        With ``tracing`` there may be requests of which is noted when they were run.
+        """
         self.counts = Counts()
         # Set while everything in the wavefront waits, for weights or for a lane; whatever is posted may end that.
         self.stalled = False
@@ -130,6 +134,7 @@ class Runs:
         self._post = post
         self._clock = clock
         self._stacking = stacking
+        self._tracing = tracing
         # None while stages are run here.
         self._lanes: Lanes | None = None
         # Device time that has passed, and when that was reckoned.
@@ -323,6 +328,8 @@ class Runs:
     def _ran(self, run: _Run, outcome: Outcome, device_s: float) -> None:
         """Go on after a run that took so much device time, with what it gave or without."""
         group, error = run.groups[0], outcome.error
+        if self._tracing:
+            self._note(run, outcome.seconds)
         self._shortage.ran(group if error is None else None, run.splits)
         if self.alone is group and not isinstance(error, DeviceOutOfMemory):
             self.alone = None
@@ -351,6 +358,15 @@ class Runs:
             self._has_no_room(group, error, run.beside)
         else:
             self.fail(group, error)
+
+    def _note(self, run: _Run, seconds: float) -> None:
+        """Note it of the requests that are traced."""
+        now = self._clock()
+        for group in run.groups:
+            works = {id(ticket.call): ticket.call.work for ticket in group.tickets()}
+            for work in works.values():
+                if work.notes is not None:
+                    work.notes.ran(now - seconds, now, group.extent, len(works))
 
     def _record_run(self, run: _Run, seconds: float) -> None:
         """Note what a run has cost."""

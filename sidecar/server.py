@@ -65,6 +65,7 @@ from sidecar import loglevels
 from sidecar.logs import RateLimit
 from sidecar.ports import OutputSpecs, Serving, Work
 from sidecar.tenants import ANYONE, OPEN, Peer, Quotas, Tenant, as_known_to, hash_of, qualified, unqualified
+from sidecar.tracing import ANSWERED, RequestNotes, Tracer
 
 log = logging.getLogger("trunkline.server")
 # One line a function that is not let in, as long as there are not too many of them.
@@ -111,14 +112,17 @@ class Server:
         reload: Reload | None = None,
         generation: int = 0,
         transport: str | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """``arena_limit_bytes`` bounds one arena, ``arena_total_bytes`` all arenas together, of all tenants.
 
-        ``listener`` is for all but those who have one in ``tenant_sockets``. ``reload`` is None where there is no quota file.
+        ``listener`` is for all but those who have one in ``tenant_sockets``. ``reload`` is None where there is no quota file,
+        ``tracer`` where nothing is traced.
         """
         self.engine = engine
         self.transport = transport or choose_transport()
         self.generation = generation
+        self.tracer = tracer
         self.arena_limit_bytes = arena_limit_bytes
         self._admin_hash = hash_of(admin_token)
         self._quotas = quotas
@@ -310,14 +314,18 @@ class Server:
             self._turned_away[error.code] += 1
 
     def _handle(self, session: Session, frame: bytes) -> None:
+        message = None
         try:
-            session.handle(session.coder.decode(frame))
+            message = session.coder.decode(frame)
+            session.handle(message)
         except TrunklineError:
             raise
         except Exception as error:
             # A bug that one session's frame has found must not end the service of all.
             incident = secrets.token_hex(4)
-            log.exception("incident %s: session %d ends", incident, session.number)
+            call_id, model = (message.call_id, message.model) if isinstance(message, Infer) else ("", "")
+            told = {"call_id": call_id, "model": model, "tenant": session.tenant.name}
+            log.exception("incident %s: session %d ends (call %s)", incident, session.number, call_id or "-", extra=told)
             raise SidecarFault(f"the sidecar failed; its log has incident {incident}", incident=incident) from error
 
     def _end(self, session: Session) -> None:
@@ -420,6 +428,7 @@ class Server:
             },
             "refused": self._refused,
             "turned_away": self._turned_away,
+            "spans": None if self.tracer is None else self.tracer.counts(),
         }
 
     def sessions(self, offset: int, limit: int) -> dict[str, object]:
@@ -531,6 +540,8 @@ class Session:
         self._opened_s = time.monotonic()
         # Inferences that were passed to the engine.
         self._request_count = 0
+        # What is noted of the request under way, where it is traced.
+        self._notes: RequestNotes | None = None
         self._request: ServerArena | None = None
         self._reply: ServerArena | None = None
         self._private = np.empty(0, np.uint8)
@@ -553,6 +564,8 @@ class Session:
         match message:
             case Infer():
                 self.current_id = message.request_id
+                if self._server.tracer is not None:
+                    self._notes = self._begun(message, self._server.tracer)
                 try:
                     self._infer(message)
                 except TrunklineError as error:
@@ -686,6 +699,14 @@ class Session:
         # A hint, not a demand: a model too large for any arena is refused when it is called, and alone.
         return needed if max(needed) <= self._server.arena_limit_bytes else (0, 0)
 
+    def _begun(self, message: Infer, tracer: Tracer) -> RequestNotes | None:
+        """Return what is to be noted of a request, None where it is not traced."""
+        place = tracer.begin(message.traceparent)
+        if place is None:
+            return None
+        asked = message.model, self.tenant.name, message.call_id
+        return RequestNotes(place, time.monotonic(), *asked, self._server.generation)
+
     def _infer(self, message: Infer) -> None:
         engine = self._server.engine
         engine.check_room(self.tenant)
@@ -710,6 +731,7 @@ class Session:
                 signature,
                 self.tenant,
                 layout.input_bytes,
+                notes=self._notes,
             )
         )
 
@@ -826,6 +848,7 @@ class Session:
 
     def close(self) -> None:
         """Free everything. Called when the engine holds nothing of this session any more; twice is safe."""
+        self._end_notes(ConnectionLost.code)
         self.sock.close()
         # Views of the arenas; they go first.
         self._layout = self._reply_layout = None
@@ -840,6 +863,8 @@ class Session:
 
     def answer(self, request_id: int, specs: OutputSpecs, outputs: Sequence[Any], read: Callable[[Any, Any], None]) -> None:
         """Write ``outputs`` into the reply arena with ``read`` and send the result. Raises ArenaFull."""
+        if self._notes is not None:
+            self._notes.reply_s = time.monotonic()
         layout = self._reply_layout
         if layout is None or layout.specs != specs:
             layout = self._reply_layout = self._place_reply(specs)
@@ -896,6 +921,7 @@ class Session:
 
     def _send(self, message: Message) -> None:
         # Before the send: the client may write its next request the moment it has this answer.
+        notes, self._notes = self._notes, None
         self._busy = False
         try:
             frame = self.coder.encode(message)
@@ -906,6 +932,16 @@ class Session:
         except OSError as error:
             # The client is gone, or does not read; the poll loop finds the end of the connection by itself.
             log.debug("session %d took no answer (%s)", self.number, os.strerror(error.errno or 0))
+        if notes is not None:
+            self._end_notes(message.code if isinstance(message, Fault) else ANSWERED, notes)
+
+    def _end_notes(self, outcome: str, notes: RequestNotes | None = None) -> None:
+        """Hand over what was noted of a request that is over, by default of one that nobody has answered."""
+        if notes is None:
+            notes, self._notes = self._notes, None
+        if notes is not None and self._server.tracer is not None:
+            notes.end(time.monotonic(), outcome)
+            self._server.tracer.finish(notes)
 
 
 class _Layout(NamedTuple):

@@ -133,7 +133,9 @@ class SwapMemory:
 
     def _copy(self, batch: _Swap, host: Batch) -> None:
         """Have what is in the host tier now copied to the device, and let go of it there."""
-        for each, content in zip(host.wanted, self._host.end(host), strict=True):
+        contents = self._host.end(host)
+        batch.in_host_s = max(batch.in_host_s, host.in_host_s)
+        for each, content in zip(host.wanted, contents, strict=True):
             if isinstance(content, TrunklineError):
                 self._fail(batch, each, content)
             else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import struct
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -98,6 +99,7 @@ class TierMemory:
             batch.found[key] = outcome_of(each, self._from_store) if handle is None else handle
             if isinstance(batch.found[key], TrunklineError):
                 self._tier.free(key)
+            batch.in_host_s = time.monotonic()
         return [batch.found[each.weight.digest] for each in batch.wanted]
 
     def _taken_over(self, wanted: Wanted) -> object | None:

@@ -92,7 +92,7 @@ class UnderWay:
             try:
                 self._wavefront.add(self._call(work, parts, parked.joint, work.inputs).tickets)
             except Exception as error:  # noqa: BLE001 - incident logs it
-                self._refuse(work, parts, incident(f"{work.model} (call {work.call_id})", error))
+                self._refuse(work, parts, incident(f"{work.model} (call {work.call_id})", error, work))
 
     def _call(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None, inputs: Sequence[Any]) -> Call:
         names = parts[0].staged.inputs if joint is None else joint.interface.values
@@ -101,6 +101,8 @@ class UnderWay:
         # The inputs of models asked together may have batch axes of their own; as rows of a batch they must go side by side.
         extents = {value.shape[0] if value.shape else 1 for value in inputs}
         extent = max(extents, default=1)
+        if work.notes is not None:
+            work.notes.rows = extent
         shares = self._compute_once and work.tenant.compute_once
         independent = all(deployed.layouts is not None for deployed in parts) and len(extents) == 1 and extent > 0
         for deployed in parts:

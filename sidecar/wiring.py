@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from sidecar.config import Settings
+from sidecar.errors import ConfigError
 from sidecar.http.server import AdminServer, check_settings, listen_tcp, listen_unix
 from sidecar.inflight import InFlight
 from sidecar.machine import raise_descriptor_limit
@@ -25,6 +26,7 @@ from sidecar.store import Store
 from sidecar.supervisor import EXIT_GRACE_S, Supervisor
 from sidecar.tenants import OPEN, Quotas
 from sidecar.tenantsockets import Keeper, TenantSockets
+from sidecar.tracing import Tracer
 
 if TYPE_CHECKING:
     # Not before the supervisor is asked to: looking and pushing have to be quick.
@@ -35,6 +37,8 @@ log = logging.getLogger("trunkline")
 # A socket, and what Python's mmap keeps of each arena.
 _DESCRIPTORS_PER_SESSION = 3
 _OTHER_DESCRIPTORS = 64
+# How long a process that ends waits for its last spans to be exported.
+_LAST_SPANS_S = 1.0
 
 
 def serve(settings: Settings) -> int:
@@ -69,18 +73,35 @@ def _serve(settings: Settings, run: RunDirectory) -> int:
     def engine(functions: socket.socket, token: bytes, generation: int, segments: Sequence[int], keeper: Keeper) -> None:
         if tcp:
             tcp.close()
-        _engine_process(settings, run, functions, token, generation, segments, keeper)
+        _engine_process(settings, run, functions, token, generation, segments, keeper, tracer)
+
+    tracer = _tracer(settings)
 
     supervisor = Supervisor(
         run,
         preload=_preload,
         engine=engine,
-        http=lambda: AdminServer(settings, [listen_unix(run.admin_socket), *([tcp] if tcp else [])]).run(),
+        http=lambda: AdminServer(settings, [listen_unix(run.admin_socket), *([tcp] if tcp else [])], tracer).run(),
         drain_timeout_s=settings.drain_timeout_s,
         segment_bytes=[settings.segment_bytes(device) for device in settings.devices],
     )
     with contextlib.closing(tcp) if tcp else contextlib.nullcontext():
         return supervisor.run()
+
+
+def _tracer(settings: Settings) -> Tracer | None:
+    """Return what traces, if it is asked for; every process that is forked exports by itself. Raises ConfigError."""
+    if not settings.traces:
+        return None
+    try:
+        from sidecar.otel import open_tracer
+    except ImportError as error:
+        raise ConfigError(
+            f"traces are asked for, and OpenTelemetry's packages are not installed here ({error.name}); install them with "
+            "`pip install 'trunkline[otel]'`, or start the sidecar with --traces off",
+            key="traces",
+        ) from error
+    return open_tracer()
 
 
 def _preload() -> None:
@@ -105,6 +126,7 @@ def _engine_process(
     generation: int,
     segments: Sequence[int],
     keeper: Keeper,
+    tracer: Tracer | None,
 ) -> None:
     from sidecar.constraints import Constraints
     from sidecar.engines import Engines
@@ -141,6 +163,7 @@ def _engine_process(
         tenant_sockets=sockets.follow(quotas),
         reload=None if quota_file is None else quota_file.reload,
         generation=generation,
+        tracer=tracer,
     )
     engine.deploy_stored()
 
@@ -161,7 +184,11 @@ def _engine_process(
             server.use_quotas(changed, done, sockets.follow(changed))
 
         threading.Thread(target=quota_file.run, args=(use,), name="quotas", daemon=True).start()
+    if tracer is not None:
+        tracer.start()
     server.run()
+    if tracer is not None:
+        tracer.close(_LAST_SPANS_S)
 
 
 def _engine(
@@ -208,4 +235,5 @@ def _engine(
         ),
         generation=generation,
         facts=device.facts(),
+        tracing=settings.traces,
     )

@@ -26,6 +26,7 @@ from sidecar.inflight import InFlight
 from sidecar.pins import Pins
 from sidecar.server import Reload, Server
 from sidecar.tenants import OPEN, Quotas
+from sidecar.tracing import Tracer
 
 ADMIN_TOKEN = b"administrator"
 
@@ -233,6 +234,7 @@ def running_server(
     transport: str | None = None,
     quotas: Quotas = OPEN,
     reload: Reload | None = None,
+    tracer: Tracer | None = None,
     **engine_settings: Any,
 ) -> Iterator[Running]:
     """Serve ``source`` on a socket in ``directory`` until the block ends; check that nothing was left behind.
@@ -256,6 +258,7 @@ def running_server(
             queue_limit=queue_limit,
             quotas=quotas,
             in_flight=in_flight,
+            tracing=tracer is not None,
             **engine_settings,
         )
         for number, each in enumerate((device, *beside))
@@ -276,6 +279,7 @@ def running_server(
         quotas=quotas,
         reload=reload,
         transport=transport,
+        tracer=tracer,
     )
     serving.deploy_stored()
     threads = [threading.Thread(target=serving.run), threading.Thread(target=server.run)]

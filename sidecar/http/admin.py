@@ -33,7 +33,7 @@ from sidecar.http.access import OPEN, OPERATE, READ, Gate, needs
 from sidecar.http.audit import Audit, note
 from sidecar.http.events import Feed
 from sidecar.http.jobs import Command, LongWork, add_jobs
-from sidecar.http.metrics import CONTENT_TYPE, exposition
+from sidecar.http.metrics import CONTENT_TYPE, SpanCounts, exposition
 from sidecar.http.openapi import add_openapi
 from sidecar.http.page import add_page
 from sidecar.http.watch import Watcher
@@ -71,12 +71,14 @@ def create_app(
     gate: Gate | None = None,
     jobs: Jobs | None = None,
     policy: Policy | None = None,
+    spans: SpanCounts | None = None,
 ) -> Flask:
     """Return the endpoint's WSGI application. Blobs longer than ``blob_limit_bytes`` are refused before they are read.
 
     ``scraped`` is the engine as metrics and the page ask it, by a client that gives up before whoever looks does; ``patient`` as
     jobs do, by one that does not. ``gate`` lets requests in; by default, those from this machine. ``jobs`` are kept in the folder
-    of the store unless it says where. ``policy`` says from where models may be pulled: from nowhere, unless it does.
+    of the store unless it says where. ``policy`` says from where models may be pulled: from nowhere, unless it does. ``spans``
+    counts those of this process, where requests are traced.
     """
     app = Flask("trunkline", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
@@ -113,7 +115,7 @@ def create_app(
             raise Draining("the sidecar takes no new work")
         return jsonify(status="ok")
 
-    scrape = exposition((scraped or engine).command)
+    scrape = exposition((scraped or engine).command, spans)
 
     @app.get("/metrics")
     @needs(READ)

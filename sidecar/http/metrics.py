@@ -27,6 +27,8 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 # Runs a command in the engine; raises TrunklineError.
 Command = Callable[[str], Any]
+# Returns what a process counts of spans (``sidecar.tracing``).
+SpanCounts = Callable[[], Mapping[str, Any]]
 
 
 class Kind(NamedTuple):
@@ -61,6 +63,13 @@ METRICS: Final[Mapping[str, Kind]] = {
     "trunkline_connections_refused_total": _counter("Connections that were not let in, by the code of the error", "reason"),
     "trunkline_arena_bytes": _gauge("Shared memory of connections and its private copies; tenants as in clients", "tenant"),
     "trunkline_arena_limit_bytes": _gauge("What the arenas of all connections may take together"),
+    # Traces; absent where there are none.
+    "trunkline_spans_exported_total": _counter("Spans that a collector took, by the process they are from", "process"),
+    "trunkline_spans_dropped_total": _counter(
+        "Spans that were lost: queue_full, more than may wait to be exported; export_failed, no collector took them",
+        "process",
+        "reason",
+    ),
     # Requests.
     "trunkline_requests_total": _counter(
         "Requests by what became of them: answered, or the code of the error. One that asks several models counts for each. "
@@ -273,12 +282,15 @@ class _Sheet:
 class EngineMetrics(Collector):
     """What a scrape is told."""
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, spans: SpanCounts | None = None) -> None:
         self._command = command
+        self._spans = spans
 
     def collect(self) -> Iterable[Metric]:
         sheet = _Sheet()
         sheet.put("trunkline_build_info", 1, _version(), platform.python_version())
+        if self._spans is not None:
+            _put_spans(sheet, "http", self._spans())
         try:
             devices, connections, placement = self._snapshot()
         except TrunklineError as error:
@@ -289,6 +301,8 @@ class EngineMetrics(Collector):
         sheet.put("trunkline_up", 1)
         _put_engine(sheet, next(iter(devices.values()))["engine"])
         _put_connections(sheet, connections)
+        if connections.get("spans") is not None:
+            _put_spans(sheet, "engine", connections["spans"])
         for device, found in devices.items():
             _put_device(sheet, device, found)
         if placement is not None:
@@ -301,10 +315,10 @@ class EngineMetrics(Collector):
         return devices, self._command("connections"), self._command("placement") if len(devices) > 1 else None
 
 
-def exposition(command: Command) -> Callable[[], bytes]:
-    """Return what gives the text of a scrape."""
+def exposition(command: Command, spans: SpanCounts | None = None) -> Callable[[], bytes]:
+    """Return what gives the text of a scrape; ``spans`` counts those of this process."""
     registry = CollectorRegistry()
-    registry.register(EngineMetrics(command))
+    registry.register(EngineMetrics(command, spans))
     return lambda: generate_latest(registry)
 
 
@@ -333,6 +347,12 @@ def _put_connections(sheet: _Sheet, found: Mapping[str, Any]) -> None:
         sheet.put("trunkline_connections_refused_total", count, reason)
     for reason, count in found["refused"].items():
         sheet.put("trunkline_requests_total", count, "", "", reason)
+
+
+def _put_spans(sheet: _Sheet, process: str, found: Mapping[str, Any]) -> None:
+    sheet.put("trunkline_spans_exported_total", found["exported"], process)
+    for reason, count in found["dropped"].items():
+        sheet.put("trunkline_spans_dropped_total", count, process, reason)
 
 
 def _put_device(sheet: _Sheet, device: str, found: Mapping[str, Any]) -> None:

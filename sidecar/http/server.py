@@ -22,7 +22,9 @@ from typing import Any
 from flask import Flask
 from gunicorn.app.base import BaseApplication
 from gunicorn.config import make_settings
+from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import ThreadWorker
+from trunkline import logs
 from trunkline.admin import AdminConnection
 
 from sidecar.config import Settings
@@ -31,6 +33,7 @@ from sidecar.http.access import Gate
 from sidecar.http.admin import EngineClient, admin_token, create_app
 from sidecar.http.audit import SharedFile, append_to
 from sidecar.http.callers import Callers, Room
+from sidecar.http.correlation import Correlation
 from sidecar.http.events import MOST_VIEWERS
 from sidecar.http.oip import add_open_inference
 from sidecar.http.tokenfile import TokenFile
@@ -38,6 +41,7 @@ from sidecar.jobs import Jobs
 from sidecar.openinference import MAX_JSON_BYTES
 from sidecar.rundirectory import RunDirectory
 from sidecar.store import Store
+from sidecar.tracing import Tracer
 
 log = logging.getLogger("trunkline.admin")
 
@@ -60,6 +64,8 @@ _BACKLOG = 64
 _SCRAPE_S = 4.0
 # Nobody waits for a job, so it may wait for the engine.
 _JOB_S = 3600.0
+# How long a worker that ends waits for its last spans to be exported.
+_LAST_SPANS_S = 0.5
 
 
 def _freeze(server: object, worker: object) -> None:
@@ -89,6 +95,14 @@ class EnginePool:
             return client.command(name, arguments)
         finally:
             self._free.put(client)
+
+
+class PlainLogger(Logger):  # type: ignore[misc]
+    """Writes gunicorn's own lines as all others are written, with the call they belong to."""
+
+    def setup(self, cfg: object) -> None:
+        super().setup(cfg)
+        logs.adopt(self.error_log)
 
 
 class ImpatientWorker(ThreadWorker):  # type: ignore[misc]
@@ -179,10 +193,11 @@ def listen_unix(path: Path) -> socket.socket:
 class AdminServer(BaseApplication):  # type: ignore[misc]
     """gunicorn with the settings given here instead of a command line."""
 
-    def __init__(self, settings: Settings, listeners: Sequence[socket.socket]) -> None:
-        """Serve on ``listeners``."""
+    def __init__(self, settings: Settings, listeners: Sequence[socket.socket], tracer: Tracer | None = None) -> None:
+        """Serve on ``listeners``. Without ``tracer`` nothing is traced."""
         self._settings = settings
         self._listeners = listeners
+        self._tracer = tracer
         super().__init__()
 
     def load_config(self) -> None:
@@ -195,7 +210,10 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
             "graceful_timeout": 2,
             "keepalive": 5,
             "preload_app": True,
+            "logger_class": PlainLogger,
             "pre_fork": _freeze,
+            "post_worker_init": self._begin,
+            "worker_exit": self._end,
             "loglevel": "warning",
             "proc_name": "trunkline-admin",
             "control_socket_disable": True,
@@ -208,6 +226,14 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
         for key, value in chosen.items():
             if key in self.cfg.settings:
                 self.cfg.set(key, value)
+
+    def _begin(self, worker: object) -> None:
+        if self._tracer is not None:
+            self._tracer.start()
+
+    def _end(self, server: object, worker: object) -> None:
+        if self._tracer is not None:
+            self._tracer.close(_LAST_SPANS_S)
 
     def load(self) -> Any:
         settings = self._settings
@@ -231,6 +257,7 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
             gate=gate,
             jobs=Jobs(settings.run_dir / "jobs"),
             policy=settings.pull_policy,
+            spans=None if self._tracer is None else self._tracer.counts,
         )
         # What fits into an arena, and the JSON before it.
         limit_bytes = settings.arena_limit_bytes + MAX_JSON_BYTES
@@ -238,4 +265,5 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
         callers = Callers(path, idle_limit=max(1, _IDLE_SESSIONS // workers))
         room = Room(_MOST_INFERENCES, _ROOM_BYTES // workers)
         add_open_inference(app, engine, callers, room, body_limit_bytes=limit_bytes)
+        app.wsgi_app = Correlation(app.wsgi_app, self._tracer)  # type: ignore[method-assign]
         return app

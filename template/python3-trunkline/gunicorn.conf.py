@@ -7,6 +7,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import trunkline
+from gunicorn import glogging
+from trunkline import logs
 from trunkline.errors import TrunklineError
 
 
@@ -23,6 +25,16 @@ if os.environ.get("PORT") and not _is_behind_watchdog():
 else:
     bind = urlsplit(os.environ.get("upstream_url", "http://127.0.0.1:5000")).netloc
 
+
+class Logger(glogging.Logger):
+    """Writes gunicorn's own lines as the function's are written, with the call they belong to."""
+
+    def setup(self, cfg):
+        super().setup(cfg)
+        logs.adopt(self.error_log)
+
+
+logger_class = Logger
 workers = int(os.environ.get("workers", "1"))
 threads = int(os.environ.get("threads", "4"))
 worker_class = "gthread"

@@ -34,6 +34,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.http.errors import ParseException
 from trunkline import context
 from trunkline.errors import BodyTooLarge, InvalidInput, TrunklineError
+from trunkline.logs import JsonFormatter
 from werkzeug.exceptions import HTTPException
 
 log = logging.getLogger("function")
@@ -252,9 +253,20 @@ class FunctionServer(Application):
 def log_to_stderr() -> None:
     """Write log lines, the handler's own included, with the id of the call they belong to."""
     handler = logging.StreamHandler()
-    handler.addFilter(CallIdFilter())
-    line = "%(levelname)s %(name)s %(message)s call=%(call_id)s"
-    logging.basicConfig(level=os.environ.get("log_level", "info").upper(), format=line, handlers=[handler])
+    if log_format() == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.addFilter(CallIdFilter())
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s call=%(call_id)s"))
+    logging.basicConfig(level=os.environ.get("log_level", "info").upper(), handlers=[handler])
+
+
+def log_format() -> str:
+    """Return ``human`` or ``json``, which the environment's ``log_format`` says. Raises ValueError."""
+    found = os.environ.get("log_format") or "human"
+    if found not in ("human", "json"):
+        raise ValueError(f"log_format is {found[:40]!r}; it must be human or json")
+    return found
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ class Told(FakeEngine):
             "tenants": {"anyone": {"connections": 3, "arena_bytes": 300}},
             "refused": {"value_out_of_bounds": 2},
             "turned_away": {"unauthorized": 1},
+            "spans": {"exported": 12, "dropped": {"queue_full": 3, "export_failed": 0}},
         }
         placed = {"name": "m", "devices": ["a", "b"], "moving_to": ["b"], "rate": 2.0, "under_way": 0.5, "seconds": {"a": 0.01}}
         unplaced = {"name": "idle", "devices": ["a"], "moving_to": []}
@@ -203,7 +204,21 @@ def test_names_follow_the_rules_of_prometheus() -> None:
         assert not re.search(r"_(ms|milliseconds|kb|mb|percent)(_|$)", name), name
         assert kind.help, name
         assert set(kind.labels) <= {
-            *("device", "model", "tenant", "tier", "reason", "outcome", "state", "lanes", "policy", "torch", "version", "python")
+            *(
+                "process",
+                "device",
+                "model",
+                "tenant",
+                "tier",
+                "reason",
+                "outcome",
+                "state",
+                "lanes",
+                "policy",
+                "torch",
+                "version",
+                "python",
+            )
         }
 
 
@@ -235,6 +250,8 @@ def test_values_are_those_of_the_snapshot(http: flask.testing.FlaskClient) -> No
     assert scrape("clients", tenant="") == 2
     assert scrape("arena_bytes", tenant="") == 200
     assert scrape("models_moving") == 1
+    assert scrape("spans_exported_total", process="engine") == 12
+    assert scrape("spans_dropped_total", process="engine", reason="queue_full") == 3
     assert scrape.labels("model") == {"m", "idle", ""}
 
 

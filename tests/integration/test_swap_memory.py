@@ -344,7 +344,7 @@ def test_a_batch_that_broke_gives_all_of_its_room_back(small: CopyingNode, monke
         with monkeypatch.context() as patched:
             if broken:
                 patched.setattr(memory._host._files, "read", None)
-            fetch = _Fetch(wanted, lambda pairs: arrived.extend(outcome for _, outcome in pairs))
+            fetch = _Fetch(wanted, lambda pairs, *when: arrived.extend(outcome for _, outcome in pairs))
             mover._begin(fetch)
             mover._read(fetch)
             mover._end(fetch)
@@ -472,7 +472,7 @@ def test_room_in_pieces_is_made_one_in_the_engines_thread(small: CopyingNode) ->
     assert memory.facts()["weight_bytes"] == 8 * 4096
     memory.check_invariants()
     mover = Mover(memory, post, replaced.update)
-    fetch = _Fetch(large, lambda pairs: arrived.extend(outcome for _, outcome in pairs))
+    fetch = _Fetch(large, lambda pairs, *when: arrived.extend(outcome for _, outcome in pairs))
     mover._begin(fetch)
     assert len(posted) == 1
     mover._read(fetch)
@@ -491,7 +491,7 @@ def test_without_an_engine_nobody_waits_for_room_in_one_piece(small: CopyingNode
     in_pieces(small, memory)
     mover = Mover(memory, lambda command: None)
     mover.stop()
-    fetch = _Fetch(weights_of(small, 3 * 4096, seed=1), lambda pairs: arrived.extend(outcome for _, outcome in pairs))
+    fetch = _Fetch(weights_of(small, 3 * 4096, seed=1), lambda pairs, *when: arrived.extend(outcome for _, outcome in pairs))
     mover._begin(fetch)
     assert fetch.batch is None
     memory.check_invariants()
@@ -512,7 +512,7 @@ def test_an_engine_that_fails_at_it_is_not_waited_for(small: CopyingNode, caplog
 
     mover = Mover(memory, post, fail)
     wanted = weights_of(small, 3 * 4096, seed=1)
-    fetch = _Fetch(wanted, lambda pairs: arrived.extend(outcome for _, outcome in pairs))
+    fetch = _Fetch(wanted, lambda pairs, *when: arrived.extend(outcome for _, outcome in pairs))
     mover._begin(fetch)
     mover._read(fetch)
     mover._end(fetch)

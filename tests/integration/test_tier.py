@@ -195,7 +195,7 @@ def test_a_batch_that_broke_does_not_keep_its_weights_from_being_brought_in(node
             if broken:
                 # Of arguments that are none.
                 patched.setattr(memory._files, "read", None)
-            fetch = _Fetch(wanted, lambda pairs: arrived.extend(outcome for _, outcome in pairs))
+            fetch = _Fetch(wanted, lambda pairs, *when: arrived.extend(outcome for _, outcome in pairs))
             mover._begin(fetch)
             mover._read(fetch)
             mover._end(fetch)

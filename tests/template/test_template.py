@@ -28,7 +28,7 @@ HANDLER = """
 import logging, os, threading
 import numpy as np
 from trunkline import errors, model
-from trunkline.context import call_id
+from trunkline.context import call_id, traceparent
 
 m = model("nobody")
 held = threading.Event()
@@ -51,6 +51,8 @@ def handle(event, context):
         return m([1.0])
     if what == "text":
         return "text"
+    if what == "trace":
+        return traceparent.get() or "none"
     if what == "none":
         return None
     if what == "list":
@@ -237,6 +239,39 @@ def test_every_log_line_of_a_call_has_its_id(context: Path) -> None:
     _, log = running.stop()
     assert "INFO mine a line of the handler call=call-8" in log
     assert re.search(r"^WARNING function queue_full: .* call=call-9$", log, re.MULTILINE)
+
+
+def test_log_lines_are_json_where_that_is_asked_for(context: Path) -> None:
+    running = Running(context, {"log_format": "json", "gunicorn_log_level": "info"})
+    parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    requests.get(f"{running.url}/?what=log", headers={"X-Call-Id": "call-8", "traceparent": parent}, timeout=10)
+    requests.get(f"{running.url}/?what=boom", headers={"X-Call-Id": "call\u00e9"}, timeout=10)
+    _, log = running.stop()
+    lines = [json.loads(line) for line in log.splitlines()]
+    (mine,) = [line for line in lines if line["logger"] == "mine"]
+    del mine["time"]
+    told = {"level": "info", "logger": "mine", "message": "a line of the handler", "call_id": "call-8"}
+    assert mine == told | {"trace_id": parent[3:35]}
+    (failed,) = [line for line in lines if line["logger"] == "function"]
+    assert "ZeroDivisionError: internal detail" in failed["exception"]
+    assert failed["call_id"].startswith("call")
+    # The server around the handler writes as it does.
+    assert any(line["logger"] == "gunicorn.error" for line in lines)
+
+
+def test_a_log_format_that_there_is_not_is_refused_at_the_start(context: Path) -> None:
+    environment = os.environ | {"log_format": "xml", "PORT": str(free_port())}
+    ended = subprocess.run([sys.executable, "index.py"], cwd=context, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0
+    assert "log_format is 'xml'; it must be human or json" in ended.stderr
+
+
+def test_the_traceparent_of_a_request_is_sent_with_its_calls(context: Path) -> None:
+    running = Running(context, {})
+    parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    told = [requests.get(f"{running.url}/?what=trace", headers=each, timeout=10).text for each in ({"traceparent": parent}, {})]
+    running.stop()
+    assert told == [parent, "none"]
 
 
 @pytest.mark.parametrize("body", [b"5\r\nabc", b"zz\r\nabc\r\n"], ids=["ends early", "is no chunk"])

@@ -155,6 +155,9 @@ def test_sizes(text: object, size: int) -> None:
         ("lanes", "many"),
         ("lanes", True),
         ("log_level", "loud"),
+        ("log_format", "xml"),
+        ("traces", "maybe"),
+        ("traces", 1),
         ("run_dir", "\0"),
         ("run_dir", ["/run"]),
         ("store_dir", True),
@@ -185,6 +188,42 @@ def test_lanes_are_chosen_or_said() -> None:
     assert load_settings({}, {}).lanes is None
     assert load_settings({"lanes": "auto"}, {}).lanes is None
     assert load_settings({"lanes": "3"}, {PREFIX + "LANES": "auto"}).lanes == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "environ", "wanted"),
+    [
+        (None, {}, False),
+        (None, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, True),
+        (None, {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"}, True),
+        (None, {"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://collector:4318/v1/metrics"}, False),
+        (None, {"OTEL_TRACES_EXPORTER": "otlp"}, True),
+        (None, {"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, False),
+        (None, {"OTEL_SDK_DISABLED": "True", "OTEL_TRACES_EXPORTER": "otlp"}, False),
+        ("auto", {"OTEL_TRACES_EXPORTER": "otlp"}, True),
+        ("on", {}, True),
+        (True, {"OTEL_TRACES_EXPORTER": "none"}, True),
+        ("off", {"OTEL_TRACES_EXPORTER": "zipkin", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, False),
+        ("on", {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, True),
+    ],
+)
+def test_traces_are_asked_for_by_opentelemetrys_variables_or_the_setting(
+    setting: object, environ: dict[str, str], wanted: bool
+) -> None:
+    assert load_settings({"traces": setting}, environ).traces is wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("OTEL_TRACES_EXPORTER", "zipkin", "it must be otlp or none"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "http/protobuf only"),
+        ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json", "http/protobuf only"),
+    ],
+)
+def test_what_opentelemetry_has_and_the_sidecar_has_not_is_refused(name: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is '{value}'; .*{message}"):
+        load_settings({}, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318", name: value})
 
 
 def test_a_bad_flag_is_named_as_it_was_written() -> None:

@@ -94,7 +94,7 @@ class Bench:
         for name in names:
             self.mover.fetch(batch(name), self.note)
 
-    def note(self, pairs: Sequence[tuple[Weight, object]]) -> None:
+    def note(self, pairs: Sequence[tuple[Weight, object]], begun_s: float, in_host_s: float) -> None:
         self.arrived += [(weight.digest, outcome) for weight, outcome in pairs]
 
     def take(self, count: int) -> list[tuple[str, object]]:
@@ -239,7 +239,7 @@ def test_nobody_holds_on_to_what_has_arrived(bench: Bench) -> None:
 
 def test_a_reader_that_is_late_holds_on_to_no_handle() -> None:
     mover = without_threads()
-    fetch = _Fetch(batch("a"), lambda pairs: None)
+    fetch = _Fetch(batch("a"), lambda pairs, *when: None)
     mover._begin(fetch)
     assert fetch.batch is not None
     mover._end(fetch)
@@ -248,7 +248,7 @@ def test_a_reader_that_is_late_holds_on_to_no_handle() -> None:
 
 def moved(mover: Mover, now: list[float], *batches: tuple[int, float]) -> None:
     """Bring in batches, all begun at once, of so many bytes, which end at these times."""
-    fetches = [_Fetch(batch("a", size_bytes), lambda pairs: None) for size_bytes, _ in batches]
+    fetches = [_Fetch(batch("a", size_bytes), lambda pairs, *when: None) for size_bytes, _ in batches]
     for fetch in fetches:
         mover._begin(fetch)
     for fetch, (_, ended_s) in zip(fetches, batches, strict=True):
@@ -303,7 +303,7 @@ def test_the_first_pace_is_that_of_the_disk(now: list[float]) -> None:
 def test_what_was_in_memory_already_says_nothing_of_the_pace(now: list[float]) -> None:
     mover = without_threads()
     for kept_bytes, ended_s in ((8 * MB, 0.001), (6 * MB, 2.0)):
-        fetch = _Fetch(batch("a", 8 * MB), lambda pairs: None)
+        fetch = _Fetch(batch("a", 8 * MB), lambda pairs, *when: None)
         mover._begin(fetch)
         assert fetch.batch is not None
         fetch.batch.kept_bytes = kept_bytes
