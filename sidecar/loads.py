@@ -194,6 +194,9 @@ class Loads:
     def _finish(self, load: _Load) -> None:
         deployed = load.deployed
         del self._loads[deployed.plan]
+        if load.error is not None or self._residency.is_held(deployed.plan):
+            # One that streams has further loads.
+            self._watching.pop(deployed.plan, None)
         if load.error is not None:
             # Weights of another of their models may have kept them here.
             concerned = [parked for parked in self.parked if deployed in parked.parts]

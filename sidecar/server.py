@@ -848,7 +848,11 @@ class Session:
 
     def close(self) -> None:
         """Free everything. Called when the engine holds nothing of this session any more; twice is safe."""
-        self._end_notes(ConnectionLost.code)
+        if self._notes is not None and self._server.tracer is not None:
+            # Nobody was told anything.
+            self._notes.end(time.monotonic(), ConnectionLost.code)
+            self._server.tracer.finish(self._notes)
+            self._notes = None
         self.sock.close()
         # Views of the arenas; they go first.
         self._layout = self._reply_layout = None
@@ -926,21 +930,17 @@ class Session:
         try:
             frame = self.coder.encode(message)
         except FrameTooLarge as error:
-            frame = protocol.encode(Fault(self.current_id, error.code, error.message, error.retryable, error.details))
+            message = Fault(self.current_id, error.code, error.message, error.retryable, error.details)
+            frame = protocol.encode(message)
+        if notes is not None:
+            # Whoever gets the answer sees it end before.
+            notes.end(time.monotonic(), message.code if isinstance(message, Fault) else ANSWERED)
         try:
             self.sock.send(frame)
         except OSError as error:
             # The client is gone, or does not read; the poll loop finds the end of the connection by itself.
             log.debug("session %d took no answer (%s)", self.number, os.strerror(error.errno or 0))
-        if notes is not None:
-            self._end_notes(message.code if isinstance(message, Fault) else ANSWERED, notes)
-
-    def _end_notes(self, outcome: str, notes: RequestNotes | None = None) -> None:
-        """Hand over what was noted of a request that is over, by default of one that nobody has answered."""
-        if notes is None:
-            notes, self._notes = self._notes, None
         if notes is not None and self._server.tracer is not None:
-            notes.end(time.monotonic(), outcome)
             self._server.tracer.finish(notes)
 
 

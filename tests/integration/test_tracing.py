@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -17,7 +20,8 @@ from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 from trunkline import client, context, model, models
 from trunkline.admin import AdminConnection
 from trunkline.connection import Connection
-from trunkline.errors import DeviceFault, TrunklineError, ValueOutOfBounds
+from trunkline.errors import DeviceFault, SidecarFault, TrunklineError, ValueOutOfBounds
+from trunkline.logs import JsonFormatter
 from trunkline.pool import Pool
 
 from sidecar.http.admin import create_app
@@ -156,7 +160,7 @@ def test_an_unsampled_request_is_noted_nowhere(running: Running, tracer: Kept, m
     # What is no traceparent is none: a trace begins here.
     assert second.notes is not None
     assert second.notes.place.parent_id == 0
-    assert len(tracer.kept) == 1
+    assert tracer.only()[0].place == second.notes.place
 
 
 def test_without_a_tracer_nothing_is_noted(tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +225,10 @@ def test_requests_of_two_functions_in_one_batch_are_two_traces(
         deploy(running, *siblings)
         same, other = original.inputs(1, 0), original.inputs(1, 1)
         at_once(running, *((each.name, same) for each in siblings))
+        until(lambda: len(tracer.kept) == 2)
         shared, tracer.kept = tracer.kept, []
         at_once(running, *zip((each.name for each in siblings), (same, other), strict=True))
+        until(lambda: len(tracer.kept) == 2)
     for found, rows in ((shared, 1), (tracer.kept, 2)):
         assert len({spans[0].place.trace_id for spans in found}) == len(found) == 2
         assert {spans[0].attributes["trunkline.model"] for spans in found} == {each.name for each in siblings}
@@ -358,6 +364,50 @@ def test_a_load_is_no_trace(running: Running, tracer: Kept) -> None:
     assert tracer.kept == []
 
 
+# --- its log lines ----------------------------------------------------------------------------------------------------
+
+
+def told_of(caplog: pytest.LogCaptureFixture, logger: str) -> dict[str, str]:
+    """Return what the one line of a logger has for programs."""
+    (found,) = [record for record in caplog.records if record.name == logger]
+    return {key: getattr(found, key) for key in ("call_id", "model", "tenant", "trace_id") if hasattr(found, key)}
+
+
+def test_the_line_of_a_refused_request_has_its_call_model_tenant_and_trace(
+    running: Running, tracer: Kept, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise DeviceFault("broken")
+
+    running.device.on_run = fail
+    with caplog.at_level("INFO"), pytest.raises(DeviceFault), traced_by(PARENT):
+        model("age").call({"x": X}, call_id="call-9")
+    told = {"call_id": "call-9", "model": "age", "tenant": "anyone"}
+    assert told_of(caplog, "trunkline.engine.refusals") == told | {"trace_id": TRACE_ID}
+    with caplog.at_level("INFO"), pytest.raises(DeviceFault), traced_by(UNSAMPLED):
+        caplog.clear()
+        model("age").call({"x": X}, call_id="call-9")
+    assert told_of(caplog, "trunkline.engine.refusals") == told
+
+
+def test_the_line_of_an_incident_has_its_call_as_well(
+    running: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    running.device.on_run = fail
+    with pytest.raises(SidecarFault):
+        model("age").call({"x": X}, call_id="call-10")
+    assert told_of(caplog, "trunkline.engine")["call_id"] == "call-10"
+    # And one of the server's thread.
+    monkeypatch.setattr(running.server.engine, "check_room", fail)
+    with pytest.raises(SidecarFault):
+        model("age").call({"x": X}, call_id="call-11")
+    assert told_of(caplog, "trunkline.server") == {"call_id": "call-11", "model": "age", "tenant": "anyone"}
+    assert "(call call-11)" in caplog.text
+
+
 # --- over HTTP --------------------------------------------------------------------------------------------------------
 
 
@@ -452,3 +502,23 @@ def test_spans_are_counted_by_process(http: flask.testing.FlaskClient) -> None:
         assert f'trunkline_spans_exported_total{{process="{process}"}} 0.0' in lines
         for reason in ("queue_full", "export_failed"):
             assert f'trunkline_spans_dropped_total{{process="{process}",reason="{reason}"}} 0.0' in lines
+
+
+def test_the_lines_of_a_request_over_http_have_its_call_and_trace(
+    http: flask.testing.FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("sidecar.http.oip.openinference.encode", fail)
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    log = logging.getLogger("trunkline.admin")
+    log.addHandler(handler)
+    assert infer(http, X_Call_Id="call-12", traceparent=PARENT).status_code == 500
+    log.removeHandler(handler)
+    (line,) = stream.getvalue().splitlines()
+    told = json.loads(line)
+    assert (told["call_id"], told["trace_id"]) == ("call-12", TRACE_ID)
+    assert "ZeroDivisionError: a bug" in told["exception"]
