@@ -33,13 +33,14 @@ _DIGESTS_AT_ONCE: Final = 500
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push sent, of what the bundle has."""
+    """What a push sent, of what the bundle has; ``release`` is which versions answer, where a version was pushed."""
 
     name: str
     sent_count: int
     blob_count: int
     sent_bytes: int
     blob_bytes: int
+    release: dict[str, Any] | None = None
 
 
 class AdminClient:
@@ -142,10 +143,19 @@ class AdminClient:
             return VersionMismatch(f"{told}: it is older than this command; upgrade it")
         return from_wire(code, message, details)
 
-    def push(self, directory: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Pushed:
+    def push(
+        self,
+        directory: Path,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        version: str | None = None,
+        default: bool = False,
+    ) -> Pushed:
         """Send a bundle folder: only the weights that the sidecar lacks, then the model itself.
 
-        ``progress`` is told the bytes done and to do. Raises BundleError for a bad folder and what the sidecar answers.
+        With a ``version`` it stands beside others, called so, or as its manifest says where that is empty; as ``default`` it
+        answers from then on. ``progress`` is told the bytes done and to do. Raises BundleError for a bad folder and what the
+        sidecar answers.
         """
         bundle = read_bundle(directory)
         sizes = {weight.digest: weight.size_bytes for weight in bundle.graph.weights}
@@ -174,8 +184,9 @@ class AdminClient:
             "manifest": load_json(manifest_bytes(bundle), "manifest.json", 1 << 30),
             "graph": load_json(canonical_graph(bundle.graph), "graph.json", 1 << 30),
         }
-        self._ask("PUT", f"models/{bundle.name}", json=model)
-        return Pushed(bundle.name, len(missing), len(sizes), total_bytes, sum(sizes.values()))
+        asked = {} if version is None else {"version": version, "default": str(default).lower()}
+        found = self._ask("PUT", f"models/{bundle.name}", json=model, params=asked)
+        return Pushed(bundle.name, len(missing), len(sizes), total_bytes, sum(sizes.values()), found.get("release"))
 
 
 class _Body:

@@ -12,6 +12,7 @@ of several asked together.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -28,6 +29,7 @@ from sidecar.bundle import Bundle, Weight
 from sidecar.errors import BundleError, StoreError
 from sidecar.graph import FusedGraph
 from sidecar.ir import Graph
+from sidecar.labels import parted
 from sidecar.lowering import Lowered, Recipe
 from sidecar.memory import Memory
 from sidecar.merkle import in_domain, skeleton_id
@@ -221,6 +223,19 @@ class Catalog:
         around = {unqualified(each) for each in (*self._awaited, *self._published)}
         raise _unknown(model, sorted(known for known, where in around if where == domain))
 
+    def versions(self, name: str) -> list[str]:
+        """Return the versions that a model is deployed in, in the domain of ``name``; one without a label as its bundle says."""
+        model, domain = unqualified(name)
+        model, _ = parted(model)
+        known = {unqualified(each) for each in (*self._awaited, *self._published)}
+        labels = [parted(each)[1] for each, where in known if (parted(each)[0], where) == (model, domain)]
+        found = sorted(filter(None, labels))
+        if "" in labels:
+            # Of one that cannot be read, nobody knows which it is.
+            with contextlib.suppress(ModelCorrupt, UnknownModel):
+                found.insert(0, self.signature(qualified(model, domain)).version)
+        return found
+
     def served(self) -> list[str]:
         """Return the names of models that are deployed and can be served, or are awaited."""
         found = [name for name, published in self._published.items() if isinstance(published, Signature)]
@@ -239,7 +254,7 @@ class Catalog:
         models, domains = zip(*map(unqualified, names), strict=True)
         if len(set(domains)) > 1:
             raise InvalidInput(f"{name[:64]!r} names models of several domains; those of one call are of one")
-        if len(names) > MAX_JOINT or list(models) != sorted(set(models)):
+        if len(names) > MAX_JOINT or list(models) != sorted(set(models), key=parted):
             raise InvalidInput(
                 f"{as_asked(name)[:64]!r} does not name up to {MAX_JOINT} models in the order of their names, each once"
             )

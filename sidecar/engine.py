@@ -276,6 +276,10 @@ class Engine:
         """Return the signature of a deployed model. Raises UnknownModel, ModelCorrupt, InvalidInput."""
         return self._catalog.signature(name)
 
+    def versions(self, name: str) -> list[str]:
+        """Return the versions that a model is deployed in, in the domain of ``name``."""
+        return self._catalog.versions(name)
+
     def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:
         """Return private bytes as the device takes its inputs and gives its outputs; they share the memory."""
         return self._device.view(buffer, dtype, shape)

@@ -68,6 +68,10 @@ class Engines:
         """Return the signature of a deployed model. Raises UnknownModel, ModelCorrupt, InvalidInput."""
         return self._first.signature(name)
 
+    def versions(self, name: str) -> list[str]:
+        """Return the versions that a model is deployed in, in the domain of ``name``."""
+        return self._first.versions(name)
+
     def view(self, buffer: memoryview, dtype: str, shape: tuple[int, ...]) -> object:
         """Return private bytes as devices take inputs and give outputs; they share the memory."""
         return self._first.view(buffer, dtype, shape)

@@ -150,15 +150,15 @@ def encode(signature: Signature, name: str, asked: Inference, outputs: Mapping[s
     return b"".join([header, *(array.reshape(-1).view(np.uint8).data for array in raw)]), len(header)
 
 
-def metadata(signature: Signature, name: str) -> dict[str, object]:
-    """Return what the protocol tells of a model; an axis of any size is -1."""
+def metadata(signature: Signature, name: str, versions: Sequence[str]) -> dict[str, object]:
+    """Return what the protocol tells of a model that there is in these versions; an axis of any size is -1."""
 
     def tensors(specs: Iterable[TensorSpec]) -> list[dict[str, object]]:
         return [{"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": _dims(spec)} for spec in specs]
 
     return {
         "name": name,
-        "versions": [signature.version],
+        "versions": list(versions),
         "platform": "trunkline",
         "inputs": tensors(signature.inputs),
         "outputs": tensors(signature.outputs),

@@ -64,7 +64,9 @@ from trunkline.signature import Signature
 from sidecar import loglevels
 from sidecar.logs import RateLimit
 from sidecar.ports import OutputSpecs, Serving, Work
-from sidecar.tenants import ANYONE, OPEN, Peer, Quotas, Tenant, as_known_to, hash_of, qualified, unqualified
+from sidecar.releases import Release
+from sidecar.routing import ReleaseFiles, Route, Routing
+from sidecar.tenants import ANYONE, OPEN, Peer, Quotas, Tenant, as_asked, as_known_to, hash_of, qualified, unqualified
 from sidecar.tracing import ANSWERED, RequestNotes, Tracer
 
 log = logging.getLogger("trunkline.server")
@@ -110,6 +112,7 @@ class Server:
         quotas: Quotas = OPEN,
         tenant_sockets: Mapping[str, socket.socket] = MappingProxyType({}),
         reload: Reload | None = None,
+        releases: ReleaseFiles | None = None,
         generation: int = 0,
         transport: str | None = None,
         tracer: Tracer | None = None,
@@ -117,9 +120,11 @@ class Server:
         """``arena_limit_bytes`` bounds one arena, ``arena_total_bytes`` all arenas together, of all tenants.
 
         ``listener`` is for all but those who have one in ``tenant_sockets``. ``reload`` is None where there is no quota file,
-        ``tracer`` where nothing is traced.
+        ``releases`` where no name has versions, ``tracer`` where nothing is traced.
         """
         self.engine = engine
+        self.routing = Routing(engine.signature, {} if releases is None else releases.table())
+        self._releases = releases
         self.transport = transport or choose_transport()
         self.generation = generation
         self.tracer = tracer
@@ -466,6 +471,27 @@ class Server:
 
         self._reload(lambda outcome: self._post(lambda: tell(outcome)))
 
+    def reread_release(self, session: Session, request_id: int, name: str) -> None:
+        """Have the release of a model read again; the session is told what is wrong, or when requests go by it.
+
+        One that cannot be read changes nothing. Raises InvalidInput.
+        """
+        if self._releases is None:
+            raise InvalidInput("this sidecar keeps no versions")
+
+        def adopt(found: Release | TrunklineError | None) -> None:
+            if not isinstance(found, TrunklineError):
+                self.routing.use(name, found)
+            # Whoever asked may have left, and its arenas with it.
+            if self._sessions.get(session.sock.fileno()) is not session:
+                return
+            if isinstance(found, TrunklineError):
+                session.refuse(request_id, found)
+            else:
+                session.document(request_id, {"name": name})
+
+        self._releases.reread(name, lambda found: self._post(lambda: adopt(found)))
+
     def open_arenas(self, request_bytes: int, reply_bytes: int, tenant: Tenant) -> tuple[ServerArena, ServerArena]:
         """Create both arenas of a session. Raises ArenaFull, with what was asked and what is allowed."""
         for name, size_bytes in (("request", request_bytes), ("reply", reply_bytes)):
@@ -534,8 +560,11 @@ class Session:
         self._token_hash = ""
         self._through = through
         self._peer = Peer(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
-        # The engine's names of models that this session has asked for, and may use.
-        self._names: dict[str, str] = {}
+        # What this session has asked for, and may use, by the table of releases that holds below.
+        self._names: dict[str, _Named] = {}
+        self._table = server.routing.table
+        # What the outputs of the request under way are called; None where the engine calls them the same.
+        self._output_names: tuple[str, ...] | None = None
         self._busy = False
         self._opened_s = time.monotonic()
         # Inferences that were passed to the engine.
@@ -637,53 +666,67 @@ class Session:
         return True
 
     def _expected(self, models: Sequence[str]) -> list[str]:
-        """Return the engine's names of those models that this session may use; of others nothing is done ahead."""
-        found = []
+        """Return the engine's names of what may answer for those models that this session may use; for others nothing is done."""
+        found: list[str] = []
         for model in models:
             try:
-                found.append(self._known_as(model))
-            except UnknownModel:
+                named = self._named(model)
+                found += [named.known_as] if named.route is None else named.route.names
+            except TrunklineError:
                 continue
         return found
 
-    def _known_as(self, model: str) -> str:
-        """Return the engine's name of a model, or of several asked together. Raises UnknownModel when one is not allowed."""
+    def _named(self, model: str) -> _Named:
+        """Return what is meant by the name of a model, or of several asked together.
+
+        Raises UnknownModel when one is not allowed, InvalidInput, and ModelCorrupt where a release cannot be read.
+        """
+        table = self._server.routing.table
+        if table is not self._table:
+            self._names.clear()
+            self._table = table
         found = self._names.get(model)
         if found is None:
-            if not all(self.tenant.allows(each) for each in model.split(JOINT)):
-                raise self._unknown(model)
+            known_as = self.known_as(model, self.tenant, self._is_admin)
             if len(self._names) >= _MOST_NAMES:
                 self._names.clear()
-            # An administrator may ask for a model of any domain, by its full name.
-            is_full = self._is_admin and unqualified(model)[1]
-            found = self._names[model] = model if is_full else qualified(model, self.tenant.domain)
+            found = self._names[model] = _Named(known_as, self._server.routing.route(known_as))
         return found
+
+    def known_as(self, model: str, tenant: Tenant, is_admin: bool) -> str:
+        """Return the engine's name of what a tenant, or the administrator, asks for. Raises UnknownModel where it may not."""
+        if not all(tenant.allows(each) for each in model.split(JOINT)):
+            raise self._unknown(model, tenant)
+        # An administrator may ask for a model of any domain, by its full name.
+        return model if is_admin and unqualified(model)[1] else qualified(model, tenant.domain)
 
     def _signature(self, model: str) -> Signature:
         """Return the signature of a model. Raises UnknownModel, alike for one that is not there and one that is not allowed."""
-        engine, known_as = self._server.engine, self._known_as(model)
+        named = self._named(model)
         try:
-            return engine.signature(known_as)
+            return self._server.engine.signature(named.known_as) if named.route is None else named.route.signature
         except UnknownModel:
             if self.tenant is ANYONE:
                 raise
-            raise self._unknown(model) from None
+            raise self._unknown(model, self.tenant) from None
 
-    def _unknown(self, models: str) -> UnknownModel:
+    def _unknown(self, models: str, tenant: Tenant) -> UnknownModel:
         """Return what is told of the first model that is not there, or not allowed: which of the two is not said."""
-        model = next((each for each in models.split(JOINT) if not self._has(each)), models)[:64]
-        allowed = ", ".join(self.tenant.models[:8]) or "none"
+        model = next((each for each in models.split(JOINT) if not self._has(each, tenant)), models)[:64]
+        allowed = ", ".join(tenant.models[:8]) or "none"
         return UnknownModel(
-            f"there is no model {model!r} that {self.tenant.name} may use; the operator allows it {allowed}; "
+            f"there is no model {model!r} that {tenant.name} may use; the operator allows it {allowed}; "
             "`trunkline push` adds a model",
             model=model,
         )
 
-    def _has(self, model: str) -> bool:
-        if not self.tenant.allows(model):
+    def _has(self, model: str, tenant: Tenant) -> bool:
+        if not tenant.allows(model):
             return False
+        known_as = qualified(model, tenant.domain)
         try:
-            self._server.engine.signature(qualified(model, self.tenant.domain))
+            route = self._server.routing.route(known_as)
+            _ = self._server.engine.signature(known_as) if route is None else route.signature
         except UnknownModel:
             return False
         return True
@@ -717,6 +760,13 @@ class Session:
             signature.check_current(message.signature, message.model)
             layout = self._layout = self._check_layout(signature, message.inputs)
         self._copy_inputs(layout)
+        name, route = self._named(message.model)
+        self._output_names = None
+        if route is not None:
+            if JOINT in name:
+                self._output_names = tuple(spec.name for spec in signature.outputs)
+            # Last of all: what is refused takes nobody's turn.
+            name, signature = route.draw(message.call_id)
         self._busy = True
         self._request_count += 1
         deadline = time.monotonic() + message.deadline_us / 1_000_000
@@ -724,7 +774,7 @@ class Session:
             Work(
                 self,
                 message.request_id,
-                self._known_as(message.model),
+                name,
                 deadline,
                 message.call_id,
                 layout.inputs,
@@ -802,6 +852,9 @@ class Session:
             self.document(message.request_id, own(self, arguments))
             return
         self._busy = True
+        if message.name == "release":
+            self._server.reread_release(self, message.request_id, str(arguments.get("name", "")))
+            return
         deadline = time.monotonic() + _COMMAND_DEADLINE_S
         self._server.engine.command(self, message.request_id, message.name, arguments, deadline)
 
@@ -832,14 +885,33 @@ class Session:
             log.info("the log's level is %s now", arguments["level"])
         return {"level": loglevels.current()}
 
-    def _identified(self, arguments: dict[str, Any]) -> dict[str, object]:
-        """Return whose token has a hash, for those who answer tenants in this sidecar's stead. Raises Unauthorized."""
-        token_hash = arguments.get("token_hash")
-        tenant, is_admin = self._server.identify(token_hash if isinstance(token_hash, str) and token_hash.isascii() else "-")
+    def _identify(self, arguments: dict[str, Any]) -> dict[str, object]:
+        """Return whose token has a hash. Raises Unauthorized."""
+        tenant, is_admin = self._identified(arguments)
         return {"name": tenant.name, "domain": tenant.domain, "models": list(tenant.models), "administrator": is_admin}
 
+    def _identified(self, arguments: dict[str, Any]) -> tuple[Tenant, bool]:
+        # For those who answer tenants in this sidecar's stead.
+        token_hash = arguments.get("token_hash")
+        return self._server.identify(token_hash if isinstance(token_hash, str) and token_hash.isascii() else "-")
+
+    def _routed(self, arguments: dict[str, Any]) -> dict[str, object]:
+        """Return what answers the next request of a tenant for a model, and all that may, as it would call them.
+
+        Raises Unauthorized, UnknownModel, InvalidInput, ModelCorrupt.
+        """
+        tenant, is_admin = self._identified(arguments)
+        known_as = self.known_as(str(arguments.get("model", "")), tenant, is_admin)
+        route = self._server.routing.route(known_as)
+        names = [known_as] if route is None else route.names
+        if route is not None and "call_id" in arguments:
+            known_as, _ = route.draw(str(arguments["call_id"]))
+        versions = self._server.engine.versions(known_as)
+        called = (lambda name: name) if is_admin else as_asked
+        return {"model": called(known_as), "models": list(map(called, names)), "versions": versions}
+
     # Commands with arguments that no engine is needed for.
-    _OF_THE_SERVER: Final = {"identify": _identified, "sessions": _listed, "log_level": _log_level}
+    _OF_THE_SERVER: Final = {"identify": _identify, "route": _routed, "sessions": _listed, "log_level": _log_level}
 
     @property
     def arena_bytes(self) -> int:
@@ -869,6 +941,8 @@ class Session:
         """Write ``outputs`` into the reply arena with ``read`` and send the result. Raises ArenaFull."""
         if self._notes is not None:
             self._notes.reply_s = time.monotonic()
+        if self._output_names is not None:
+            specs = tuple((name, *spec[1:]) for name, spec in zip(self._output_names, specs, strict=True))
         layout = self._reply_layout
         if layout is None or layout.specs != specs:
             layout = self._reply_layout = self._place_reply(specs)
@@ -942,6 +1016,13 @@ class Session:
             log.debug("session %d took no answer (%s)", self.number, os.strerror(error.errno or 0))
         if notes is not None and self._server.tracer is not None:
             self._server.tracer.finish(notes)
+
+
+class _Named(NamedTuple):
+    """What a session means by a name: the engine's name, and what answers for it where a release or a label says so."""
+
+    known_as: str
+    route: Route | None
 
 
 class _Layout(NamedTuple):

@@ -1,8 +1,9 @@
 """The store: bundles on disk, weights by the digest of their bytes, each once. Safe for several processes at a time.
 
 Layout below ``root``: ``blobs/ab/abcd…`` (one weight each), ``graphs/ab/abcd…`` (one ``graph.json`` each, by its digest),
-``models/<name>.json`` (one ``manifest.json`` each). A model is published by the rename of its manifest, which names its graph by
-digest: a reader sees the old model or the new one, whole. Everything is written to a temporary file in the same folder,
+``models/<name>.json`` (one ``manifest.json`` each), of a version ``models/<name>:<label>.json``, and ``releases/<name>.json``
+(which versions answer for a name: ``sidecar.versions``). A model is published by the rename of its manifest, which names its
+graph by digest: a reader sees the old model or the new one, whole. Everything is written to a temporary file in the same folder,
 synced, and renamed, so a crash at any line leaves leftovers but never half a file under a final name. A writer holds a lock
 on its temporary file, which the kernel frees however the writer ends: a leftover is a temporary file that nobody has locked.
 
@@ -11,8 +12,8 @@ then lacks it, pushing the model again heals the store. What came of a blob that
 in ``partial`` for the rest.
 
 A push counts on blobs it was told it need not send, and a collection removes blobs that no model uses: the first holds the
-file ``lock`` shared, the second alone. Readers hold nothing. The object has no state, so any thread may call anything, and it
-may be opened before a fork. Must not import torch.
+file ``lock`` shared, the second alone. Who changes versions and releases holds ``releases/lock`` alone. Readers hold nothing. The
+object has no state, so any thread may call anything, and it may be opened before a fork. Must not import torch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -36,7 +37,6 @@ from trunkline.errors import ModelCorrupt, UnknownModel
 
 from sidecar import partials
 from sidecar.bundle import (
-    MODEL_NAME,
     Bundle,
     canonical_graph,
     manifest_bytes,
@@ -45,7 +45,9 @@ from sidecar.bundle import (
 )
 from sidecar.disk import TEMPORARY, opened, remove_unless_locked
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError, StoreFull
+from sidecar.labels import LONGEST_NAME, STORED_NAME, labelled, parted
 from sidecar.partials import Partial
+from sidecar.releases import Release, parse_release, release_bytes
 
 log = logging.getLogger("trunkline.store")
 
@@ -53,8 +55,9 @@ DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 # A blob that was pushed ahead of its model must outlast the push.
 GC_GRACE_S: Final = 3600.0
 _CHUNK_BYTES: Final = 1 << 20
-_KINDS: Final = ("blobs", "graphs", "models", "quarantine")
+_KINDS: Final = ("blobs", "graphs", "models", "releases", "quarantine")
 _PARTIAL: Final = "partial"
+_LOCK, _VERSIONS_LOCK = "lock", "releases/lock"
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -80,7 +83,8 @@ class Store:
         try:
             for folder in (root, *(root / kind for kind in _KINDS)):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            for lock in (_LOCK, _VERSIONS_LOCK):
+                os.close(os.open(root / lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             _sync_folder(root)
             if sweep:
                 self._sweep()
@@ -95,10 +99,10 @@ class Store:
         partials.sweep(self.root / _PARTIAL)
 
     @contextlib.contextmanager
-    def _locked(self, how: int) -> Iterator[None]:
+    def _locked(self, how: int, file: str = _LOCK) -> Iterator[None]:
         # Opened anew each time: threads that shared one description would share its lock, too.
         try:
-            descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(self.root / file, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise self._refusal(error, 0) from error
         try:
@@ -283,9 +287,19 @@ class Store:
 
     # --- models ------------------------------------------------------------------------------------------------------
 
-    def put_model(self, manifest_data: bytes, graph_data: bytes) -> Bundle:
-        """Publish a model whose blobs were put before, replacing the one of its name. Raises BundleError, BlobMissing."""
+    def put_model(self, manifest_data: bytes, graph_data: bytes, label: str = "") -> Bundle:
+        """Publish a model whose blobs were put before, replacing the one of its name. Raises BundleError, BlobMissing.
+
+        With a ``label`` it is a version beside others, and called so.
+        """
         bundle = parse_bundle(manifest_data, graph_data)
+        name = bundle.name
+        if label:
+            bundle = replace(bundle, name=labelled(name, label), version=label)
+            if len(bundle.name) > LONGEST_NAME:
+                raise BundleError(
+                    f"{bundle.name[:64]}… has {len(bundle.name)} characters, with its version at most {LONGEST_NAME}"
+                )
         digests = {weight.digest for weight in bundle.graph.weights}
         with self._locked(fcntl.LOCK_SH):
             absent = {digest for digest in digests if not self._renewed(digest)}
@@ -305,13 +319,16 @@ class Store:
                     missing_count=len(absent),
                 )
             self._replace(self._path("graphs", bundle.graph_digest), canonical_graph(bundle.graph))
-            self._replace(self._manifest(bundle.name), manifest_bytes(bundle))
+            self._replace(self._manifest(bundle.name), manifest_bytes(replace(bundle, name=name)))
         return bundle
 
     def _manifest(self, name: str) -> Path:
-        if not MODEL_NAME.fullmatch(name):
+        return self._named("models", name)
+
+    def _named(self, kind: str, name: str) -> Path:
+        if not STORED_NAME.fullmatch(name):
             raise UnknownModel(f"{name[:64]!r} is no name of a model")
-        return self.root / "models" / f"{name}.json"
+        return self.root / kind / f"{name}.json"
 
     def model(self, name: str) -> Bundle:
         """Return a stored model. Raises UnknownModel, and ModelCorrupt when what is stored cannot be read."""
@@ -329,25 +346,66 @@ class Store:
             raise ModelCorrupt(f"{name} is damaged: {error.message}; push it again", model=name) from error
         except OSError as error:
             raise ModelCorrupt(f"the graph of {name} cannot be read; push it again", model=name) from error
-        if bundle.name != name:
-            raise ModelCorrupt(f"the manifest of {name} names {bundle.name}; push it again", model=name)
-        return bundle
+        model, label = parted(name)
+        if bundle.name != model or label not in ("", bundle.version):
+            raise ModelCorrupt(f"the manifest of {name} names {bundle.name} {bundle.version}; push it again", model=name)
+        return replace(bundle, name=name)
 
     def models(self) -> list[str]:
-        """Return the names of the stored models, readable or not."""
-        stems = (path.stem for path in (self.root / "models").glob("*.json"))
-        return sorted(stem for stem in stems if MODEL_NAME.fullmatch(stem))
+        """Return the names of the stored models and versions, readable or not."""
+        return self._names("models")
+
+    def _names(self, kind: str) -> list[str]:
+        stems = (path.stem for path in (self.root / kind).glob("*.json"))
+        return sorted(stem for stem in stems if STORED_NAME.fullmatch(stem))
 
     def remove_model(self, name: str) -> None:
-        """Forget a model; its blobs stay until ``gc``. Raises UnknownModel, StoreError."""
-        path = self._manifest(name)
+        """Forget a model, or a version; its blobs stay until ``gc``. Raises UnknownModel, StoreError."""
+        if not self._removed(self._manifest(name)):
+            raise UnknownModel(f"the store holds no model {name!r}", model=name)
+
+    def _removed(self, path: Path) -> bool:
         try:
             path.unlink()
             _sync_folder(path.parent)
-        except FileNotFoundError as error:
-            raise UnknownModel(f"the store holds no model {name!r}", model=name) from error
+        except FileNotFoundError:
+            return False
         except OSError as error:
             raise self._refusal(error, 0) from error
+        return True
+
+    # --- releases ----------------------------------------------------------------------------------------------------
+
+    def releases(self) -> list[str]:
+        """Return the names that have a release, readable or not."""
+        return self._names("releases")
+
+    def release(self, name: str) -> Release | None:
+        """Return which versions answer for a name; None where nobody has said so. Raises ModelCorrupt."""
+        remedy = f"say with `trunkline model release {name} VERSION` which version answers"
+        try:
+            return parse_release(self._named("releases", name).read_bytes(), name)
+        except FileNotFoundError:
+            return None
+        except BundleError as error:
+            raise ModelCorrupt(f"the release of {name} is damaged: {error.message}; {remedy}", model=name) from error
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise ModelCorrupt(f"the release of {name} cannot be read ({reason}); {remedy}", model=name) from error
+
+    def put_release(self, name: str, release: Release) -> None:
+        """Say which versions answer for a name, in place of what was said before. Raises StoreError, StoreFull."""
+        self._replace(self._named("releases", name), release_bytes(name, release))
+
+    def remove_release(self, name: str) -> None:
+        """Forget what was said of a name, if anything was. Raises StoreError."""
+        self._removed(self._named("releases", name))
+
+    @contextlib.contextmanager
+    def versions_locked(self) -> Iterator[None]:
+        """Be the only one who changes versions and releases while the block runs; blobs and models may be put in it."""
+        with self._locked(fcntl.LOCK_EX, _VERSIONS_LOCK):
+            yield
 
     # --- upkeep ------------------------------------------------------------------------------------------------------
 

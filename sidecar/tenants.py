@@ -17,8 +17,8 @@ from typing import Final, NamedTuple
 
 from trunkline.protocol import JOINT
 
-from sidecar.bundle import MODEL_NAME
 from sidecar.keeping import DEFAULT_PRIORITY
+from sidecar.labels import STORED_NAME, parted
 
 # A token that is valid, and one that is about to be.
 MOST_TOKENS: Final = 2
@@ -26,8 +26,8 @@ MOST_TOKENS: Final = 2
 NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 # Between the name of a model and that of a domain; no name of either has it.
 _IN: Final = "@"
-# The name of a model that is deployed: as it was published, and in which domain it is.
-DEPLOYED_NAME: Final = re.compile(f"{MODEL_NAME.pattern}({_IN}{NAME.pattern})?")
+# The name of a model that is deployed: as it was published, perhaps with its version, and in which domain it is.
+DEPLOYED_NAME: Final = re.compile(f"{STORED_NAME.pattern}({_IN}{NAME.pattern})?")
 
 
 def qualified(models: str, domain: str) -> str:
@@ -44,7 +44,7 @@ def as_asked(name: str) -> str:
 
 
 def unqualified(name: str) -> tuple[str, str]:
-    """Return the name of one model, and the domain it is known in."""
+    """Return the name of one model, with its version if it has one, and the domain it is known in."""
     model, qualifies, domain = name.rpartition(_IN)
     return (model, domain) if qualifies else (domain, "")
 
@@ -56,8 +56,9 @@ def as_known_to(domain: str, text: str) -> str:
 
 
 def matches(model: str, patterns: Iterable[str]) -> bool:
-    """Say whether one of the patterns an operator named models by is of this model."""
-    return any(fnmatchcase(model, pattern) for pattern in patterns)
+    """Say whether one of the patterns an operator named models by is of this model, whichever version of it is named."""
+    name, _ = parted(model)
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def hash_of(token: bytes) -> str:

@@ -130,6 +130,7 @@ def _engine_process(
 ) -> None:
     from sidecar.constraints import Constraints
     from sidecar.engines import Engines
+    from sidecar.routing import ReleaseFiles
     from sidecar.server import Server
 
     quota_file = None if settings.quota_file is None else QuotaFile(settings.quota_file, run.quotas)
@@ -152,6 +153,7 @@ def _engine_process(
     if len(engines) > 1:
         by_device = {each.device_name: each for each in engines}
         engine = Engines(by_device, Constraints(run.constraints, list(by_device)), run.places)
+    releases = ReleaseFiles(store)
     server = Server(
         listener,
         engine,
@@ -162,6 +164,7 @@ def _engine_process(
         quotas=quotas,
         tenant_sockets=sockets.follow(quotas),
         reload=None if quota_file is None else quota_file.reload,
+        releases=releases,
         generation=generation,
         tracer=tracer,
     )
@@ -178,6 +181,7 @@ def _engine_process(
     # A Ctrl-C in the terminal reaches the whole group; the supervisor's SIGTERM is what counts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=engine.run, name="engine", daemon=True).start()
+    threading.Thread(target=releases.run, name="releases", daemon=True).start()
     if quota_file is not None:
 
         def use(changed: Quotas, done: Callable[[], None]) -> None:

@@ -24,6 +24,8 @@ from sidecar.engines import Engines
 from sidecar.errors import BlobCorrupt, BlobMissing
 from sidecar.inflight import InFlight
 from sidecar.pins import Pins
+from sidecar.releases import Release
+from sidecar.routing import ReleaseFiles
 from sidecar.server import Reload, Server
 from sidecar.tenants import OPEN, Quotas
 from sidecar.tracing import Tracer
@@ -70,6 +72,7 @@ class FakeSource:
         self.blobs: dict[str, bytes] = {}
         self.before_read: Callable[[str], None] = lambda digest: None
         self.read_count = 0
+        self.released: dict[str, Release | Exception] = {}
 
     def put(self, bundle: Bundle, contents: Sequence[bytes]) -> None:
         self.bundles[bundle.name] = bundle
@@ -84,6 +87,15 @@ class FakeSource:
         if name not in self.bundles:
             raise UnknownModel(f"no model {name}")
         return self.bundles[name]
+
+    def releases(self) -> list[str]:
+        return sorted(self.released)
+
+    def release(self, name: str) -> Release | None:
+        found = self.released.get(name)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def read_blob(self, digest: str, target: memoryview, crc32: int | None = None) -> None:
         self.before_read(digest)
@@ -269,6 +281,7 @@ def running_server(
         constraints = Constraints(directory / "constraints.json", list(by_device))
         engines = Engines(by_device, constraints, directory / "places.json", placing_clock)
     serving = engines or engine
+    releases = ReleaseFiles(source)
     server = Server(
         listener,
         serving,
@@ -278,17 +291,19 @@ def running_server(
         connection_limit=connection_limit,
         quotas=quotas,
         reload=reload,
+        releases=releases,
         transport=transport,
         tracer=tracer,
     )
     serving.deploy_stored()
-    threads = [threading.Thread(target=serving.run), threading.Thread(target=server.run)]
+    threads = [threading.Thread(target=each.run) for each in (serving, server, releases)]
     for thread in threads:
         thread.start()
     try:
         yield Running(path, device, source, engine, server, engines)
     finally:
         serving.drain(server.stop)
+        releases.stop()
         for thread in threads:
             thread.join(20)
         listener.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sidecar.cli import completion, jobs, looking, models, operating, pulls, running, store, tenants, tokens, top
+from sidecar.cli import completion, jobs, looking, models, operating, pulls, running, store, tenants, tokens, top, versions
 from sidecar.cli.endpoint import endpoint_options
 from sidecar.cli.exits import Commands
 
@@ -41,5 +41,8 @@ main.add_command(models.push)
 main.add_command(jobs.job)
 main.add_command(store.store)
 main.add_command(completion.completion)
+models.model.add_command(versions.versions)
+models.model.add_command(versions.release)
+models.model.add_command(versions.remove_version)
 models.model.add_command(pulls.pull)
 models.model.add_command(pulls.publish)

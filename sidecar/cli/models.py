@@ -14,6 +14,7 @@ from sidecar.cli.endpoint import client_of, endpoint_of
 from sidecar.cli.loading import act_with_bar
 from sidecar.cli.names import deployed_argument, model_argument
 from sidecar.cli.printing import as_json, console, print_json, print_rows, size
+from sidecar.cli.versions import said
 from sidecar.keeping import HIGHEST_PRIORITY, LONGEST_KEEP_ALIVE_S
 
 # A keep-alive time without an end.
@@ -167,7 +168,7 @@ def model_place(
 @as_json
 @click.pass_context
 def model_rm(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Remove a model; `trunkline store gc` frees its disk space."""
+    """Remove a model with all its versions; `store gc` frees its disk space."""
     found = client_of(ctx).delete(f"models/{name}")
     if as_json:
         print_json(found)
@@ -177,20 +178,24 @@ def model_rm(ctx: click.Context, name: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("directories", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--version", metavar="LABEL", help="Push it as a version beside others; '': as the version its manifest says.")
+@click.option("--default", is_flag=True, help="Have that version answer for the name from then on.")
 @as_json
 @click.pass_context
-def push(ctx: click.Context, directories: tuple[Path, ...], as_json: bool) -> None:
+def push(ctx: click.Context, directories: tuple[Path, ...], version: str | None, default: bool, as_json: bool) -> None:
     """Send bundles; weights that are there are not sent again."""
+    if default and version is None:
+        raise click.UsageError("--default is for what is pushed with --version")
     client = client_of(ctx)
     done = []
     for directory in directories:
         with bytes_done(directory.name) as advance:
-            pushed = client.push(directory, advance)
+            pushed = client.push(directory, advance, version=version, default=default)
         done.append(asdict(pushed))
         if not as_json:
             console.print(
                 f"{pushed.name}: sent {pushed.sent_count} of {pushed.blob_count} blobs, {size(pushed.sent_bytes)} of "
-                f"{size(pushed.blob_bytes)}",
+                f"{size(pushed.blob_bytes)}" + (f"; {said(pushed.release)}" if version is not None else ""),
                 markup=False,
             )
     if as_json:

@@ -36,6 +36,7 @@ from sidecar.http.jobs import Command, LongWork, add_jobs
 from sidecar.http.metrics import CONTENT_TYPE, SpanCounts, exposition
 from sidecar.http.openapi import add_openapi
 from sidecar.http.page import add_page
+from sidecar.http.versions import Releasing, add_versions, version_asked
 from sidecar.http.watch import Watcher
 from sidecar.jobs import Jobs, Watch
 from sidecar.keeping import Keep
@@ -43,6 +44,7 @@ from sidecar.origins import Policy
 from sidecar.store import DIGEST, Store
 from sidecar.strictjson import encode_json, load_json, members
 from sidecar.tenants import DEPLOYED_NAME
+from sidecar.versions import Versions
 
 log = logging.getLogger("trunkline.admin")
 
@@ -94,6 +96,9 @@ def create_app(
     add_openapi(app)
     long_work = LongWork(jobs or Jobs(store.root / "jobs"), engine.command, (patient or engine).command)
     add_jobs(app, long_work, store, policy or Policy(), _json_object)
+    versions = Versions(store)
+    releasing = Releasing(engine, versions)
+    add_versions(app, releasing, versions, _name, _json_object)
 
     @app.get("/healthz")
     @needs(OPEN)
@@ -174,21 +179,24 @@ def create_app(
     @app.put("/admin/v1/models/<name>")
     @needs(OPERATE, limit_bytes=MAX_MODEL_BYTES)
     def put_model(name: str) -> tuple[Response, int]:
-        """Publish a model from its manifest and graph; its weights must be in the store."""
+        """Publish a model from its manifest and graph; its weights must be in the store. A ``version`` stands beside others."""
         body = _json_object(required=("manifest", "graph"))
         manifest, graph = (encode_json(body[key]) for key in ("manifest", "graph"))
         if not isinstance(body["manifest"], dict) or body["manifest"].get("name") != _name(name):
             raise BundleError(f"the manifest does not name {name}", model=name)
-        bundle = store.put_model(manifest, graph)
-        return jsonify(engine.command("model_changed", {"name": bundle.name})), 201
+        label, is_default = version_asked()
+        bundle = versions.put(manifest, graph, label)
+        deployed = engine.command("model_changed", {"name": bundle.name})
+        if label is not None:
+            deployed |= releasing.pushed(name, bundle.version, is_default)
+        return jsonify(deployed), 201
 
     @app.delete("/admin/v1/models/<name>")
     @needs(OPERATE)
     def delete_model(name: str) -> Response:
-        """Remove a model; its weights stay in the store until they are collected."""
+        """Remove a model with all its versions; its weights stay in the store until they are collected."""
         _json_object()
-        store.remove_model(_name(name))
-        return jsonify(engine.command("model_removed", {"name": name}))
+        return jsonify(releasing.removed(_name(name), versions.remove(name)))
 
     @app.post("/admin/v1/models/<name>/load")
     @needs(OPERATE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import version as version_of
 from typing import Any, Final, NamedTuple, Protocol
@@ -20,6 +20,7 @@ from trunkline.client import Model
 from trunkline.errors import (
     BodyTooLarge,
     InvalidInput,
+    ModelCorrupt,
     SidecarFault,
     TransportError,
     TrunklineError,
@@ -34,18 +35,22 @@ from sidecar import failures, openinference
 from sidecar.errors import BundleError, Forbidden
 from sidecar.http.access import TENANT, needs
 from sidecar.http.access import tenant_token as _token
+from sidecar.labels import LABEL, labelled, parted
 from sidecar.openinference import MAX_JSON_BYTES, MOST_PARSED_BYTES
+from sidecar.releases import RELEASED
 from sidecar.strictjson import load_json, members
-from sidecar.tenants import hash_of, matches, unqualified
+from sidecar.tenants import hash_of, matches, qualified, unqualified
 
 _EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "statistics", EXTENSION)
 _MAX_BODY_BYTES: Final = 64 << 10
 # It reads files.
 _version: Final = functools.cache(version_of)
-_NAME: Final = re.compile(rf"[A-Za-z0-9._+@-]{{1,{MAX_NAME}}}")
+_NAME: Final = re.compile(rf"[A-Za-z0-9._:+@-]{{1,{MAX_NAME}}}")
 _DIGITS: Final = re.compile(r"[0-9]{1,15}")
 # What a function tells when it greets, besides the models it stands for: bytes of tensors, microseconds.
 _GREETING: Final = {"request_bytes": MAX_ARENA_BYTES, "reply_bytes": MAX_ARENA_BYTES, "timeout": MAX_TIMEOUT_US}
+# Versions whose turn it was and that were gone when they were asked.
+_MOST_DRAWN: Final = 5
 _NO_SHARED_MEMORY: Final = (
     "clients cannot register shared memory with this server: it would let them name memory of others; send tensors in the "
     "body, or ask over the sidecar's Unix socket, where memory is shared"
@@ -86,8 +91,9 @@ class Caller(NamedTuple):
         return self.is_administrator or (domain == self.domain and matches(model, self.models))
 
     def name_of(self, deployed: str) -> str:
-        """Return what this caller calls a model that the engine knows by this name."""
-        return deployed if self.is_administrator else unqualified(deployed)[0]
+        """Return what this caller calls a model that the engine knows by this name, whichever version of it that is."""
+        stored, domain = unqualified(deployed)
+        return qualified(parted(stored)[0], domain if self.is_administrator else "")
 
 
 def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room: Room, *, body_limit_bytes: int) -> None:
@@ -103,7 +109,14 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
 
     def described(name: str, version: str | None) -> Signature:
         with room.taken(token := _token(), 0), callers.pool(token) as pool:
-            return _of_version(Model(_name(name), pool).signature, version)
+            return _of_version(name, version, pool).signature
+
+    def routed(name: str, **asked: str) -> dict[str, Any]:
+        """Return what answers for a name, and its versions; with a ``call_id`` it is that request's turn."""
+        token = _token()
+        arguments: dict[str, object] = {"token_hash": hash_of(token) if token else "", "model": name, **asked}
+        found: dict[str, Any] = engine.command("route", arguments)
+        return found
 
     @routes.get("/health/live")
     @needs(TENANT)
@@ -146,7 +159,8 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     @needs(TENANT)
     def model(name: str, version: str | None = None) -> Response:
         """Tell a model's inputs and outputs."""
-        return jsonify(openinference.metadata(described(name, version), name))
+        signature = described(name, version)
+        return jsonify(openinference.metadata(signature, name, routed(name)["versions"]))
 
     @_versioned(routes, "/config")
     @needs(TENANT)
@@ -169,20 +183,25 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     @needs(TENANT)
     def stats(name: str, version: str | None = None) -> Response:
         """Tell how often a model was asked, and when last."""
-        return jsonify(model_stats=[_stats_of(entry) for entry in counted(caller(), _name(name), version)])
+        who = caller()
+        return jsonify(model_stats=[_stats_of(entry, who) for entry in counted(who, _name(name), version)])
 
     @routes.get("/models/stats")
     @needs(TENANT)
     def all_stats() -> Response:
         """Tell it of every model."""
-        return jsonify(model_stats=[_stats_of(entry) for entry in counted(caller(), None, None)])
+        who = caller()
+        return jsonify(model_stats=[_stats_of(entry, who) for entry in counted(who, None, None)])
 
     def counted(who: Caller, name: str | None, version: str | None) -> list[dict[str, Any]]:
         if not who.is_administrator and who.domain:
             # What others asked of a model that they share is not this tenant's to know.
             raise Forbidden("statistics need the administrator's token where there are tenants")
-        found = [entry for entry in listed(who) if "error" not in entry and name in (None, entry["name"])]
-        if name is not None and (not found or version not in (None, found[0]["version"])):
+        found = [
+            entry for entry in listed(who) if "error" not in entry and name in (None, entry["name"], who.name_of(entry["name"]))
+        ]
+        found = [entry for entry in found if version in (None, entry["version"])]
+        if name is not None and not found:
             raise UnknownModel(f"there is no model {name[:64]} of this version that {who.name} may use")
         return found
 
@@ -197,20 +216,21 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         token, body_bytes = _token(), request.content_length or 0
         json_bytes = openinference.json_length(request.headers.get(HEADER_LENGTH), body_bytes)
         with room.taken(token, body_bytes + MOST_PARSED_BYTES * json_bytes), callers.pool(token) as pool:
-            found = Model(_name(name), pool)
+            found = _of_version(name, version, pool)
             # Who asks, and for what, is known before a byte of the body is read.
-            signature = _of_version(found.signature, version)
-            asked = openinference.decode(_body(body_bytes), json_bytes, signature)
+            asked = openinference.decode(_body(body_bytes), json_bytes, found.signature)
             deadline_s = None
             if asked.timeout_us is not None:
                 deadline_s = asked.timeout_us / 1_000_000 - (time.monotonic() - began_s)
             call_id = request.headers.get("X-Call-Id") or asked.id or ""
-            answered = found.call(asked.inputs, deadline_s=deadline_s, call_id=call_id)
+            answered, signature = _called(
+                found, lambda: Model(routed(name, call_id=call_id)["model"], pool), asked.inputs, deadline_s, call_id
+            )
+            if version not in (None, signature.version):
+                raise _no_version(name, str(version))
             # A call that meets a new version goes on with it, which not everybody wants.
             found.signature.check_current(asked.signature_id, name)
-            if not isinstance(answered, dict):
-                answered = {found.signature.outputs[0].name: answered}
-            body, length = openinference.encode(found.signature, name, asked, answered)
+            body, length = openinference.encode(signature, name, asked, answered)
         response = Response(body, mimetype="application/json" if length is None else "application/octet-stream")
         if length is not None:
             response.headers[HEADER_LENGTH] = str(length)
@@ -235,7 +255,8 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
             raise Forbidden("loading and unloading need the administrator's token")
         parameters = _json_object(("parameters",)).get("parameters", {})
         _plain(lambda: members(parameters, "parameters", (), ("unload_dependents",) if action == "unload" else ()))
-        engine.command(action, {"name": _name(name)})
+        for each in routed(_name(name))["models"]:
+            engine.command(action, {"name": each})
         return jsonify({"name": name, action: True})
 
     @routes.get("/<any(systemsharedmemory,cudasharedmemory):kind>/status")
@@ -296,10 +317,53 @@ def _number(key: str, limit: int) -> int:
     return int(text)
 
 
-def _of_version(signature: Signature, version: str | None) -> Signature:
-    if version not in (None, signature.version):
-        raise UnknownModel(f"{signature.model} is version {signature.version}; there is no other here")
-    return signature
+def _of_version(name: str, version: str | None, pool: Pool) -> Model:
+    """Return a model, or one of its versions. Raises UnknownModel."""
+    found = Model(_name(name), pool)
+    if version is None:
+        return found
+    try:
+        # What was pushed without a version is what its bundle says.
+        if found.signature.version == version and not _is_released(found.signature):
+            return found
+    except (UnknownModel, ModelCorrupt):
+        # A version may be there although nothing answers for the name.
+        pass
+    stored, domain = unqualified(name)
+    if not LABEL.fullmatch(version) or parted(stored)[1]:
+        raise _no_version(name, version)
+    return Model(qualified(labelled(stored, version), domain), pool)
+
+
+def _no_version(name: str, version: str) -> UnknownModel:
+    return UnknownModel(f"there is no version {version[:64]} of {name[:64]} here")
+
+
+def _is_released(signature: Signature) -> bool:
+    """Say whether it is of a name that several versions may answer for: which did is known of those alone."""
+    return signature.id.startswith(RELEASED)
+
+
+def _called(
+    found: Model, drawn: Callable[[], Model], inputs: Mapping[str, Any], deadline_s: float | None, call_id: str
+) -> tuple[dict[str, Any], Signature]:
+    """Return what a model answers, and the signature of the version that computed it.
+
+    ``drawn`` is the version whose turn it is. Between that and the call it may have been removed, or the name been released: then
+    another is asked, whose answer is as good.
+    """
+    for _ in range(_MOST_DRAWN):
+        target = drawn() if _is_released(found.signature) else found
+        try:
+            answered = target.call(inputs, deadline_s=deadline_s, call_id=call_id)
+        except UnknownModel:
+            if target is found:
+                raise
+            continue
+        if not _is_released(target.signature):
+            outputs = target.signature.outputs
+            return answered if isinstance(answered, dict) else {outputs[0].name: answered}, target.signature
+    raise UnknownModel(f"{found.name} is being released and removed again and again; try again", model=found.name)
 
 
 def _readiness(is_ready: bool, **told: object) -> tuple[Response, int]:
@@ -334,16 +398,16 @@ def _indexed(entry: dict[str, Any], who: Caller) -> dict[str, object]:
     is_broken = "error" in entry
     return {
         "name": who.name_of(entry["name"]),
-        "version": entry.get("version", ""),
+        "version": entry.get("version", parted(unqualified(entry["name"])[0])[1]),
         "state": "UNAVAILABLE" if is_broken else "READY",
         "reason": entry["error"]["code"] if is_broken else "",
     }
 
 
-def _stats_of(entry: dict[str, Any]) -> dict[str, object]:
+def _stats_of(entry: dict[str, Any], who: Caller) -> dict[str, object]:
     idle_s = entry["last_used_s"]
     return {
-        "name": entry["name"],
+        "name": who.name_of(entry["name"]),
         "version": entry["version"],
         "last_inference": 0 if idle_s is None else round((time.time() - idle_s) * 1000),
         "inference_count": entry["requests"],

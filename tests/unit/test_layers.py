@@ -64,6 +64,8 @@ LAYERS = {
         "partials",
         "rundirectory",
         "keeping",
+        "labels",
+        "releases",
         "tenants",
         "quotas",
         "quotaedit",
@@ -140,6 +142,8 @@ LAYERS = {
         "streams",
         "trials",
         "reloading",
+        "routing",
+        "versions",
         "turns",
         "underway",
     },
@@ -159,6 +163,7 @@ LAYERS = {
         "http.openapi",
         "http.page",
         "http.server",
+        "http.versions",
         "http.watch",
     },
     6: {"__main__", "wiring", "packing", "publishing", "drawing", "local", "cli"},
@@ -181,6 +186,7 @@ BUILDERS = {
     ("http.page", "http.events"),
     ("http.events", "http.watch"),
     ("http.server", "http.events"),
+    ("http.admin", "http.versions"),
 }
 
 

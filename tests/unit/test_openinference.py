@@ -263,13 +263,13 @@ def test_the_length_of_the_json_is_looked_at_before_the_json() -> None:
 def test_what_is_told_of_a_model() -> None:
     x, n = {"name": "x", "shape": [-1, 2]}, {"name": "n", "shape": [-1]}
     y, z = {"name": "y", "shape": [-1, 2]}, {"name": "z", "shape": list[int]()}
-    told = metadata(NUMBERS, "m")
+    told = metadata(NUMBERS, "m", ["6", "7"])
     # What functions need, and the protocol has no place for.
     assert Signature.from_plain(oip.signature_of(told)) == NUMBERS
     assert told == {
         "parameters": told["parameters"],
         "name": "m",
-        "versions": ["7"],
+        "versions": ["6", "7"],
         "platform": "trunkline",
         "inputs": [x | {"datatype": "FP32"}, n | {"datatype": "INT64"}],
         "outputs": [y | {"datatype": "FP32"}, z | {"datatype": "INT64"}],

@@ -40,7 +40,8 @@ T = TypeVar("T")
 # A request that has cost its sidecar the connection so often is not offered again.
 _MAX_LOST = 5
 _READY_DEADLINE_S = 2.0
-_NAME: Final = re.compile(rf"[A-Za-z0-9._-]{{1,{protocol.MAX_NAME}}}")
+# A version of a model is named with its label behind a colon.
+_NAME: Final = re.compile(rf"(?=.{{1,{protocol.MAX_NAME}}}$)[A-Za-z0-9._-]+(:[A-Za-z0-9._-]+)?")
 # Layouts kept for each model. A model of texts meets many lengths.
 _MAX_LAYOUTS: Final = 256
 
@@ -73,13 +74,16 @@ def transport_name() -> str | None:
 
 
 def model(name: str) -> Model:
-    """Return the model ``name`` as the sidecar holds it. No I/O happens before its first use. Raises InvalidInput.
+    """Return the model ``name`` as the sidecar holds it, or one of its versions, as ``name:version``.
+
+    No I/O happens before its first use. Raises InvalidInput.
 
     A name used outside a request is one the function stands for: ``ready`` asks for it, and arenas are sized for it.
     """
     if not _NAME.fullmatch(name):
         raise InvalidInput(
-            f"{name[:64]!r} is no model's name: at most {protocol.MAX_NAME} of the characters a-z, 0-9, '.', '_', '-'"
+            f"{name[:64]!r} is no model's name: at most {protocol.MAX_NAME} of the characters a-z, 0-9, '.', '_', '-', with ':' "
+            "before a version"
         )
     if not context.call_id.get():
         _pool.expect(name)
