@@ -8,6 +8,7 @@ look into the table, once for each session and table.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import queue
@@ -151,11 +152,11 @@ class Routing:
             self._signature(part.known_as)
         except UnknownModel:
             plain = part.named("")
-            if self._signature(plain).version != part.label:
-                raise UnknownModel(
-                    f"there is no version {part.label} of {part.model} here", model=as_asked(part.known_as)
-                ) from None
-            return plain
+            with contextlib.suppress(UnknownModel):
+                if self._signature(plain).version == part.label:
+                    return plain
+            told = f"there is no version {part.label} of {part.model} here"
+            raise UnknownModel(told, model=as_asked(part.known_as)) from None
         return part.known_as
 
     def draw(self, part: _Part, call_id: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from trunkline.pool import Pool
 
 from sidecar.bundle import write_bundle
 from sidecar.export import convert
+from tests.bundles import write_adding_bundle
 from tests.integration.test_admin_http import free_port
 from tests.networks import network
 from tests.sidecar_process import SidecarProcess, sidecar_process
@@ -184,3 +186,34 @@ def test_the_bodies_that_kserve_sends_by_hand(served: Served) -> None:
     answer = requests.post(f"{served.url}/v2/models/counting/infer", json=body, timeout=30).json()
     assert answer["id"] == "5b2d"
     assert answer["outputs"][0]["data"] == [6, -7 - 2**62, 2**40 + 3]
+
+
+def test_triton_asks_for_versions(served: Served, client: Any, tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_adding_bundle(tmp_path / str(number), "adding", [number, number])
+        served.running.admin.push(tmp_path / str(number), version=str(number))
+    served.running.admin.put("models/adding/release", {"split": {"1": 3, "2": 1}})
+    x = triton.InferInput("x", [1, 2], "FP32")
+    x.set_data_from_numpy(np.zeros((1, 2), np.float32))
+    for version in ("1", "2"):
+        assert client.is_model_ready("adding", version)
+        assert client.get_model_metadata("adding", version)["versions"] == ["1", "2"]
+        assert client.get_model_config("adding", version)["name"] == "adding"
+        answer = client.infer("adding", [x], model_version=version)
+        assert answer.get_response()["model_version"] == version
+        assert answer.as_numpy("y").tolist() == [[int(version)] * 2]
+    answers = [client.infer("adding", [x]) for _ in range(8)]
+    drawn = [answer.get_response()["model_version"] for answer in answers]
+    assert sorted(drawn) == ["1"] * 6 + ["2"] * 2
+    assert [answer.as_numpy("y")[0, 0] for answer in answers] == [int(version) for version in drawn]
+    assert not client.is_model_ready("adding", "9")
+    with pytest.raises(InferenceServerException, match="no version 9 of adding"):
+        client.infer("adding", [x], model_version="9")
+    stats = client.get_inference_statistics("adding", "2")["model_stats"]
+    assert [(each["name"], each["version"], each["inference_count"]) for each in stats] == [("adding", "2", 3)]
+    index = [(each["name"], each["version"]) for each in client.get_model_repository_index() if each["name"] == "adding"]
+    assert index == [("adding", "1"), ("adding", "2")]
+    client.unload_model("adding", headers=served.administrator)
+    client.load_model("adding", headers=served.administrator)
+    served.running.admin.delete("models/adding")
+    assert not client.is_model_ready("adding")
