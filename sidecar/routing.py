@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from trunkline.errors import InvalidInput, ModelCorrupt, TrunklineError, UnknownModel
+from trunkline.errors import InvalidInput, TrunklineError, UnknownModel
 from trunkline.protocol import JOINT, JOINT_OUTPUT
 from trunkline.signature import Signature
 
@@ -54,7 +54,7 @@ class ReleaseFiles:
     def _read(self, name: str) -> Release | TrunklineError | None:
         try:
             return self._source.release(name)
-        except ModelCorrupt as error:
+        except TrunklineError as error:
             log.error("%s", error.message)
             return error
 
@@ -78,16 +78,16 @@ class ReleaseFiles:
 
 @dataclass(slots=True)
 class _Part:
-    """One of the models that a request names: as it was named and as it is known to the engine, and its release."""
+    """One of the models that a request names: as it is known to the engine, what that says, and its release.
+
+    ``names`` are the engine's of what may answer, by label; of a version that is named, what its model is without one.
+    """
 
     known_as: str
     model: str
     label: str
-    domain: str
     release: Release | None
-
-    def named(self, label: str) -> str:
-        return qualified(labelled(self.model, label), self.domain)
+    names: Mapping[str, str]
 
 
 class Routing:
@@ -132,7 +132,8 @@ class Routing:
         release = None if label else self.table.get(model)
         if isinstance(release, TrunklineError):
             raise anew(release)
-        return _Part(known_as, model, label, domain, release)
+        names = {each: qualified(labelled(model, each), domain) for each in (release.weights if release is not None else ("",))}
+        return _Part(known_as, model, label, release, names)
 
     def signature_of(self, name: str) -> Signature:
         """Return the engine's signature. Raises UnknownModel, ModelCorrupt, InvalidInput."""
@@ -141,17 +142,15 @@ class Routing:
     def options(self, part: _Part) -> Sequence[str]:
         """Return the engine's names of all that may answer for a part."""
         if part.release is not None:
-            return [part.named(label) for label in part.release.weights]
-        if not part.label:
-            return [part.known_as]
-        return [self._version(part)]
+            return [*part.names.values()]
+        return [self._version(part) if part.label else part.known_as]
 
     def _version(self, part: _Part) -> str:
         """Return the engine's name of a version that is named. What was pushed without one is called as its manifest says."""
         try:
             self._signature(part.known_as)
         except UnknownModel:
-            plain = part.named("")
+            plain = part.names[""]
             with contextlib.suppress(UnknownModel):
                 if self._signature(plain).version == part.label:
                     return plain
@@ -165,11 +164,11 @@ class Routing:
         if release is None or not release.is_split:
             return self.options(part)[0]
         if release.sticky and call_id:
-            return part.named(by_call_id(part.model, call_id, release.weights))
+            return part.names[by_call_id(part.model, call_id, release.weights)]
         turns = self._turns.get(part.known_as)
         if turns is None:
             turns = self._turns[part.known_as] = RoundRobin(release.weights)
-        return part.named(turns.draw())
+        return part.names[turns.draw()]
 
 
 class Route:

@@ -32,6 +32,9 @@ class Body(Protocol):
 
 def version_asked() -> tuple[str | None, bool]:
     """Return the version that a model is pushed as, None for none, and whether it is to answer. Raises InvalidInput."""
+    # A misspelt one must not be taken for one that was left out.
+    if unknown := request.args.keys() - {"version", "default"}:
+        raise InvalidInput(f"{min(unknown)[:64]!r} says nothing of a model; what can be said is its version, and default")
     label, default = request.args.get("version"), request.args.get("default", "false")
     if default not in ("true", "false") or (label is None and default == "true"):
         raise InvalidInput("default must be true or false, and is for what is pushed as a version")

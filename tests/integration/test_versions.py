@@ -329,6 +329,7 @@ def test_what_is_no_name_has_no_versions(node: Node, name: str) -> None:
 
 def test_queries_that_mean_nothing_are_refused(node: Node) -> None:
     refused(node.put("1", default="true"), "invalid_input", "for what is pushed as a version")
+    refused(node.put("1", version="1", defualt="true"), "invalid_input", "'defualt' says nothing of a model")
     refused(node.put("1", version="1", default="yes"), "invalid_input", "true or false")
     for label in ("a b", "../1", "a+b", "a@b", "-", "1" * 33):
         refused(node.put("1", version=label), "invalid_input", "no label")
@@ -546,6 +547,15 @@ def test_a_release_outlives_the_engine(tmp_path: Path, monkeypatch: pytest.Monke
         refused(node.infer("m"), "model_corrupt", "")
         done(node.release({"default": "2"}))
         assert asked() == "2"
+
+
+def test_what_is_told_of_no_name_changes_nothing(split: Node) -> None:
+    before = split.running.server.routing.table
+    for name in ("", "../m", "UP"):
+        with pytest.raises(UnknownModel, match="no name of a model"):
+            split.admin.command("release", {"name": name})
+    assert split.running.server.routing.table is before
+    assert Counter(asked() for _ in range(10)) == {"1": 9, "2": 1}
 
 
 def test_a_release_that_the_engine_was_not_told_of_is_that_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,10 @@ def test_a_tenant_may_use_what_its_patterns_name() -> None:
     assert [tenant.allows(name) for name in ("resnet-18", "embed", "embed-2", "Embed", "")] == [True, True, False, False, False]
     assert not Tenant(name="new", domain="new").allows("embed")
     assert ANYONE.allows("anything")
+    # Of each of them, all versions; and what only looks like one is not taken for one.
+    assert [tenant.allows(name) for name in ("embed:2", "resnet-18:v1.0", "other:2", "embed:", "embed:a:b", "embed:2@x")] == [
+        *(True, True, False, False, False, False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,11 @@ def test_whoever_names_a_domain_names_nothing(asked: str, domain: str) -> None:
         ("embed", True),
         ("embed@vision", True),
         ("embed-2.1@team-7", True),
+        ("embed:2", True),
+        ("embed:2.0-RC@vision", True),
+        ("embed:@vision", False),
+        ("embed:2+3", False),
+        ("embed:../etc", False),
         ("embed@", False),
         ("@vision", False),
         ("embed@vision@audio", False),
