@@ -107,9 +107,11 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
             found = engine.command("identify", {"token_hash": hash_of(token) if token else ""})
         return Caller(found["name"], found["domain"], tuple(found["models"]), found["administrator"])
 
-    def described(name: str, version: str | None) -> Signature:
+    def described(name: str, version: str | None) -> tuple[str, Signature]:
+        """Return what a model, or one of its versions, is asked by, and its signature."""
         with room.taken(token := _token(), 0), callers.pool(token) as pool:
-            return _of_version(name, version, pool).signature
+            found = _of_version(name, version, pool)
+            return found.name, found.signature
 
     def routed(name: str, **asked: str) -> dict[str, Any]:
         """Return what answers for a name, and its versions; with a ``call_id`` it is that request's turn."""
@@ -159,14 +161,14 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     @needs(TENANT)
     def model(name: str, version: str | None = None) -> Response:
         """Tell a model's inputs and outputs."""
-        signature = described(name, version)
-        return jsonify(openinference.metadata(signature, name, routed(name)["versions"]))
+        called, signature = described(name, version)
+        return jsonify(openinference.metadata(signature, name, routed(called)["versions"]))
 
     @_versioned(routes, "/config")
     @needs(TENANT)
     def config(name: str, version: str | None = None) -> Response:
         """Tell the same as Triton's configuration has it."""
-        return jsonify(openinference.config(described(name, version), name))
+        return jsonify(openinference.config(described(name, version)[1], name))
 
     @_versioned(routes, "/ready")
     @needs(TENANT)
@@ -352,10 +354,12 @@ def _called(
     ``drawn`` is the version whose turn it is. Between that and the call it may have been removed, or the name been released: then
     another is asked, whose answer is as good.
     """
+    until_s = None if deadline_s is None else time.monotonic() + deadline_s
     for _ in range(_MOST_DRAWN):
+        left_s = None if until_s is None else until_s - time.monotonic()
         target = drawn() if _is_released(found.signature) else found
         try:
-            answered = target.call(inputs, deadline_s=deadline_s, call_id=call_id)
+            answered = target.call(inputs, deadline_s=left_s, call_id=call_id)
         except UnknownModel:
             if target is found:
                 raise

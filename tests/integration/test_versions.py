@@ -544,6 +544,7 @@ def test_a_release_outlives_the_engine(tmp_path: Path, monkeypatch: pytest.Monke
             models("m", "other")(X)
         assert [asked("m:1"), asked("m:2"), asked("other")] == ["1", "2", "3"]
         assert done(node.infer("m/versions/2"))["model_version"] == "2"
+        assert done(node.http.get("/v2/models/m/versions/2"))["versions"] == ["1", "2"]
         refused(node.infer("m"), "model_corrupt", "")
         done(node.release({"default": "2"}))
         assert asked() == "2"
