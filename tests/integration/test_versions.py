@@ -20,7 +20,9 @@ from trunkline import client, model, models
 from trunkline.admin import AdminConnection
 from trunkline.errors import InvalidInput, ModelCorrupt, TrunklineError, UnknownModel
 from trunkline.pool import Pool
+from trunkline.signature import Signature
 
+from sidecar import openinference
 from sidecar.bundle import Bundle, canonical_graph, manifest_bytes
 from sidecar.http.admin import create_app
 from sidecar.http.callers import Callers, Room
@@ -665,6 +667,42 @@ def test_a_call_meant_for_a_version_that_is_gone_goes_to_another(split: Node, mo
     assert [done(split.infer("m"))["model_version"] for _ in range(2)] == ["1", "2"]
     turns = iter(["m:none"] * 10)
     refused(split.infer("m"), "unknown_model", "released and removed again and again")
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Have something done once, after a model was described to an inference and before it is called."""
+    real, acts = openinference.decode, [act]
+
+    def decode(body: bytes, json_bytes: int, signature: Signature) -> openinference.Inference:
+        if acts:
+            acts.pop()()
+        return real(body, json_bytes, signature)
+
+    monkeypatch.setattr(openinference, "decode", decode)
+
+
+def test_a_version_that_is_replaced_while_it_is_asked_is_not_taken_for_it(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    done(node.put("1"))
+    meanwhile(monkeypatch, lambda: done(node.put("2", said="7")))
+    refused(node.infer("m/versions/1"), "unknown_model", "there is no version 1 of m here")
+    assert done(node.infer("m/versions/7"))["model_version"] == "7"
+
+
+def test_a_name_that_is_released_while_it_is_asked_tells_who_computed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    done(node.put("1"))
+    done(node.put("2", version="2"))
+    meanwhile(monkeypatch, lambda: done(node.release({"split": {"1": 1, "2": 1}})))
+    told = done(node.infer("m"))
+    assert told["model_version"] == KIND_OF[told["outputs"][0]["data"][0] - 1]
+
+
+def test_a_name_whose_release_ends_while_it_is_asked_tells_who_computed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    done(node.put("1"))
+    done(node.put("2", version="2"))
+    done(node.release({"default": "2"}))
+    meanwhile(monkeypatch, lambda: done(node.release({"default": "1"})))
+    told = done(node.infer("m"))
+    assert (told["model_version"], KIND_OF[told["outputs"][0]["data"][0] - 1]) == ("1", "1")
 
 
 def test_the_table_of_a_session_is_the_one_in_force(split: Node) -> None:
