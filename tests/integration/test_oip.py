@@ -150,7 +150,8 @@ def test_server_and_model_are_described(open_one: Endpoint) -> None:
     for rest in ("", "/ready", "/config", "/stats"):
         refused(open_one.http.get(f"/v2/models/text/versions/2{rest}"), 404, "unknown_model", "version")
         refused(open_one.http.get(f"/v2/models/none{rest}"), 404, "unknown_model")
-    refused(open_one.http.get("/v2/models/a%20b"), 404, "unknown_model", "no model has such a name")
+    refused(open_one.http.get("/v2/models/UP"), 404, "unknown_model", "no model 'UP'")
+    refused(open_one.http.get("/v2/models/a b"), 404, "unknown_model", "no model has such a name")
 
 
 def test_a_model_that_is_damaged_is_not_ready(open_one: Endpoint) -> None:
