@@ -150,13 +150,13 @@ def test_without_an_engine_it_says_so(http: flask.testing.FlaskClient, engine: W
     assert answer.status_code == 200
     assert "The engine does not answer" in answer.text
     assert "/tmp" not in answer.text
-    assert 'class="away"' in answer.text
+    assert 'class="away blank"' in answer.text
 
 
 def test_whoever_may_not_look_is_shown_nothing(engine: Watched) -> None:
     answer = page_for(engine, "").get("/")
     assert answer.status_code == 200
-    assert 'class="locked"' in answer.text
+    assert 'class="locked blank"' in answer.text
     assert 'data-key="m"' not in answer.text
     assert not engine.asked
 

@@ -123,7 +123,8 @@ document.addEventListener("click", (event) => {
 
 /** `kind` is live, draining, away, lost or locked. */
 function showStatus(kind, told, banner = "") {
-  document.body.className = [kind, state && !state.models.length && "empty"].filter(Boolean).join(" ");
+  const isBlank = !state && document.body.classList.contains("blank");
+  document.body.className = [kind, isBlank && "blank", state && !state.models.length && "empty"].filter(Boolean).join(" ");
   if ($("status").textContent !== told) $("status").textContent = told;
   $("banner").hidden = !banner;
   if ($("banner").textContent !== banner) $("banner").textContent = banner;
