@@ -15,7 +15,8 @@ from flask import Blueprint, Flask, Response, render_template, request, send_fro
 
 from sidecar.http.access import OPEN, READ, needs
 from sidecar.http.events import Feed
-from sidecar.view import MODEL_COLUMNS, TENANT_COLUMNS
+from sidecar.modelrows import MODEL_COLUMNS
+from sidecar.view import TENANT_COLUMNS
 
 ROLE_HEADER: Final = "Trunkline-Role"
 # A viewer that takes nothing for so long has gone.

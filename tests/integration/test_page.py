@@ -18,7 +18,7 @@ import requests
 from flask import Flask
 from trunkline.errors import QueueFull, SidecarUnavailable
 
-from sidecar import view
+from sidecar import modelrows, view
 from sidecar.http import page
 from sidecar.http.admin import create_app
 from sidecar.http.events import MOST_VIEWERS, Feed, Shown
@@ -188,7 +188,7 @@ def looked(engine: Watched, times: int = 1, step_s: float = 5.0, between: Callab
 
 
 def row_of(look: Look, key: str, table: str = "models") -> dict[str, str]:
-    columns = {"models": view.MODEL_COLUMNS, "tenants": view.TENANT_COLUMNS}[table]
+    columns = {"models": modelrows.MODEL_COLUMNS, "tenants": view.TENANT_COLUMNS}[table]
     row = next(row for row in look.state[table] if row["key"] == key)
     assert len(row["cells"]) == len(row["sort"]) == len(columns)
     return {name: cell for (name, _), cell in zip(columns, row["cells"], strict=True)}
@@ -207,7 +207,7 @@ def test_rates_are_of_what_was_counted_meanwhile() -> None:
             document["memory"]["residency"]["misses"] += 1
 
     first = row_of(looked(engine), "m")
-    assert first["rate"] == view.NONE
+    assert first["rate"] == modelrows.NONE
     # All since the start: of 12 requests on two devices, 6 took at most 0.1 s, 10 at most 1 s.
     assert first["p50"] == "100 ms"
     look = looked(engine, 3, between=more)
@@ -252,7 +252,7 @@ def test_bars_stand_for_bytes_and_have_a_budget() -> None:
 def test_a_damaged_model_is_listed() -> None:
     found = row_of(looked(Watched()), "bad")
     assert found["state"] == "damaged: push it again"
-    assert found["p99"] == view.NONE
+    assert found["p99"] == modelrows.NONE
 
 
 def test_blocks_are_as_much_in_memory_as_on_the_device_that_has_most() -> None:
@@ -300,7 +300,7 @@ def test_the_engine_is_told_what_is_known_and_a_new_one_asked_anew() -> None:
 
 
 def test_of_very_many_models_the_busiest_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(view, "_MOST_MODELS", 5)
+    monkeypatch.setattr(modelrows, "MOST_MODELS", 5)
     engine = Watched(*(f"m{number}" for number in range(20)))
 
     def more() -> None:

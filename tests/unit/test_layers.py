@@ -38,6 +38,7 @@ LAYERS = {
         "policies",
         "traces",
         "outcomes",
+        "modelrows",
         "moves",
         "rates",
         "sankey",
