@@ -22,6 +22,7 @@ from sidecar.jobs import Watch
 from sidecar.origins import Policy, Reference, blob_file, graph_file, manifest_file, signature_file
 from sidecar.signers import SIGNATURE_BYTES, read_signers, verify
 from sidecar.store import Store
+from sidecar.versions import Versions
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Pulled:
 def pull(reference: Reference, store: Store, policy: Policy, watch: Watch, *, name: str | None = None) -> Pulled:
     """Fetch a model and publish it in the store, as ``name`` where one is given.
 
-    Raises OriginRefused, OriginFailed, NotAtOrigin, NotTrusted, BlobCorrupt, BundleError, StoreError, ConfigError.
+    Raises OriginRefused, OriginFailed, NotAtOrigin, NotTrusted, BlobCorrupt, BundleError, StoreError, ConfigError,
+    InvalidInput.
     """
     policy.check(reference.origin)
     with fetching.opened(
@@ -63,7 +65,7 @@ def pull(reference: Reference, store: Store, policy: Policy, watch: Watch, *, na
         fetched_count, fetched_bytes = _fetch_blobs(files, bundle, store, policy, watch)
     if name is not None:
         bundle = dataclasses.replace(bundle, name=name)
-    store.put_model(manifest_bytes(bundle), canonical_graph(bundle.graph))
+    Versions(store).put(manifest_bytes(bundle), canonical_graph(bundle.graph))
     sizes = {weight.digest: weight.size_bytes for weight in bundle.graph.weights}
     return Pulled(
         name=bundle.name,

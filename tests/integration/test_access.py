@@ -92,7 +92,10 @@ def test_every_route_declares_what_it_needs(serve: Callable[..., flask.testing.F
     declared = {rule.endpoint: needs_of(app, rule.endpoint) for rule in rules}
     assert [endpoint for endpoint, found in declared.items() if found is None] == []
     roles = [(rule, found.role) for rule in rules if (found := declared[rule.endpoint]) is not None]
-    assert {rule.rule for rule, role in roles if role == OPEN} == {"/healthz", "/readyz"}
+    assert {rule.rule for rule, role in roles if role == OPEN} == {
+        *("/healthz", "/readyz", "/"),
+        *(rule.rule for rule in rules if rule.rule.startswith("/page/")),
+    }
     assert {rule.rule for rule, role in roles if role == TENANT} == {rule.rule for rule in rules if rule.rule.startswith("/v2")}
     for rule, role in roles:
         if role not in (OPEN, TENANT):

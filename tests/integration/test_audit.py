@@ -54,7 +54,7 @@ CHANGES = {"Authorization": "Bearer changes"}
 
 
 def test_a_change_is_recorded(http: flask.testing.FlaskClient, lines: Any) -> None:
-    answer = http.post("/admin/v1/models/m/load", json={}, headers=CHANGES)
+    answer = http.post("/admin/v1/models/m/evict", json={}, headers=CHANGES)
     (line,) = lines()
     assert line.pop("time").endswith("Z")
     assert line.pop("worker") == os.getpid()
@@ -65,8 +65,8 @@ def test_a_change_is_recorded(http: flask.testing.FlaskClient, lines: Any) -> No
         "role": "operate",
         "address": "127.0.0.1",
         "method": "POST",
-        "route": "/admin/v1/models/<name>/<any(load,unload,evict,pin,unpin):action>",
-        "object": {"name": "m", "action": "load"},
+        "route": "/admin/v1/models/<name>/<any(unload,evict,pin,unpin):action>",
+        "object": {"name": "m", "action": "evict"},
         "status": 200,
     }
     http.delete("/admin/v1/models/none", json={}, headers=CHANGES | {"X-Call-Id": "mine"})

@@ -20,6 +20,7 @@ from trunkline.errors import QueueFull, SidecarUnavailable
 
 from sidecar import modelrows, view
 from sidecar.http import page
+from sidecar.http.access import READ, Gate, Principal
 from sidecar.http.admin import create_app
 from sidecar.http.events import MOST_VIEWERS, Feed, Shown
 from sidecar.http.page import ROLE_HEADER, add_page
@@ -159,6 +160,26 @@ def test_whoever_may_not_look_is_shown_nothing(engine: Watched) -> None:
     assert 'class="locked blank"' in answer.text
     assert 'data-key="m"' not in answer.text
     assert not engine.asked
+
+
+def test_the_page_tells_only_those_who_may_look(engine: Watched, tmp_path: Path) -> None:
+    class Known:
+        def holder(self, token: bytes) -> Principal | None:
+            return Principal("ann", READ) if token == b"looks" else None
+
+    store = Store(tmp_path / "store")
+    # Whoever is on this machine, as long as there is no token file; and over the socket always.
+    assert 'data-key="m"' in create_app(engine, store).test_client().get("/").text
+    http = create_app(engine, store, gate=Gate(Known())).test_client()
+    assert 'data-key="m"' in http.get("/", environ_overrides={"REMOTE_ADDR": ""}).text
+    shell = http.get("/")
+    assert (shell.status_code, 'data-key="m"' in shell.text) == (200, False)
+    assert http.get("/page/page.js").status_code == 200
+    assert http.get("/admin/v1/events").status_code == 401
+    answer = http.get("/admin/v1/events", headers={"Authorization": "Bearer looks"})
+    assert answer.headers[ROLE_HEADER] == READ
+    assert b'"key":"m"' in next(iter(answer.response))
+    answer.close()
 
 
 def test_a_node_without_models_is_not_an_empty_page(tmp_path: Path) -> None:
