@@ -117,7 +117,8 @@ class AdminClient:
             return self._session.request(method, self._base + path, timeout=self._timeout_s, allow_redirects=False, **arguments)
         except requests.exceptions.SSLError as error:
             raise SidecarUnavailable(
-                f"{self.address} has no certificate that is trusted here; name the file of its authority's with --ca-file",
+                f"{self.address} has no certificate that is trusted here; name the file of its authority's with --ca-file, or "
+                "TRUNKLINE_ADMIN_CA",
                 address=self.address,
             ) from error
         except requests.RequestException as error:

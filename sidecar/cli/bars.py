@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# Told how much is done, and of how much; the other, what is done and what part of all is.
+# Told how much is done, and of how much; the other, what is done and what part of all is, None while nobody knows.
 Advance = Callable[[float, float], None]
-Step = Callable[[str, float], None]
+Step = Callable[[str, float | None], None]
 
 
 def are_drawn() -> bool:
@@ -36,13 +36,13 @@ def bytes_done(name: str) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def steps(first: str) -> Iterator[Step]:
-    """Draw which step is done, what part of all is, and for how long it has been; of a step that tells nothing, only that."""
+    """Draw which step is done, what part of all is, and for how long it has been; while that part is not known, only that."""
     if not are_drawn():
         yield lambda step, part: None
         return
     with _bars(in_bytes=False) as drawn:
         task = drawn.add_task(first, total=None)
-        yield lambda step, part: drawn.update(task, description=step, completed=part, total=1.0)
+        yield lambda step, part: drawn.update(task, description=step, completed=part, total=None if part is None else 1.0)
 
 
 def _bars(*, in_bytes: bool) -> Progress:

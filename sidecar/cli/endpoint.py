@@ -40,7 +40,10 @@ class Endpoint:
         # Who may use the socket is said by its mode.
         is_tcp = not self.address.startswith("unix:")
         token = _token(self.token_file) if self.token_file and is_tcp else ""
-        return AdminClient(self.address, token=token, ca_file=self.ca_file, **options)
+        ca_file = self.ca_file if self.address.startswith("https:") else None
+        if ca_file and not ca_file.is_file():
+            raise ConfigError(f"the certificate in {ca_file} cannot be read (no such file); see --ca-file")
+        return AdminClient(self.address, token=token, ca_file=ca_file, **options)
 
 
 def endpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +53,8 @@ def endpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-_file = click.Path(path_type=Path, exists=True, dir_okay=False)
+# Whether they are there matters when they are used: over the socket, and by what asks no sidecar, they are not.
+_file = click.Path(path_type=Path, dir_okay=False)
 _OPTIONS: Final = (
     click.option(
         "--admin",

@@ -10,16 +10,14 @@ from typing import Any
 import click
 from trunkline.errors import TransportError, TrunklineError, Unauthorized
 
+from sidecar.cli.groups import Ordered
+
 # Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no sidecar reached, 130 interrupted. docs/cli.md has them, too.
 FAILED, UNREACHABLE, INTERRUPTED = 1, 3, 130
 
 
-class Commands(click.Group):
+class Commands(Ordered):
     """The outermost group: prints a TrunklineError as one line and turns it into an exit code."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the commands as they were registered: those of one kind are beside each other."""
-        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -37,7 +35,7 @@ class Commands(click.Group):
             click.echo(f"error: store_error: {error.filename or 'a file'}: {os.strerror(error.errno or 0)}", err=True)
             sys.exit(FAILED)
         except KeyboardInterrupt:
-            # What was asked of the sidecar goes on there; nothing of ours is half done.
+            # What was asked of the sidecar goes on there, but a job that was followed; nothing of ours is half done.
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
 

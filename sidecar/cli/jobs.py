@@ -6,34 +6,30 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
-from rich.box import SIMPLE
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.markup import escape
 from trunkline.errors import SidecarUnavailable, from_wire
 
-from sidecar.admin_client import AdminClient
+from sidecar.cli import bars
 from sidecar.cli.endpoint import client_of
 from sidecar.cli.exits import FAILED
-from sidecar.cli.printing import as_json, console, print_json, size
+from sidecar.cli.groups import Ordered
+from sidecar.cli.names import job_argument
+from sidecar.cli.printing import as_json, console, print_json, print_rows, size
 
-ACTIVE = ("queued", "running")
+if TYPE_CHECKING:
+    from sidecar.admin_client import AdminClient
+
+ACTIVE: Final = ("queued", "running")
 # How soon and how often a job is asked for, and for how long an endpoint that is started again is waited for.
-_FIRST_LOOK_S = 0.02
-_LOOK_S = 0.2
+_FIRST_LOOK_S: Final = 0.02
+_LOOK_S: Final = 0.2
 PATIENCE_S = 15.0
 
 
-def _job_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    # It becomes part of a path that is asked for.
-    if not value.isalnum() or not value.isascii():
-        raise click.BadParameter(f"{value[:80]!r} is no id of a job; `trunkline job ls` lists them")
-    return value
-
-
-@click.group()
+@click.group(cls=Ordered)
 def job() -> None:
     """Look at long work that goes on by itself."""
 
@@ -47,18 +43,15 @@ def job_ls(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json(jobs)
         return
-    table = Table(box=SIMPLE, pad_edge=False)
-    for heading in ("job", "kind", "state", "progress", "begun"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("of")
+    rows = []
     for entry in jobs:
         begun = datetime.fromtimestamp(entry["created_s"]).astimezone().isoformat(" ", "seconds")
-        table.add_row(entry["id"], entry["kind"], entry["state"], _progress(entry), begun, entry["subject"])
-    console.print(table)
+        rows.append((entry["id"], entry["kind"], entry["state"], escape(_progress(entry)), begun, escape(entry["subject"])))
+    print_rows(("job", "kind", "state", "progress", "begun", "of"), rows, folded=("of",))
 
 
 @job.command("show")
-@click.argument("job_id", metavar="ID", callback=_job_id)
+@job_argument
 @as_json
 @click.pass_context
 def job_show(ctx: click.Context, job_id: str, as_json: bool) -> None:
@@ -75,12 +68,16 @@ def job_show(ctx: click.Context, job_id: str, as_json: bool) -> None:
 
 
 @job.command("cancel")
-@click.argument("job_id", metavar="ID", callback=_job_id)
+@job_argument
+@as_json
 @click.pass_context
-def job_cancel(ctx: click.Context, job_id: str) -> None:
+def job_cancel(ctx: click.Context, job_id: str, as_json: bool) -> None:
     """Ask a job to stop. What cannot be stopped halfway, such as loading a model, is finished."""
     found = client_of(ctx).delete(f"jobs/{job_id}")
-    console.print(f"{found['id']}: {'asked to stop' if found['state'] in ACTIVE else found['state']}")
+    if as_json:
+        print_json(found)
+    else:
+        console.print(f"{found['id']}: {'asked to stop' if found['state'] in ACTIVE else found['state']}")
 
 
 def _progress(job: dict[str, Any]) -> str:
@@ -93,27 +90,35 @@ def _progress(job: dict[str, Any]) -> str:
     return ", ".join(part for part in (counted, step) if part) or "-"
 
 
-def followed(client: AdminClient, begun: dict[str, Any], *, quiet: bool) -> Any:
-    """Show a job's bar until it ends, and return its result. Raises the error that it ended with; Ctrl-C cancels it.
+def followed(client: AdminClient, begun: dict[str, Any]) -> Any:
+    """Draw how far a job is until it ends, and return its result. Raises as ``awaited``."""
+    with bars.steps(begun["kind"]) as step:
 
-    The endpoint may be away for ``PATIENCE_S`` meanwhile: what was being done there is lost then, and says so itself.
+        def look(found: dict[str, Any]) -> None:
+            told = found["progress"]
+            step(f"{found['kind']}: {_progress(found)}", told["done"] / told["total"] if told["total"] else None)
+
+        return awaited(client, begun, look)
+
+
+def awaited(client: AdminClient, begun: dict[str, Any], look: Callable[[dict[str, Any]], None] = lambda job: None) -> Any:
+    """Return a job's result when it has ended; ``look`` is told it now and then. Raises the error that it ended with.
+
+    Ctrl-C asks the job to stop. The endpoint may be away for ``PATIENCE_S`` meanwhile: what was being done there is lost then,
+    and says so itself.
     """
     path = f"jobs/{begun['id']}"
     found, pause_s = begun, _FIRST_LOOK_S
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console, disable=quiet) as bar:
-            task = bar.add_task(begun["kind"], total=None, told="")
-            while found["state"] in ACTIVE:
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LOOK_S)
-                found = _asked(client, path)
-                told = found["progress"]
-                bar.update(task, completed=told["done"], total=told["total"] or None, told=_progress(found))
+        while found["state"] in ACTIVE:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LOOK_S)
+            found = _asked(client, path)
+            look(found)
     except KeyboardInterrupt:
         client.delete(path)
         click.echo(f"job {begun['id']} is asked to stop", err=True)
-        sys.exit(FAILED)
+        raise
     if found["error"]:
         error = found["error"]
         raise from_wire(error["code"], error["message"], error["details"])

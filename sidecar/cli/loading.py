@@ -1,7 +1,7 @@
-"""Commands to one model that may take long: with a bar of what of it is in memory, and repeated while that grows.
+"""Commands to one model that may take long: with a bar of what of it is in memory.
 
-The engine is not waited for without end by the endpoint, which then says `deadline_exceeded`. What was fetched until then stays
-in memory, so asking again goes on where it stopped.
+The endpoint does not wait for the engine without end, and then says `deadline_exceeded`. A model that is not in memory by then
+is loaded by a job, which is waited for as long as it takes.
 """
 
 from __future__ import annotations
@@ -9,35 +9,34 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from trunkline.errors import DeadlineExceeded, TrunklineError
 
 from sidecar.cli import bars
 from sidecar.cli.endpoint import Endpoint
-
-if TYPE_CHECKING:
-    from sidecar.admin_client import AdminClient
+from sidecar.cli.jobs import awaited
 
 _LOOK_S: Final = 0.25
+# What fetches a model.
+_LOADING: Final = ("load", "pin")
 
 
 def act_with_bar(endpoint: Endpoint, name: str, action: str) -> dict[str, Any]:
     """Have ``action`` done to a model and return what became of it. Raises TrunklineError."""
+    path = f"models/{name}/{action}"
     with endpoint.client() as client, _watched(endpoint, name) if bars.are_drawn() else contextlib.nullcontext():
-        there_bytes = -1
-        while True:
-            try:
-                found: dict[str, Any] = client.post(f"models/{name}/{action}")
-                return found
-            except DeadlineExceeded:
-                before_bytes, there_bytes = there_bytes, _resident_bytes(client, name)
-                if there_bytes <= before_bytes:
-                    raise
-
-
-def _resident_bytes(client: AdminClient, name: str) -> int:
-    return int(client.get(f"models/{name}").get("resident_bytes", -1))
+        found: dict[str, Any]
+        try:
+            found = client.post(path)
+        except DeadlineExceeded:
+            if action not in _LOADING:
+                raise
+            found = awaited(client, client.post(f"models/{name}/load?wait=false"))
+            # What is there is pinned at once.
+            if action != "load":
+                found = client.post(path)
+        return found
 
 
 @contextlib.contextmanager

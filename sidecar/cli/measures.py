@@ -13,6 +13,8 @@ from typing import Any, Final
 from prometheus_client.parser import text_string_to_metric_families
 from trunkline.errors import MalformedFrame
 
+from sidecar.rates import quantile
+
 # The tiers of memory, from the nearest to the device.
 _TIERS: Final = ("device", "host", "disk")
 Labels = Mapping[str, str]
@@ -116,7 +118,9 @@ def _models(now: Scrape, before: Scrape | None, interval_s: float) -> Iterator[d
     for name in model_bytes:
         done = answered.get(name, {})
         worked_s = sum(count * device_s.get(name, {}).get(device, 0.0) for device, count in done.items())
-        bounds, counts = [float(bound) for bound in spread.get(name, {})], list(spread.get(name, {}).values())
+        # The last bound is infinite: what is beyond the others.
+        reached = [int(count) for count in spread.get(name, {}).values()]
+        bounds, counts = [float(bound) for bound in spread.get(name, {})][:-1], [b - a for a, b in pairwise([0, *reached])]
         yield {
             "name": name,
             # What requests keep, and is not whole, is on its way.
@@ -124,8 +128,8 @@ def _models(now: Scrape, before: Scrape | None, interval_s: float) -> Iterator[d
             "pinned": bool(pinned[name]),
             "rate": _per_second(sum(done.values()), interval_s),
             "failed_rate": _per_second(sum(failed.get(name, {}).values()), interval_s),
-            "p50_s": percentile(0.50, bounds, counts),
-            "p99_s": percentile(0.99, bounds, counts),
+            "p50_s": quantile(bounds, counts, 0.50),
+            "p99_s": quantile(bounds, counts, 0.99),
             "waiting": int(waiting[name]),
             "device_share": _per_second(worked_s, interval_s),
             "bytes": int(model_bytes[name]),
@@ -163,21 +167,6 @@ def _since(now: _ByModel, before: _ByModel) -> _ByModel:
         model: {key: value - before.get(model, {}).get(key, 0.0) for key, value in values.items()}
         for model, values in now.items()
     }
-
-
-def percentile(part: float, bounds: Sequence[float], counts: Sequence[float]) -> float | None:
-    """Return the seconds that ``part`` of the requests did not exceed; None where there were none.
-
-    ``counts`` are cumulative, one for each bound, the last of which is infinite. Within a bucket requests are taken to be spread
-    evenly, as Prometheus does; what is beyond the last finite bound is told as that.
-    """
-    if not counts or counts[-1] <= 0:
-        return None
-    wanted = part * counts[-1]
-    for (low, before), (high, count) in pairwise([(0.0, 0.0), *zip(bounds, counts, strict=True)]):
-        if count >= wanted:
-            return low if high == float("inf") else low + (high - low) * (wanted - before) / (count - before)
-    raise AssertionError("cumulative counts do not end at their largest")
 
 
 def _tenants(now: Scrape, before: Scrape | None, interval_s: float) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from sidecar.cli.bars import bytes_done
 from sidecar.cli.endpoint import client_of, endpoint_of
+from sidecar.cli.groups import Ordered
 from sidecar.cli.loading import act_with_bar
 from sidecar.cli.names import deployed_argument, model_argument
 from sidecar.cli.printing import as_json, console, print_json, print_rows, size
@@ -21,7 +22,7 @@ from sidecar.keeping import HIGHEST_PRIORITY, LONGEST_KEEP_ALIVE_S
 _FOREVER = "forever"
 
 
-@click.group()
+@click.group(cls=Ordered)
 def model() -> None:
     """Look at models and move them."""
 
@@ -168,7 +169,7 @@ def model_place(
 @as_json
 @click.pass_context
 def model_rm(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Remove a model with all its versions; `store gc` frees its disk space."""
+    """Remove a model with all its versions. `store gc` frees its disk space."""
     found = client_of(ctx).delete(f"models/{name}")
     if as_json:
         print_json(found)

@@ -37,6 +37,13 @@ def tenant_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+def job_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Check the id of a job."""
+    if not value.isalnum() or not value.isascii():
+        raise click.BadParameter(f"{value[:80]!r} is no id of a job; `trunkline job ls` lists them")
+    return value
+
+
 def models_beginning(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
     """Return deployed models that may be meant."""
     return [name for name in _names(ctx, "models") if name.startswith(begun)]
@@ -52,12 +59,17 @@ def tenants_beginning(ctx: click.Context, param: click.Parameter, begun: str) ->
     return [name for name in _names(ctx, "tenants") if name.startswith(begun)]
 
 
-def _names(ctx: click.Context, kind: str) -> list[str]:
+def jobs_beginning(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
+    """Return jobs that may be meant."""
+    return [job_id for job_id in _names(ctx, "jobs", "id") if job_id.startswith(begun)]
+
+
+def _names(ctx: click.Context, kind: str, key: str = "name") -> list[str]:
     """Return what the sidecar has of a kind; nothing, and no word of it, where there is none to ask."""
     try:
         with endpoint_of(ctx).client(timeout_s=_COMPLETION_S) as client:
             found: Any = client.get(kind)[kind]
-            return [str(entry["name"]) for entry in found]
+            return [str(entry[key]) for entry in found]
     except (TrunklineError, KeyError, TypeError):
         return []
 
@@ -65,3 +77,4 @@ def _names(ctx: click.Context, kind: str) -> list[str]:
 deployed_argument = click.argument("name", callback=deployed_name, shell_complete=models_beginning)
 model_argument = click.argument("name", callback=model_name, shell_complete=published_beginning)
 tenant_argument = click.argument("name", callback=tenant_name, shell_complete=tenants_beginning)
+job_argument = click.argument("job_id", metavar="ID", callback=job_id, shell_complete=jobs_beginning)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from sidecar.cli.bars import bytes_done
 from sidecar.cli.endpoint import client_of
 from sidecar.cli.jobs import followed
 from sidecar.cli.names import model_name
@@ -24,13 +25,15 @@ def _local_name(ctx: click.Context, param: click.Parameter, value: str | None) -
 @as_json
 @click.pass_context
 def pull(ctx: click.Context, reference: str, name: str | None, as_json: bool) -> None:
-    """Have the sidecar fetch a model from an origin that its operator has listed; weights it has already are not fetched."""
+    """Have the sidecar fetch a model from an origin.
+
+    Its operator has listed that. Weights that the sidecar has already are not fetched.
+    """
     client = client_of(ctx)
     asked: dict[str, object] = {"source": reference}
     if name is not None:
         asked["name"] = name
-    job = client.post("pull", asked)
-    found = followed(client, job, quiet=as_json)
+    found = followed(client, client.post("pull", asked))
     if as_json:
         print_json(found)
         return
@@ -54,21 +57,21 @@ def pull(ctx: click.Context, reference: str, name: str | None, as_json: bool) ->
     show_default=True,
     help="The store that has a model given by NAME.",
 )
-def publish(source: str, destination: str, sign_key: Path | None, store_dir: Path) -> None:
-    """Lay out a bundle's folder, or a model of this node's store, for pulls, and print its reference.
+@as_json
+def publish(source: str, destination: str, sign_key: Path | None, store_dir: Path, as_json: bool) -> None:
+    """Write a model where sidecars can pull it from.
 
-    DESTINATION is a folder, or a URL such as s3://bucket/models. Only what is not there is written.
+    BUNDLE is a folder, NAME a model of this node's store. DESTINATION is a folder, or a URL such as s3://bucket/models; only
+    what is not there is written. Prints the reference to pull it by.
     """
     # What it writes with takes half a second to be loaded.
     from sidecar.publishing import publish as write
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=console) as bar:
-        task = bar.add_task(source, total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with bytes_done(source) as advance:
         done = write(source, destination, store_dir=store_dir, sign_key=sign_key, progress=advance)
+    if as_json:
+        print_json(asdict(done))
+        return
     console.print(
         f"wrote {done.sent_count} of {done.blob_count} weights, {size(done.sent_bytes)} of {size(done.blob_bytes)}", markup=False
     )

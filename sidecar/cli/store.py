@@ -8,11 +8,12 @@ import click
 
 from sidecar.cli.endpoint import client_of
 from sidecar.cli.exits import FAILED
+from sidecar.cli.groups import Ordered
 from sidecar.cli.jobs import followed
 from sidecar.cli.printing import as_json, console, print_json, size
 
 
-@click.group()
+@click.group(cls=Ordered)
 def store() -> None:
     """Look after the stored bundles."""
 
@@ -21,9 +22,9 @@ def store() -> None:
 @as_json
 @click.pass_context
 def store_verify(ctx: click.Context, as_json: bool) -> None:
-    """Read every stored byte against its digest; what is altered is set aside, so that a push can replace it."""
+    """Read every stored byte against its digest. What is altered is set aside, so that a push can replace it."""
     client = client_of(ctx)
-    report = followed(client, client.post("store/verify?wait=false"), quiet=as_json)
+    report = followed(client, client.post("store/verify?wait=false"))
     if as_json:
         print_json(report)
     else:
@@ -41,7 +42,7 @@ def store_verify(ctx: click.Context, as_json: bool) -> None:
 def store_gc(ctx: click.Context, dry_run: bool, as_json: bool) -> None:
     """Remove stored bytes that no model uses."""
     client = client_of(ctx)
-    found = followed(client, client.post("store/gc?wait=false", {"dry_run": dry_run}), quiet=as_json)
+    found = followed(client, client.post("store/gc?wait=false", {"dry_run": dry_run}))
     if as_json:
         print_json(found)
         return

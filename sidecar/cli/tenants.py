@@ -13,6 +13,7 @@ from rich.markup import escape
 from trunkline.errors import TransportError, TrunklineError
 
 from sidecar.cli.endpoint import client_of
+from sidecar.cli.groups import Ordered
 from sidecar.cli.names import tenant_argument
 from sidecar.cli.printing import as_json, print_json, print_rows, size
 from sidecar.config import PREFIX
@@ -22,7 +23,7 @@ _HEADINGS: Final = (
 )
 
 
-@click.group()
+@click.group(cls=Ordered)
 def tenant() -> None:
     """Say who may use the sidecar, and how much. Changes the quota file, and has it read again."""
 

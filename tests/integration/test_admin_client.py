@@ -112,7 +112,8 @@ def test_a_file_without_a_token_is_refused_and_not_shown(fake: Fake, token_file:
 
 
 def test_a_file_that_cannot_be_read_is_told(fake: Fake, token_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(fake, "--token-file", str(token_file.parent / "none"), "log-level").exit_code == 2
+    missing = run(fake, "--token-file", str(token_file.parent / "none"), "log-level")
+    assert (missing.exit_code, "none cannot be read (No such file or directory)" in missing.stderr) == (1, True)
 
     def refused(path: Path, *arguments: object) -> str:
         raise PermissionError(13, "Permission denied", str(path))
@@ -122,6 +123,15 @@ def test_a_file_that_cannot_be_read_is_told(fake: Fake, token_file: Path, monkey
     assert result.exit_code == 1
     assert f"the token in {token_file} cannot be read (Permission denied); see --token-file" in result.stderr
     assert fake.asked == []
+
+
+def test_an_authority_that_is_not_there_is_told(encrypted: Fake, fake: Fake, tmp_path: Path) -> None:
+    refused = run(encrypted, "--ca-file", str(tmp_path / "none"), "log-level")
+    assert refused.exit_code == 1
+    assert f"the certificate in {tmp_path}/none cannot be read (no such file); see --ca-file" in refused.stderr
+    assert encrypted.asked == []
+    # Where nothing is trusted by it, it is not missed.
+    assert run(fake, "--ca-file", str(tmp_path / "none"), "log-level").exit_code == 0
 
 
 def test_the_socket_needs_no_token(tmp_path: Path) -> None:

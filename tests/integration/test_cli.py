@@ -404,7 +404,8 @@ def test_several_bundles_are_pushed_by_one_command(answers: Answers, tmp_path: P
     assert ("PUT", "models/two") in answers.asked
     printed = run("push", str(tmp_path / "one"), str(tmp_path / "two"), "--json")
     assert [entry["name"] for entry in json.loads(printed.stdout)] == ["one", "two"]
-    assert json.loads(printed.stdout)[0] == {"name": "one", "sent_count": 0, "blob_count": 1, "sent_bytes": 0, "blob_bytes": 4}
+    sent = {"name": "one", "sent_count": 0, "blob_count": 1, "sent_bytes": 0, "blob_bytes": 4, "release": None}
+    assert json.loads(printed.stdout)[0] == sent
 
 
 @pytest.mark.parametrize(
@@ -499,18 +500,27 @@ def test_a_table_that_is_too_wide_is_printed_in_lines(answers: Answers, monkeypa
     assert "shared with: field [/nodes] is [red]odd" in shown
 
 
-def test_loading_is_asked_again_while_more_of_it_is_there(answers: Answers) -> None:
+def test_what_takes_long_to_load_is_loaded_by_a_job(answers: Answers) -> None:
     late = DeadlineExceeded("30 s are over")
-    answers.table["models/m/load"] = [late, late, MODEL]
-    answers.table["models/m"] = [{"resident_bytes": 0}, {"resident_bytes": 5}]
-    assert run("model", "load", "m").exit_code == 0
-    answers.table["models/m/load"] = [late, late, MODEL]
-    answers.table["models/m"] = [{"resident_bytes": 5}, {"resident_bytes": 5}]
-    assert run("model", "load", "m").exit_code == 3
-    # One that does not tell is not asked again.
-    answers.table["models/m/load"] = [late, MODEL]
-    answers.table["models/m"] = {}
-    assert run("model", "load", "m").exit_code == 3
+    job = f"jobs/{done(MODEL)['id']}"
+    running = done(None) | {"state": "running"}
+    answers.table |= {"models/m/load": late, "models/m/load?wait=false": running, job: [running, done(MODEL)]}
+    assert run("model", "load", "m").output == "m: resident, pinned\n"
+    begun = [("POST", "models/m/load"), ("POST", "models/m/load?wait=false"), ("GET", job), ("GET", job)]
+    assert answers.asked == begun
+    # What is there is pinned at once.
+    answers.asked.clear()
+    answers.table |= {"models/m/pin": [late, MODEL], job: [running, done(MODEL | {"pinned": False})]}
+    assert run("pin", "m").output == "m: resident, pinned\n"
+    assert answers.asked == [("POST", "models/m/pin"), *begun[1:], ("POST", "models/m/pin")]
+    answers.table[job] = running | {"state": "failed", "error": UnknownModel("no m").to_dict()}
+    refused = run("model", "load", "m")
+    assert (refused.exit_code, refused.stderr) == (1, "error: unknown_model: no m\n")
+    # Nothing else loads.
+    answers.asked.clear()
+    answers.table["models/m/evict"] = late
+    assert run("evict", "m").exit_code == 3
+    assert answers.asked == [("POST", "models/m/evict")]
 
 
 def test_how_far_a_load_is_is_drawn_for_who_sees_it(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,6 +573,7 @@ def test_bars_go_to_standard_error_and_leave(monkeypatch: pytest.MonkeyPatch, ca
     with bars.bytes_done("[m]") as advance:
         advance(1_000_000, 4_000_000)
     with bars.steps("begun") as step:
+        step("looked for", None)
         step("compared", 0.5)
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -598,13 +609,15 @@ def completed(*words: str) -> list[str]:
 def test_names_are_completed_from_what_the_sidecar_has(answers: Answers) -> None:
     answers.table["models"] = {"models": [{"name": "age@a"}, {"name": "age@b"}, {"name": "gender@a"}]}
     answers.table["tenants"] = {"tenants": [{"name": "few"}, {"name": "many"}]}
+    answers.table["jobs"] = {"jobs": [{"id": "0a"}, {"id": "1b"}]}
     assert completed("model", "show", "") == ["age@a", "age@b", "gender@a"]
     assert completed("evict", "g") == ["gender@a"]
     assert completed("pin", "ag") == ["age@a", "age@b"]
     assert completed("model", "rm", "") == ["age", "gender"]
     assert completed("tenant", "rotate", "m") == ["many"]
+    assert completed("job", "cancel", "1") == ["1b"]
     assert completed("sto") == ["store"]
-    assert answers.closed == 5
+    assert answers.closed == 6
 
 
 @pytest.mark.parametrize(
@@ -627,6 +640,13 @@ def test_completion_does_not_wait_for_long(answers: Answers, monkeypatch: pytest
     monkeypatch.setattr(AdminClient, "__init__", noted)
     completed("model", "show", "")
     assert waited == [1.0]
+
+
+def test_help_lists_what_belongs_together_beside_each_other() -> None:
+    for words, group in (([], main), (["model"], main.commands["model"]), (["tenant"], main.commands["tenant"])):
+        assert isinstance(group, click.Group)
+        shown = CliRunner().invoke(main, [*words, "--help"]).output.partition("Commands:")[2]
+        assert re.findall(r"^  ([a-z-]+)", shown, re.MULTILINE) == list(group.commands)
 
 
 def test_help_comes_without_torch_and_without_a_server() -> None:

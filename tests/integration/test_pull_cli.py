@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from trunkline.errors import SidecarUnavailable
 
 from sidecar.cli import jobs as jobs_cli
-from sidecar.cli.exits import FAILED, UNREACHABLE
+from sidecar.cli.exits import FAILED, INTERRUPTED, UNREACHABLE
 from sidecar.cli.main import main
 from sidecar.errors import JobLost
 from sidecar.publishing import publish
@@ -137,6 +137,7 @@ def test_jobs_are_listed_shown_and_cancelled(answers: Answers) -> None:
     assert json.loads(run("job", "show", "e" * 16, "--json").stdout) == verify
     assert run("job", "cancel", JOB["id"]).output == "0123456789abcdef: asked to stop\n"  # type: ignore[arg-type]
     assert run("job", "cancel", "e" * 16).output == "eeeeeeeeeeeeeeee: done\n"
+    assert json.loads(run("job", "cancel", "e" * 16, "--json").stdout) == verify
     assert ("DELETE", f"jobs/{JOB['id']}") in answers.asked
     for bad in ("../status", "", "a b", "ä"):
         assert run("job", "show", bad).exit_code == 2
@@ -165,6 +166,8 @@ def test_only_what_is_not_there_is_written(tmp_path: Path) -> None:
     assert hashlib.sha256((root / "manifests" / digest).read_bytes()).hexdigest() == digest
     before = {name: (root / name).stat().st_mtime_ns for name in files(root)}
     assert len(before) == 4
+    told = {"reference": reference, "sent_count": 0, "blob_count": 2, "sent_bytes": 0, "blob_bytes": 16}
+    assert json.loads(published(str(tmp_path / "first"), str(root), "--json").stdout) == told
     assert "wrote 0 of 2 weights" in published(str(tmp_path / "first"), str(root)).output
     assert {name: (root / name).stat().st_mtime_ns for name in files(root)} == before
     write_chained_bundle(tmp_path / "sibling", "sibling", [1.0, 2.0], [5.0, 6.0])
@@ -296,8 +299,8 @@ def test_a_key_that_is_pressed_to_end_it_ends_the_job(sidecar: SidecarProcess, s
         assert server.waited_for.wait(WAIT_S)
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=WAIT_S)
-    assert process.returncode == FAILED
-    assert "is asked to stop" in told
+    assert process.returncode == INTERRUPTED
+    assert re.fullmatch(r"job [0-9a-f]{16} is asked to stop\ninterrupted\n", told)
     deadline = time.monotonic() + WAIT_S
     while (found := sidecar.admin.get("jobs")["jobs"][0])["state"] in jobs_cli.ACTIVE:
         assert time.monotonic() < deadline

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -10,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import requests
-from trunkline.errors import SidecarUnavailable
+from click.testing import CliRunner, Result
 
 from sidecar.admin_client import AdminClient
 from sidecar.admintokens import NEW_FILE, OPERATE, READ, with_token
+from sidecar.cli.exits import FAILED, UNREACHABLE
+from sidecar.cli.main import main
 from sidecar.config import load_settings
 from sidecar.errors import ConfigError
 from sidecar.http.access import Principal
@@ -36,6 +40,10 @@ def tokens(folder: Path) -> Path:
     text = with_token(NEW_FILE, "", "ann", READ, "looks")
     path.write_text(with_token(text, "", "bob", OPERATE, "changes"))
     return path
+
+
+def command(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
 
 
 def rewrite(path: Path, text: str) -> None:
@@ -168,13 +176,18 @@ def test_tcp_has_tls_and_the_socket_has_not(
             requests.get(f"{running.url}/healthz", timeout=30)
         assert AdminClient(f"unix:{running.socket}").post("store/verify")["broken"] == {}
         # The command line, by its environment.
-        with pytest.raises(SidecarUnavailable, match="does not prove who it is.*TRUNKLINE_ADMIN_CA"):
-            AdminClient(url).post("store/verify")
-        (folder / "token").write_text("changes\n")
+        untrusted = command("--admin", url, "log-level")
+        assert untrusted.exit_code == UNREACHABLE
+        assert re.search("has no certificate that is trusted here; .*TRUNKLINE_ADMIN_CA", untrusted.stderr)
         monkeypatch.setenv("TRUNKLINE_ADMIN_CA", str(certificate[0]))
+        nobody = command("--admin", url, "store", "gc", "--dry-run")
+        assert (nobody.exit_code, nobody.stderr.startswith("error: unauthorized: ")) == (FAILED, True)
+        (folder / "token").write_text("changes\n")
         monkeypatch.setenv("TRUNKLINE_ADMIN_TOKEN_FILE", str(folder / "token"))
-        client = AdminClient(url)
-        assert client.post("store/verify")["broken"] == {}
+        assert "0 corrupt" in command("--admin", url, "store", "verify").stdout
+        (folder / "token").write_text("looks\n")
+        refused = command("--admin", url, "store", "verify")
+        assert (refused.exit_code, refused.stderr.startswith("error: forbidden: ")) == (FAILED, True)
         # Of its own page, a browser says https.
         asked = {"Authorization": "Bearer changes", "Origin": url}
         for origin, status in ((url, 200), (running.url, 400)):
@@ -205,9 +218,45 @@ def test_a_certificate_that_cannot_be_used_is_told_at_the_start(folder: Path, ce
         check(None, certificate[1])
 
 
-def test_a_token_file_of_the_command_line_must_be_there(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_token_file_of_the_command_line_must_be_there(monkeypatch: pytest.MonkeyPatch, folder: Path, tokens: Path) -> None:
     monkeypatch.setenv("TRUNKLINE_ADMIN_TOKEN_FILE", str(folder / "none"))
-    with pytest.raises(ConfigError, match="TRUNKLINE_ADMIN_TOKEN_FILE.*No such file"):
-        AdminClient("http://127.0.0.1:1")
-    # Over the socket none is needed.
-    AdminClient("unix:/run/x")
+    refused = command("--admin", "http://127.0.0.1:1", "status")
+    assert refused.exit_code == FAILED
+    assert re.search("config_error: .*No such file.*--token-file", refused.stderr)
+    # Over the socket none is needed, nor by what asks no sidecar.
+    assert command("--admin", f"unix:{folder}/none.sock", "status").exit_code == UNREACHABLE
+    assert command("token", "ls", "--file", str(tokens)).exit_code == 0
+
+
+def test_the_command_line_adds_lists_and_removes_tokens(folder: Path) -> None:
+    path = folder / "made.toml"
+    words = ("--file", str(path))
+    added = command("token", "add", "ann", "--role", "read", *words)
+    assert (added.exit_code, added.stderr) == (0, "ann: may read\nits token, which is not shown again:\n")
+    told = json.loads(command("token", "add", "bob", "--role", "operate", *words, "--json").stdout)
+    assert {key: told[key] for key in ("name", "action", "role")} == {"name": "bob", "action": "add", "role": "operate"}
+    written = command("token", "add", "eve", "--role", "read", *words, "--token-file", str(folder / "eve"), "--json")
+    assert json.loads(written.stdout) == {"name": "eve", "action": "add", "role": "read"}
+    assert (folder / "eve").stat().st_mode & 0o777 == 0o600
+    found = TokenFile(path, folder / "in-force")
+    for word, principal in (
+        (added.stdout.strip(), Principal("ann", READ)),
+        (told["token"], Principal("bob", OPERATE)),
+        ((folder / "eve").read_text().strip(), Principal("eve", READ)),
+    ):
+        assert found.holder(word.encode()) == principal
+        assert word not in path.read_text()
+    roles = [{"name": "ann", "role": "read"}, {"name": "bob", "role": "operate"}, {"name": "eve", "role": "read"}]
+    assert json.loads(command("token", "ls", *words, "--json").stdout) == roles
+    assert ["bob", "operate"] in [line.split() for line in command("token", "ls", *words).stdout.splitlines()]
+    assert json.loads(command("token", "rm", "eve", *words, "--json").stdout) == {"name": "eve", "action": "rm"}
+    assert command("token", "rm", "ann", *words).stderr == "ann: removed\n"
+    assert found.holder(added.stdout.strip().encode()) is None
+    assert command("token", "rm", "ann", *words).exit_code == FAILED
+    assert command("token", "add", "A", "--role", "read", *words).exit_code == 2
+    # Where its token cannot be written, nothing is added.
+    before = path.read_text()
+    assert (
+        command("token", "add", "zoe", "--role", "read", *words, "--token-file", str(folder / "no" / "zoe")).exit_code == FAILED
+    )
+    assert path.read_text() == before

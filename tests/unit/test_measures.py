@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 from trunkline.errors import MalformedFrame
 
-from sidecar.cli.measures import Scrape, frame, percentile
-
-BOUNDS = [0.01, 0.1, 1.0, float("inf")]
+from sidecar.cli.measures import Scrape, frame
 
 
 def told(uptime_s: float, *, generation: int = 1, answered: int = 0, slow: int = 0, failed: int = 0, device: str = "cpu") -> str:
@@ -99,17 +97,23 @@ def test_what_requests_keep_and_is_not_whole_is_loading(resident: int, leases: i
 
 
 @pytest.mark.parametrize(
-    ("part", "counts", "seconds"),
+    ("reached", "p50_s", "p99_s"),
     [
-        (0.5, [], None),
-        (0.5, [0, 0, 0, 0], None),
-        (0.5, [10, 10, 10, 10], 0.005),
-        (0.5, [0, 10, 10, 10], 0.055),
-        (0.99, [0, 0, 0, 10], 1.0),
+        ([0, 0, 0, 0], None, None),
+        ([10, 10, 10, 10], 0.005, 0.0099),
+        ([0, 10, 10, 10], 0.055, 0.0991),
+        # Beyond the last bound nothing is known.
+        ([0, 0, 0, 10], 1.0, 1.0),
     ],
 )
-def test_percentiles_lie_within_their_bucket(part: float, counts: list[float], seconds: float | None) -> None:
-    assert percentile(part, BOUNDS[: len(counts)], counts) == (None if seconds is None else pytest.approx(seconds))
+def test_percentiles_lie_within_their_bucket(reached: list[int], p50_s: float | None, p99_s: float | None) -> None:
+    kept = [line for line in told(10).splitlines() if "duration_seconds_bucket" not in line]
+    kept += [
+        f'trunkline_request_duration_seconds_bucket{{device="cpu",model="m",le="{bound}"}} {count}'
+        for bound, count in zip(("0.01", "0.1", "1", "+Inf"), reached, strict=True)
+    ]
+    (model,) = frame(Scrape("\n".join([*kept, ""])))["models"]
+    assert (model["p50_s"], model["p99_s"]) == (pytest.approx(p50_s), pytest.approx(p99_s))
 
 
 def test_an_engine_that_is_away_told_nothing() -> None:
