@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -16,11 +17,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from trunkline.client import Model
+from trunkline.endpoint import Endpoint
+from trunkline.errors import Draining
+from trunkline.pool import Pool
 
 from sidecar.cli.main import main
 from tests.bundles import write_adding_bundle
+from tests.integration.test_admin_http import free_port
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +35,7 @@ PATIENCE_S = 120.0
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline"}
 # Sizes that stay where they are, and can be compared.
 WIDTH = 1000
+X = np.ones((1, WIDTH), np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sidecar(folder: Path) -> Iterator[SidecarProcess]:
-    with sidecar_process(folder, "--memory-budget", "64MB") as running:
+    (folder / "origin").mkdir()
+    with sidecar_process(folder, "--memory-budget", "64MB", "--pull-origin", f"file://{folder}/origin") as running:
         yield running
 
 
@@ -50,6 +59,16 @@ def told(sidecar: SidecarProcess, *words: str) -> Any:
     result = run(sidecar, *words, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     return json.loads(result.stdout)
+
+
+@contextlib.contextmanager
+def functions(sidecar: SidecarProcess) -> Iterator[Pool]:
+    """Connections of functions, while the block runs."""
+    pool = Pool(endpoint=Endpoint(str(sidecar.socket)), credential=lambda: b"")
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 def test_every_command_tells_in_json_what_it_did(sidecar: SidecarProcess, folder: Path) -> None:
@@ -85,6 +104,101 @@ def test_every_command_tells_in_json_what_it_did(sidecar: SidecarProcess, folder
     assert told(sidecar, "store", "verify")["blob_count"] == 1
     assert told(sidecar, "store", "gc", "--dry-run")["dry_run"] is True
     assert told(sidecar, "model", "rm", "two")["name"] == "two"
+
+
+def test_what_operators_do_to_a_sidecar_is_told_in_json(sidecar: SidecarProcess, folder: Path) -> None:
+    write_adding_bundle(folder / "held", "held", [4.0] * WIDTH)
+    told(sidecar, "push", str(folder / "held"))
+    told(sidecar, "pin", "held")
+    (device,) = told(sidecar, "leases")["devices"].values()
+    assert [entry["model"] for entry in device["pinned"]] == ["held"]
+    (device,) = told(sidecar, "residency", "--limit", "1")["devices"].values()
+    tiers = {tier["tier"]: tier for tier in device["tiers"]}
+    assert device["pinned_bytes"] >= 4 * WIDTH
+    # More than there is: all that may leave does, and what is pinned stays.
+    (freed,) = told(sidecar, "evict", "--bytes", "1TB")["devices"].values()
+    assert freed["budget_bytes"] == tiers["device"]["budget_bytes"]
+    (device,) = told(sidecar, "residency")["devices"].values()
+    assert (device["leaving_bytes"], device["leaving"]) == (0, [])
+    assert device["pinned_bytes"] == freed["budget_bytes"] - freed["free_bytes"] >= 4 * WIDTH
+    told(sidecar, "unpin", "held")
+    assert told(sidecar, "log-level") == {"engine": "info", "http": "info"}
+    assert told(sidecar, "log-level", "debug") == {"engine": "debug", "http": "debug"}
+    assert told(sidecar, "log-level", "info") == told(sidecar, "log-level")
+    with functions(sidecar) as function:
+        assert np.array_equal(Model("held", function).call({"x": X}), X + 4)
+        (entry,) = [entry for entry in told(sidecar, "sessions")["sessions"] if not entry["administrator"]]
+        assert (entry["tenant"], entry["pid"]) == ("anyone", os.getpid())
+        drained = told(sidecar, "drain", "--timeout", "60")
+        assert drained == {"draining": True, "drained": True, "waiting": 0, "running": 0}
+        assert told(sidecar, "top")["state"] == "draining"
+        with functions(sidecar) as another, pytest.raises(Draining):
+            Model("held", another).call({"x": X})
+        assert told(sidecar, "resume")["draining"] is False
+        assert np.array_equal(Model("held", function).call({"x": X}), X + 4)
+
+
+def test_models_go_to_an_origin_and_back_by_jobs(sidecar: SidecarProcess, folder: Path) -> None:
+    origin = folder / "origin"
+    write_adding_bundle(folder / "far", "far", [5.0] * WIDTH)
+    published = told(sidecar, "model", "publish", str(folder / "far"), str(origin))
+    assert (published["sent_count"], published["blob_bytes"]) == (1, 4 * WIDTH)
+    source = f"file://{origin}/{published['reference']}"
+    pulled = told(sidecar, "model", "pull", source, "--name", "near")
+    assert (pulled["name"], pulled["fetched_count"], pulled["model"]["name"]) == ("near", 1, "near")
+    # What the store has is published by its name, and is there.
+    again = told(sidecar, "model", "publish", "near", str(origin), "--store-dir", str(sidecar.store_dir))
+    assert (again["sent_count"], again["blob_count"]) == (0, 1)
+    latest, *_ = told(sidecar, "job", "ls")
+    assert (latest["kind"], latest["state"], latest["subject"]) == ("pull", "done", source)
+    assert told(sidecar, "job", "show", latest["id"]) == latest
+    # What has ended stays as it is.
+    assert told(sidecar, "job", "cancel", latest["id"]) == latest
+    (row,) = [line.split() for line in run(sidecar, "job", "ls").stdout.splitlines() if latest["id"] in line]
+    assert row[1:3] == ["pull", "done"]
+    refused = run(sidecar, "job", "cancel", "0" * 16)
+    assert (refused.exit_code, refused.stderr.startswith("error: unknown_job: ")) == (1, True)
+    refused = run(sidecar, "model", "pull", source.replace("/origin/", "/other/"))
+    assert (refused.exit_code, refused.stderr.startswith("error: origin_refused: ")) == (1, True)
+
+
+def test_versions_are_pushed_released_and_removed(sidecar: SidecarProcess, folder: Path) -> None:
+    for label, value in (("1", 6.0), ("2", 7.0)):
+        write_adding_bundle(folder / f"lived-{label}", "lived", [value] * WIDTH)
+    (pushed,) = told(sidecar, "push", str(folder / "lived-1"), "--version", "1", "--default")
+    assert pushed["release"] == {"default": "1"}
+    (pushed,) = told(sidecar, "push", str(folder / "lived-2"), "--version", "2")
+    assert pushed["release"] == {"default": "1"}
+    with functions(sidecar) as function:
+        assert np.array_equal(Model("lived", function).call({"x": X}), X + 6)
+        assert np.array_equal(Model("lived:2", function).call({"x": X}), X + 7)
+        assert told(sidecar, "model", "release", "lived", "2")["release"] == {"default": "2"}
+        assert np.array_equal(Model("lived", function).call({"x": X}), X + 7)
+    split = {"split": {"1": 90, "2": 10}, "sticky": True}
+    assert told(sidecar, "model", "release", "lived", "1=90", "2=10", "--sticky")["release"] == split
+    found = told(sidecar, "model", "versions", "lived")
+    assert (found["release"], {entry["version"]: entry["weight"] for entry in found["versions"]}) == (split, {"1": 90, "2": 10})
+    refused = run(sidecar, "model", "rm-version", "lived", "1")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    told(sidecar, "model", "release", "lived", "2", "--no-load")
+    assert told(sidecar, "model", "rm-version", "lived", "1")["name"] == "lived"
+    assert [entry["version"] for entry in told(sidecar, "model", "versions", "lived")["versions"]] == ["2"]
+    assert told(sidecar, "model", "rm", "lived")["name"] == "lived"
+
+
+def test_a_token_that_is_added_counts_and_one_that_is_removed_does_not(tmp_path: Path) -> None:
+    file, token = tmp_path / "tokens.toml", tmp_path / "token"
+    words = ["token", "add", "ann", "--role", "read", "--file", str(file), "--token-file", str(token), "--json"]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    port = free_port()
+    with sidecar_process(tmp_path, "--admin-tokens", str(file), "--admin-port", str(port)):
+        asked = ["--admin", f"http://127.0.0.1:{port}", "--token-file", str(token)]
+        assert CliRunner().invoke(main, [*asked, "status"]).exit_code == 0
+        refused = CliRunner().invoke(main, [*asked, "drain"])
+        assert (refused.exit_code, refused.stderr.startswith("error: forbidden: ")) == (1, True)
+        assert CliRunner().invoke(main, ["token", "rm", "ann", "--file", str(file)]).exit_code == 0
+        refused = CliRunner().invoke(main, [*asked, "status"])
+        assert (refused.exit_code, refused.stderr.startswith("error: unauthorized: ")) == (1, True)
 
 
 @pytest.mark.parametrize(
