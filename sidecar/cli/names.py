@@ -9,7 +9,8 @@ from trunkline.errors import TrunklineError
 
 from sidecar.bundle import MODEL_NAME
 from sidecar.cli.endpoint import endpoint_of
-from sidecar.tenants import DEPLOYED_NAME
+from sidecar.labels import parted
+from sidecar.tenants import DEPLOYED_NAME, unqualified
 from sidecar.tenants import NAME as TENANT_NAME
 
 # Whoever presses a key does not wait longer for a sidecar that does not answer.
@@ -26,7 +27,9 @@ def model_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
 def deployed_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Check the name of a model as it is deployed, which has its domain where there are domains."""
     if not DEPLOYED_NAME.fullmatch(value):
-        raise click.BadParameter(f"{value[:80]!r} is no name of a deployed model: NAME, or NAME@DOMAIN where there are domains")
+        raise click.BadParameter(
+            f"{value[:80]!r} is no name of a deployed model: NAME or NAME:VERSION, and @DOMAIN after it where there are domains"
+        )
     return value
 
 
@@ -50,8 +53,8 @@ def models_beginning(ctx: click.Context, param: click.Parameter, begun: str) -> 
 
 
 def published_beginning(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
-    """Return models that may be meant, without the domains they are deployed in."""
-    return sorted({name.partition("@")[0] for name in _names(ctx, "models") if name.startswith(begun)})
+    """Return models that may be meant, without their versions and the domains they are deployed in."""
+    return sorted({parted(unqualified(name)[0])[0] for name in _names(ctx, "models") if name.startswith(begun)})
 
 
 def tenants_beginning(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:

@@ -39,7 +39,7 @@ tokens_file = click.option(
 
 @click.group(cls=Ordered)
 def token() -> None:
-    """Say who may look at the sidecar over TCP, and who may operate it. Changes the token file, which is read by itself."""
+    """Say who may look at or operate the sidecar over TCP. Changes the token file, which is read by itself."""
 
 
 @token.command("add")

@@ -607,11 +607,11 @@ def completed(*words: str) -> list[str]:
 
 
 def test_names_are_completed_from_what_the_sidecar_has(answers: Answers) -> None:
-    answers.table["models"] = {"models": [{"name": "age@a"}, {"name": "age@b"}, {"name": "gender@a"}]}
+    answers.table["models"] = {"models": [{"name": "age@a"}, {"name": "age@b"}, {"name": "gender:2@a"}, {"name": "gender@a"}]}
     answers.table["tenants"] = {"tenants": [{"name": "few"}, {"name": "many"}]}
     answers.table["jobs"] = {"jobs": [{"id": "0a"}, {"id": "1b"}]}
-    assert completed("model", "show", "") == ["age@a", "age@b", "gender@a"]
-    assert completed("evict", "g") == ["gender@a"]
+    assert completed("model", "show", "") == ["age@a", "age@b", "gender:2@a", "gender@a"]
+    assert completed("evict", "g") == ["gender:2@a", "gender@a"]
     assert completed("pin", "ag") == ["age@a", "age@b"]
     assert completed("model", "rm", "") == ["age", "gender"]
     assert completed("tenant", "rotate", "m") == ["many"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -140,7 +139,8 @@ def test_other_machines_need_a_token(tokens: Path, folder: Path) -> None:
             assert requests.post(f"{url}/admin/v1/store/verify", json={}, headers=changes, timeout=30).status_code in (401, 429)
         changes = other | {"Authorization": "Bearer other"}
         assert requests.post(f"{url}/admin/v1/store/verify", json={}, headers=changes, timeout=30).ok
-        assert AdminClient(f"unix:{running.socket}").post("store/verify")["broken"] == {}
+        with AdminClient(f"unix:{running.socket}") as client:
+            assert client.post("store/verify")["broken"] == {}
         for key, word in (("looks", "looks"), ("other", "other")):
             assert f'"{word}"' not in running.log.read_text(), key
     finally:
@@ -174,7 +174,8 @@ def test_tcp_has_tls_and_the_socket_has_not(
             requests.get(f"{url}/healthz", timeout=30)
         with pytest.raises(requests.RequestException):
             requests.get(f"{running.url}/healthz", timeout=30)
-        assert AdminClient(f"unix:{running.socket}").post("store/verify")["broken"] == {}
+        with AdminClient(f"unix:{running.socket}") as client:
+            assert client.post("store/verify")["broken"] == {}
         # The command line, by its environment.
         untrusted = command("--admin", url, "log-level")
         assert untrusted.exit_code == UNREACHABLE
@@ -226,37 +227,3 @@ def test_a_token_file_of_the_command_line_must_be_there(monkeypatch: pytest.Monk
     # Over the socket none is needed, nor by what asks no sidecar.
     assert command("--admin", f"unix:{folder}/none.sock", "status").exit_code == UNREACHABLE
     assert command("token", "ls", "--file", str(tokens)).exit_code == 0
-
-
-def test_the_command_line_adds_lists_and_removes_tokens(folder: Path) -> None:
-    path = folder / "made.toml"
-    words = ("--file", str(path))
-    added = command("token", "add", "ann", "--role", "read", *words)
-    assert (added.exit_code, added.stderr) == (0, "ann: may read\nits token, which is not shown again:\n")
-    told = json.loads(command("token", "add", "bob", "--role", "operate", *words, "--json").stdout)
-    assert {key: told[key] for key in ("name", "action", "role")} == {"name": "bob", "action": "add", "role": "operate"}
-    written = command("token", "add", "eve", "--role", "read", *words, "--token-file", str(folder / "eve"), "--json")
-    assert json.loads(written.stdout) == {"name": "eve", "action": "add", "role": "read"}
-    assert (folder / "eve").stat().st_mode & 0o777 == 0o600
-    found = TokenFile(path, folder / "in-force")
-    for word, principal in (
-        (added.stdout.strip(), Principal("ann", READ)),
-        (told["token"], Principal("bob", OPERATE)),
-        ((folder / "eve").read_text().strip(), Principal("eve", READ)),
-    ):
-        assert found.holder(word.encode()) == principal
-        assert word not in path.read_text()
-    roles = [{"name": "ann", "role": "read"}, {"name": "bob", "role": "operate"}, {"name": "eve", "role": "read"}]
-    assert json.loads(command("token", "ls", *words, "--json").stdout) == roles
-    assert ["bob", "operate"] in [line.split() for line in command("token", "ls", *words).stdout.splitlines()]
-    assert json.loads(command("token", "rm", "eve", *words, "--json").stdout) == {"name": "eve", "action": "rm"}
-    assert command("token", "rm", "ann", *words).stderr == "ann: removed\n"
-    assert found.holder(added.stdout.strip().encode()) is None
-    assert command("token", "rm", "ann", *words).exit_code == FAILED
-    assert command("token", "add", "A", "--role", "read", *words).exit_code == 2
-    # Where its token cannot be written, nothing is added.
-    before = path.read_text()
-    assert (
-        command("token", "add", "zoe", "--role", "read", *words, "--token-file", str(folder / "no" / "zoe")).exit_code == FAILED
-    )
-    assert path.read_text() == before

@@ -81,6 +81,9 @@ def test_the_command_makes_lists_and_removes_tokens(tmp_path: Path) -> None:
         found = CliRunner().invoke(main, ["token", *words], env={"TRUNKLINE_ADMIN_TOKENS": str(path)})
         return found.exit_code, found.stdout, found.stderr
 
+    def listed() -> list[list[str]]:
+        return [line.split() for line in run("ls")[1].splitlines() if line.split()[1:] in (["operate"], ["read"])]
+
     code, made, told = run("add", "alice", "--role", "operate")
     assert code == 0
     assert told.splitlines()[0] == "alice: may operate"
@@ -89,12 +92,22 @@ def test_the_command_makes_lists_and_removes_tokens(tmp_path: Path) -> None:
     assert run("add", "bob", "--role", "read", "--token-file", str(tmp_path / "bob"))[:2] == (0, "")
     assert (tmp_path / "bob").stat().st_mode & 0o777 == 0o600
     assert parse_tokens(path.read_text(), "")[1].token_hash == hash_of((tmp_path / "bob").read_bytes().strip())
-    assert run("ls")[1] == "alice  operate\nbob  read\n"
+    assert listed() == [["alice", "operate"], ["bob", "read"]]
     assert json.loads(run("ls", "--json")[1]) == [{"name": "alice", "role": "operate"}, {"name": "bob", "role": "read"}]
     assert run("rm", "alice")[0] == 0
-    assert run("ls")[1] == "bob  read\n"
+    assert listed() == [["bob", "read"]]
     code, _, told = run("rm", "alice")
     assert (code, told.startswith("error: config_error: ")) == (1, True)
+    assert json.loads(run("rm", "bob", "--json")[1]) == {"name": "bob", "action": "rm"}
+    made = json.loads(run("add", "dora", "--role", "read", "--json")[1])
+    assert parse_tokens(path.read_text(), "") == (Token("dora", READ, hash_of(made.pop("token").encode())),)
+    assert made == {"name": "dora", "action": "add", "role": "read"}
+    written = run("add", "emil", "--role", "read", "--token-file", str(tmp_path / "emil"), "--json")
+    assert json.loads(written[1]) == made | {"name": "emil"}
+    # Where its token cannot be written, nothing is added.
+    before = path.read_text()
+    assert run("add", "finn", "--role", "read", "--token-file", str(tmp_path / "none" / "finn"))[0] == 1
+    assert path.read_text() == before
     assert run("add", "Alice", "--role", "read")[0] == 2
     assert run("add", "carol", "--role", "admin")[0] == 2
     path.chmod(0o666)

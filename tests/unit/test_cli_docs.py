@@ -25,6 +25,7 @@ def commands(group: click.Group, above: str = "") -> dict[str, click.Command]:
 
 
 COMMANDS = commands(main)
+GROUPS = {name: command for name, command in main.commands.items() if isinstance(command, click.Group)}
 ROWS = {
     name: (what, example) for name, what, example in re.findall(r"^\| `([a-z -]+)` \| (.+) \| `trunkline (.+)` \|$", DOCS, re.M)
 }
@@ -47,9 +48,9 @@ def test_whatever_prints_can_print_json(name: str) -> None:
     assert any("--json" in param.opts for param in COMMANDS[name].params) == (name not in PROSE)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *GROUPS])
 def test_help_says_in_a_line_what_a_command_does(name: str) -> None:
-    shown = COMMANDS[name].get_short_help_str(64)
+    shown = (COMMANDS | GROUPS)[name].get_short_help_str(64)
     assert shown
     assert not shown.endswith("...")
 
