@@ -135,7 +135,7 @@ class RunDirectory:
 
 def write_token(path: Path) -> bytes:
     """Write a new administrator's token, readable by this user alone, and return it."""
-    token = secrets.token_hex(32)[:64].encode()
+    token = secrets.token_hex(32).encode()
     temporary = path.with_suffix(".new")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -74,8 +74,6 @@ log = logging.getLogger("trunkline.server")
 refusals = logging.getLogger("trunkline.server.refusals")
 refusals.addFilter(RateLimit(20))
 
-# pid, uid and gid of whoever has connected.
-_PEER: Final = struct.Struct("3i")
 HANDSHAKE_S: Final = 1.0
 _COMMAND_DEADLINE_S: Final = 600.0
 _SMALLEST_ARENA_BYTES: Final = 64 * 1024
@@ -860,14 +858,13 @@ class Session:
 
     def describe(self) -> dict[str, object]:
         """Return what an operator wants to know of a session: who it is, what it has and what it does."""
-        # Of whoever connected; 0 for a process that cannot be seen from here.
-        pid, uid, _ = _PEER.unpack(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         return {
             "session": self.number,
             "tenant": None if self._is_admin else self.tenant.name,
             "administrator": self._is_admin,
-            "pid": pid,
-            "uid": uid,
+            # 0 for a process that cannot be seen from here.
+            "pid": self._peer.pid,
+            "uid": self._peer.uid,
             "transport": self._server.transport,
             "arena_bytes": self.arena_bytes,
             "requests": self._request_count,

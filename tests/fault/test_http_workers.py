@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import requests
 from trunkline.client import Model
+from trunkline.endpoint import Endpoint
 from trunkline.pool import Pool
 
 from tests.bundles import write_adding_bundle
@@ -53,7 +54,7 @@ def test_a_worker_that_is_killed_costs_its_requests_alone(sidecar: tuple[Sidecar
     expected = [value + 1 for value in VALUES]
 
     def function() -> None:
-        model = Model("adder", Pool(address=lambda: str(running.socket), credential=lambda: b""))
+        model = Model("adder", Pool(endpoint=Endpoint(str(running.socket)), credential=lambda: b""))
         try:
             while not stop.is_set():
                 assert model(np.ones((1, 3), np.float32)).tolist() == [expected]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from trunkline import client, errors
 from trunkline.connection import Connection
+from trunkline.endpoint import Endpoint
 from trunkline.pool import Pool
 
 from sidecar.quotas import read_quotas
@@ -111,7 +112,7 @@ def test_a_tenant_has_a_socket_of_its_own_and_no_other(box: Box) -> None:
     assert path.stat().st_ino == number
     only_search_comes_in()
     # A call that meets an engine's death is repeated, and answered by the next one.
-    asked = client.Model("adder", pool := Pool(address=lambda: str(path), credential=lambda: search.strip().encode()))
+    asked = client.Model("adder", pool := Pool(endpoint=Endpoint(str(path)), credential=lambda: search.strip().encode()))
     assert asked(X).shape == X.shape
     restart_engine(box)
     assert asked(X).shape == X.shape

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from trunkline import client, model
+from trunkline.endpoint import Endpoint
 from trunkline.errors import TrunklineError
 from trunkline.pool import Pool
 
@@ -81,7 +82,7 @@ def test_whoever_is_killed_while_versions_are_released(sidecar: SidecarProcess, 
     stop, counts = threading.Event(), [0] * 4
 
     def ask(number: int) -> None:
-        pool = Pool(address=lambda: str(sidecar.socket), credential=lambda: b"")
+        pool = Pool(endpoint=Endpoint(str(sidecar.socket)), credential=lambda: b"")
         with contextlib.closing(pool):
             while not stop.is_set():
                 assert asked("m", pool) in ("1", "2", "3")

@@ -24,6 +24,7 @@ from requests_unixsocket import Session
 from trunkline import context
 from trunkline.client import Model
 from trunkline.connection import Connection
+from trunkline.endpoint import Endpoint
 from trunkline.errors import SignatureMismatch, UnknownModel
 from trunkline.pool import Pool
 
@@ -69,7 +70,7 @@ class Traced:
     def __init__(self, running: SidecarProcess, got: Collector) -> None:
         self.running = running
         self.got = got
-        self._pool = Pool(address=lambda: str(running.socket), credential=lambda: b"")
+        self._pool = Pool(endpoint=Endpoint(str(running.socket)), credential=lambda: b"")
         self.http = Session()
         self.url = f"http+unix://{str(running.run_dir / 'admin.sock').replace('/', '%2F')}"
 

@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 from trunkline import client, context, model, models
 from trunkline.admin import AdminConnection
 from trunkline.connection import Connection
+from trunkline.endpoint import Endpoint
 from trunkline.errors import DeviceFault, SidecarFault, TrunklineError, ValueOutOfBounds
 from trunkline.logs import JsonFormatter
 from trunkline.pool import Pool
@@ -93,7 +94,7 @@ def traced_by(header: str) -> Iterator[None]:
 @contextlib.contextmanager
 def unnamed(running: Running, name: str) -> Iterator[client.Model]:
     """Ask as a function does that has not named its models: nothing of them is read before."""
-    with closing(Pool(address=lambda: running.path, credential=lambda: b"")) as pool:
+    with closing(Pool(endpoint=Endpoint(running.path), credential=lambda: b"")) as pool:
         yield client.Model(name, pool)
 
 

@@ -17,6 +17,7 @@ from trunkline import client, model
 from trunkline.admin import AdminConnection
 from trunkline.client import Model
 from trunkline.connection import Connection
+from trunkline.endpoint import Endpoint
 from trunkline.errors import Draining, InvalidInput
 from trunkline.pool import Pool
 
@@ -99,7 +100,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 def test_sessions_tell_who_is_connected(serve: Serve, threads: ThreadPoolExecutor) -> None:
     tenant = Tenant(name="vision", domain="", models=("*",), token_hashes=(hash_of(b"v1"),))
     serving = serve(quotas=Quotas({"vision": tenant}))
-    pool = Pool(address=lambda: serving.running.path, credential=lambda: b"v1")
+    pool = Pool(endpoint=Endpoint(serving.running.path), credential=lambda: b"v1")
     for _ in range(2):
         Model("age", pool).call({"x": X}, deadline_s=LATE)
     gate = Gate()
@@ -265,7 +266,7 @@ def test_a_drained_node_finishes_what_it_has_taken_and_takes_no_more(
     assert ready.status_code == 503
     assert ready.headers["Retry-After"] == "1"
     assert serving.get("status")["engine"]["draining"] is True
-    pool = Pool(address=lambda: serving.running.path, credential=lambda: b"")
+    pool = Pool(endpoint=Endpoint(serving.running.path), credential=lambda: b"")
     with pytest.raises(Draining, match="an operator has the sidecar take no requests for a while"):
         Model("gender", pool).call({"x": X}, deadline_s=LATE)
     assert not drained.done()
@@ -298,7 +299,7 @@ def test_requests_that_came_just_before_a_drain_was_known_are_refused_by_the_eng
     engine = serving.running.engine
     # As if the server's thread had looked a moment earlier.
     engine.check_room = lambda tenant: None  # type: ignore[method-assign]
-    pool = Pool(address=lambda: serving.running.path, credential=lambda: b"")
+    pool = Pool(endpoint=Endpoint(serving.running.path), credential=lambda: b"")
     with pytest.raises(Draining, match="an operator"):
         Model("age", pool).call({"x": X}, deadline_s=LATE)
     pool.close()

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from trunkline import client, model, models
 from trunkline.admin import AdminConnection
+from trunkline.endpoint import Endpoint
 from trunkline.errors import InvalidInput, ModelCorrupt, TrunklineError, UnknownModel
 from trunkline.pool import Pool
 from trunkline.signature import Signature
@@ -247,7 +248,7 @@ def test_a_split_is_exact(split: Node) -> None:
 
 def test_a_split_is_exact_over_many_clients(split: Node) -> None:
     def client_of(number: int) -> Counter[str]:
-        pool = Pool(address=lambda: split.running.path, credential=lambda: b"")
+        pool = Pool(endpoint=Endpoint(split.running.path), credential=lambda: b"")
         with contextlib.closing(pool):
             own = client.Model("m", pool)
             return Counter(kind_of(own(X)) for _ in range(25))
@@ -355,7 +356,7 @@ def test_a_switch_under_load_is_one_stroke(split: Node) -> None:
     began = threading.Barrier(9)
 
     def ask(number: int) -> None:
-        pool = Pool(address=lambda: split.running.path, credential=lambda: b"")
+        pool = Pool(endpoint=Endpoint(split.running.path), credential=lambda: b"")
         with contextlib.closing(pool):
             own = client.Model("m", pool)
             own(X)
@@ -491,7 +492,7 @@ def test_who_may_use_a_name_may_use_its_versions(tmp_path: Path) -> None:
         assert [each["name"] for each in listed[0]["deployed"]] == ["m:1@search", "m:1@vision"]
 
         def ask(token: str, name: str) -> str:
-            pool = Pool(address=lambda: node.running.path, credential=token.encode)
+            pool = Pool(endpoint=Endpoint(node.running.path), credential=token.encode)
             with contextlib.closing(pool):
                 return kind_of(client.Model(name, pool)(X))
 
