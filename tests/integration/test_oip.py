@@ -419,7 +419,7 @@ def test_a_greeting_opens_the_session_that_the_next_request_takes(tenanted: Endp
     told = tenanted.http.get("/v2", query_string=greeting(model=["age", "text"]), headers=VISION).json
     assert told is not None
     assert oip.EXTENSION in told["extensions"]
-    (pool,) = tenanted.callers._pools.values()
+    ((pool, _),) = tenanted.callers._pools.values()
     assert pool.connect_count == 1
     assert tenanted.infer(headers=VISION).status_code == 200
     assert pool.connect_count == 1

@@ -28,7 +28,7 @@ from sidecar.bundle import write_bundle
 from sidecar.http.admin import create_app
 from sidecar.http.events import Feed
 from sidecar.http.page import add_page
-from sidecar.http.watch import Watch
+from sidecar.http.watch import Watcher
 from sidecar.store import Store
 from sidecar.units import NONE
 from tests import zoo
@@ -438,7 +438,7 @@ def test_what_strangers_wrote_is_shown_and_does_nothing(browser: Browser, tmp_pa
 def page_alone(engine: Any, role: Callable[[], str] = lambda: "operate") -> Flask:
     """Return an application that has the page, and nothing besides."""
     app = Flask("trunkline", static_folder=None)
-    add_page(app, Feed(Watch(engine).look, period_s=0.05, beat_s=0.2), role)
+    add_page(app, Feed(Watcher(engine).look, period_s=0.05, beat_s=0.2), role)
     return app
 
 

@@ -33,6 +33,7 @@ from sidecar.store import Store
 from sidecar.tenants import Quotas, Tenant, hash_of
 from tests.bundles import adding_bundle
 from tests.fakes import ADMIN_TOKEN, FakeDevice, Running, running_server
+from tests.nodes import until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -408,6 +409,8 @@ def test_what_came_before_a_switch_keeps_its_version(split: Node, monkeypatch: p
         first = threads.submit(asked)
         try:
             assert entered.wait(60)
+            # Others read it, too: a model that is tried out, for one.
+            until(lambda: any(each["in_flight"] and each["tenant"] for each in split.admin.command("sessions")["sessions"]))
             done(split.release({"default": "2", "load": False}))
             refused(split.remove("1"), "invalid_input", "m:1 is in use by")
         finally:
