@@ -110,8 +110,14 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     def described(name: str, version: str | None) -> tuple[str, Signature]:
         """Return what a model, or one of its versions, is asked by, and its signature."""
         with room.taken(token := _token(), 0), callers.pool(token) as pool:
+            check_unbound(token)
             found = _of_version(name, version, pool)
             return found.name, found.signature
+
+    def check_unbound(token: bytes) -> None:
+        """Raise Unauthorized for a tenant that is bound to a uid: the sessions it is asked in are those of this process."""
+        if token:
+            engine.command("identify", {"token_hash": hash_of(token)})
 
     def routed(name: str, **asked: str) -> dict[str, Any]:
         """Return what answers for a name, and its versions; with a ``call_id`` it is that request's turn."""
@@ -155,6 +161,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         wanted = {key: _number(key, limit) for key, limit in _GREETING.items()}
         deadline = time.monotonic() + wanted["timeout"] / 1_000_000
         with room.taken(token := _token(), 0):
+            check_unbound(token)
             callers.greet(token, tuple(map(_name, names)), wanted["request_bytes"], wanted["reply_bytes"], deadline)
 
     @_versioned(routes, "")
@@ -218,6 +225,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         token, body_bytes = _token(), request.content_length or 0
         json_bytes = openinference.json_length(request.headers.get(HEADER_LENGTH), body_bytes)
         with room.taken(token, body_bytes + MOST_PARSED_BYTES * json_bytes), callers.pool(token) as pool:
+            check_unbound(token)
             found = _of_version(name, version, pool)
             # Who asks, and for what, is known before a byte of the body is read.
             asked = openinference.decode(_body(body_bytes), json_bytes, found.signature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import threading
 import time
@@ -457,6 +458,20 @@ def test_several_models_are_asked_at_once(open_one: Endpoint) -> None:
     answer = open_one.infer("age+gender").json
     assert [output["name"] for output in answer["outputs"]] == ["age/y", "gender/y"]
     refused(open_one.infer("age+none"), 404, "unknown_model")
+
+
+def test_a_tenant_that_is_bound_to_the_uid_of_the_endpoint_is_not_let_in_either(tenanted: Endpoint) -> None:
+    assert tenanted.infer(headers=VISION).status_code == 200
+    bound = QUOTAS.replace("[tenants.vision]\n", f"[tenants.vision]\nuid = {os.getuid()}\n")
+    assert bound != QUOTAS
+    done = threading.Event()
+    tenanted.running.server.use_quotas(parse_quotas(text_of(bound), "quotas.toml"), done.set)
+    assert done.wait(20)
+    refused(tenanted.infer(headers=VISION), 401, "unauthorized")
+    for path in ("/v2/models/age", "/v2/models/age/config", "/v2/models/age/ready"):
+        refused(tenanted.http.get(path, headers=VISION), 401, "unauthorized")
+    refused(tenanted.http.get("/v2", query_string=greeting(), headers=VISION), 401, "unauthorized")
+    assert tenanted.infer(headers=SEARCH).status_code == 200
 
 
 def test_who_goes_by_another_version_is_refused(open_one: Endpoint) -> None:
