@@ -51,8 +51,8 @@ BUFFERED_STRICT: Final = Source("buffered", 0, drops=True)
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    """Yield a descriptor of a file. Raises OSError."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    """Yield a descriptor of a file; one that is made is for this user alone. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
         yield descriptor
     finally:

@@ -185,6 +185,8 @@ def create_app(
         if not isinstance(body["manifest"], dict) or body["manifest"].get("name") != _name(name):
             raise BundleError(f"the manifest does not name {name}", model=name)
         label, is_default = version_asked()
+        if label is not None:
+            note(version=label[:64], default=is_default)
         bundle = versions.put(manifest, graph, label)
         deployed = engine.command("model_changed", {"name": bundle.name})
         if label is not None:

@@ -14,6 +14,7 @@ from trunkline.errors import InvalidInput, UnknownModel
 
 from sidecar.bundle import MODEL_NAME
 from sidecar.http.access import OPERATE, READ, needs
+from sidecar.http.audit import note
 from sidecar.jobs import Jobs, Unwatched, Watch
 from sidecar.origins import Policy, parse_reference
 from sidecar.store import Store
@@ -80,6 +81,7 @@ def add_jobs(app: Flask, long_work: LongWork, store: Store, policy: Policy, body
         if name is not None and not (isinstance(name, str) and MODEL_NAME.fullmatch(name)):
             raise UnknownModel("name must be a model's: at most 128 of a-z, 0-9, '.', '_' and '-'")
         reference = parse_reference(source)
+        note(source=str(reference), **({} if name is None else {"name": name}))
         # Told at once, not by the job.
         policy.check(reference.origin)
 

@@ -13,7 +13,8 @@ from flask import Flask, Response, jsonify, request
 from trunkline.errors import InvalidInput, UnknownModel
 
 from sidecar.http.access import OPERATE, READ, needs
-from sidecar.releases import Release
+from sidecar.http.audit import note
+from sidecar.releases import Release, as_asked
 from sidecar.tenants import unqualified
 from sidecar.versions import Versions
 
@@ -121,6 +122,7 @@ def add_versions(app: Flask, releasing: Releasing, versions: Versions, checked: 
         load = asked.pop("load", True)
         if not isinstance(load, bool):
             raise InvalidInput("load must be true or false")
+        note(**as_asked(asked).to_plain())
         releasing.release(checked(name), asked, load=load)
         return jsonify(name=name, release=_plain(versions.release(name)))
 

@@ -81,6 +81,19 @@ def test_a_change_is_recorded(http: flask.testing.FlaskClient, lines: Any) -> No
         ("POST", "evict", {"bytes": 5, "device": "cpu"}, {"bytes": 5, "device": "cpu"}),
         ("POST", "models/m/keep", {"priority": 3}, {"name": "m", "priority": 3}),
         ("POST", "models/m/place", {"forbid": ["cpu"]}, {"name": "m", "forbid": ["cpu"]}),
+        ("PUT", "models/m/release", {"default": "2", "load": False}, {"name": "m", "default": "2"}),
+        (
+            "PUT",
+            "models/m?version=2&default=true",
+            {"manifest": {"name": "m"}, "graph": {}},
+            {"name": "m", "version": "2", "default": True},
+        ),
+        (
+            "POST",
+            "pull",
+            {"source": f"https://a.example/b/m@sha256:{DIGEST}", "name": "n"},
+            {"source": f"https://a.example/b/m@sha256:{DIGEST}", "name": "n"},
+        ),
     ],
 )
 def test_what_the_body_says_is_recorded_where_it_is_what_matters(

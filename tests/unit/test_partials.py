@@ -53,6 +53,8 @@ def test_the_rest_alone_is_asked_for(tmp_path: Path) -> None:
     assert store.resume_blob(DIGEST, rest, len(CONTENT)) == len(CONTENT) - 1000
     assert asked == [1000]
     assert store.blob_path(DIGEST).read_bytes() == CONTENT
+    # As one that was pushed: nobody else reads it.
+    assert store.blob_path(DIGEST).stat().st_mode & 0o777 == 0o600
     # It is there now.
     assert store.resume_blob(DIGEST, rest, len(CONTENT)) == 0
     assert asked == [1000]
