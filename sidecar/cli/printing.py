@@ -15,8 +15,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-# Lines are never folded: what reads them may be a program. Nor are tables, where no terminal limits them.
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
+# Lines are never folded: what reads them may be a program. Nor are tables, where no terminal limits them. What stands between
+# colons, as versions do behind their models, is no emoji.
+console = Console(soft_wrap=True, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
 
 _ANY_WIDTH: Final = 10_000
 # What is broken into narrower lines than this cannot be read.
@@ -47,7 +48,7 @@ def print_rows(headings: Sequence[str], rows: Iterable[Sequence[str | Text]], *,
         return
     for row in rows:
         for heading, cell in zip(headings, row, strict=True):
-            console.print(Text.assemble(f"{heading}: ", cell if isinstance(cell, Text) else Text.from_markup(cell)))
+            console.print(Text.assemble(f"{heading}: ", cell if isinstance(cell, Text) else Text.from_markup(cell, emoji=False)))
         console.print()
 
 

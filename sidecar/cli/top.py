@@ -123,7 +123,7 @@ def _draw(looks: Iterator[dict[str, Any]], interval_s: float, count: int) -> dic
     from rich.live import Live
 
     # Cut to the terminal, unlike what is printed.
-    screen = Console(highlight=False)
+    screen = Console(highlight=False, emoji=False)
     last: dict[str, Any] | None = None
     done = 0
     with _quitting() as is_over, Live(console=screen, screen=True, auto_refresh=False) as live:

@@ -25,7 +25,7 @@ from trunkline.errors import DeadlineExceeded, Draining, SidecarUnavailable, Tru
 from benchmarks.traces import recorded
 from sidecar.admin_client import AdminClient
 from sidecar.bundle import read_bundle
-from sidecar.cli import bars
+from sidecar.cli import bars, printing
 from sidecar.cli.exits import FAILED
 from sidecar.cli.main import main
 from sidecar.cli.running import serve
@@ -137,6 +137,16 @@ def test_status_shows_memory_and_what_is_shared(answers: Answers) -> None:
 def test_what_a_model_says_of_itself_is_not_markup(answers: Answers) -> None:
     assert "field [/nodes] is [red]odd" in run("status").output
     assert "field [/nodes] is [red]odd" in run("model", "ls").output
+
+
+@pytest.mark.parametrize("width", [200, 20])
+def test_the_name_of_a_version_is_no_emoji(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    monkeypatch.setattr(printing.console, "_width", width)
+    printing.console.print("add:x: resident")
+    printing.print_rows(["model", "told"], [["[bold]add:x[/]", "add:x: it is what stands there"]])
+    assert capsys.readouterr().out.replace("model: ", "").count("add:x") == 3
 
 
 def test_graph_draws_what_is_asked_for(answers: Answers, tmp_path: Path) -> None:
