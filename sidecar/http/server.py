@@ -218,6 +218,10 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
             "proc_name": "trunkline-admin",
             "control_socket_disable": True,
             "limit_request_field_size": 2048,
+            # Else a header (SCRIPT_NAME) may say which route is meant, past a proxy on this machine which lets but some paths by.
+            "forwarded_allow_ips": "",
+            "forwarder_headers": "",
+            "secure_scheme_headers": {},
         }
         if self._settings.admin_tls_certificate is not None:
             chosen |= {"certfile": str(self._settings.admin_tls_certificate), "keyfile": str(self._settings.admin_tls_key)}

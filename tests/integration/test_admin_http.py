@@ -126,6 +126,16 @@ def test_both_addresses_answer_and_only_loopback_names_are_taken(server: HttpSer
     assert rebound.json()["error"]["code"] == "invalid_input"
 
 
+def test_no_header_says_which_route_or_scheme_is_meant(server: HttpServer) -> None:
+    over_socket = f"http+unix://{quote(str(server.socket), safe='')}"
+    for get, base in ((requests_unixsocket.get, over_socket), (requests.get, server.url)):
+        assert get(f"{base}/v2/healthz", headers={"SCRIPT_NAME": "/v2"}, timeout=5).status_code == 404
+        assert get(f"{base}/healthz", headers={"SCRIPT_NAME": "/v2"}, timeout=5).status_code == 200
+    origin = {"Origin": server.url.replace("http", "https", 1), "Content-Type": "application/json"}
+    answer = requests.post(f"{server.url}/admin/v1/resume", headers=origin | {"X-Forwarded-Proto": "https"}, timeout=5)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_input")
+
+
 def test_a_model_is_stored_although_the_engine_is_away(server: HttpServer, folder: Path) -> None:
     write_adding_bundle(folder / "adder", "adder", [1.0] * 1000)
     for address in (f"unix:{server.socket}", server.url):
