@@ -38,6 +38,7 @@ from sidecar.http.events import MOST_VIEWERS
 from sidecar.http.oip import add_open_inference
 from sidecar.http.tokenfile import TokenFile
 from sidecar.jobs import Jobs
+from sidecar.logs import RateLimit
 from sidecar.openinference import MAX_JSON_BYTES
 from sidecar.rundirectory import RunDirectory
 from sidecar.store import Store
@@ -62,6 +63,8 @@ _SILENCE_S = 10
 _BACKLOG = 64
 # An engine that does not answer a scrape for so long is away; Prometheus waits for 10 s unless told otherwise.
 _SCRAPE_S = 4.0
+# Of requests that cannot be read, so many are told a second, by each worker.
+_TOLD_PER_S = 5
 # Nobody waits for a job, so it may wait for the engine.
 _JOB_S = 3600.0
 # How long a worker that ends waits for its last spans to be exported.
@@ -103,6 +106,9 @@ class PlainLogger(Logger):  # type: ignore[misc]
     def setup(self, cfg: object) -> None:
         super().setup(cfg)
         logs.adopt(self.error_log)
+        # With a warning it tells of each request that cannot be read, and whoever reaches the port can send them without end.
+        strangers = RateLimit(_TOLD_PER_S)
+        self.error_log.addFilter(lambda record: record.levelno != logging.WARNING or strangers.filter(record))
 
 
 class ImpatientWorker(ThreadWorker):  # type: ignore[misc]

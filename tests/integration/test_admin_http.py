@@ -136,6 +136,18 @@ def test_no_header_says_which_route_or_scheme_is_meant(server: HttpServer) -> No
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_input")
 
 
+def test_nobody_can_fill_the_log_with_what_is_no_request(folder: Path) -> None:
+    running = HttpServer(folder, admin_workers=1)
+    began_s = time.monotonic()
+    for _ in range(100):
+        with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), 5) as stranger:
+            stranger.sendall(b"no request\r\n\r\n")
+            assert stranger.recv(4096).startswith(b"HTTP/1.1 400")
+    seconds = int(time.monotonic() - began_s) + 2
+    running.stop()
+    assert 1 <= running.log.read_text().count("Invalid request from") <= min(5 * seconds, 90)
+
+
 def test_a_model_is_stored_although_the_engine_is_away(server: HttpServer, folder: Path) -> None:
     write_adding_bundle(folder / "adder", "adder", [1.0] * 1000)
     for address in (f"unix:{server.socket}", server.url):
