@@ -15,6 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from sidecar.units import size as size
+
 # Lines are never folded: what reads them may be a program. Nor are tables, where no terminal limits them. What stands between
 # colons, as versions do behind their models, is no emoji.
 console = Console(soft_wrap=True, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
@@ -82,15 +84,6 @@ def _shown(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(name, each)}" for name, each in value.items())
     return str(value)
-
-
-def size(size_bytes: float) -> str:
-    """Return bytes as people read them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size_bytes) < 1000 or unit == "GB":
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    raise AssertionError("unreachable")
 
 
 def bar(part: float, whole: float, width: int = 30) -> str:
