@@ -296,6 +296,10 @@ class Engine:
         """Raise UnknownModel, naming what there is in all domains, or ModelCorrupt. For operators."""
         self._catalog.check_deployed(name)
 
+    def is_pinned(self, name: str) -> bool:
+        """Say whether an operator has pinned a model here."""
+        return self._catalog.pins.has(name)
+
     @property
     def pace(self) -> float:
         """Return the bytes of weights that are read in a second, about."""

@@ -63,6 +63,10 @@ class Pins:
     def names(self) -> list[str]:
         return sorted(self._names)
 
+    def has(self, name: str) -> bool:
+        """Say whether a model is pinned. Any thread."""
+        return name in self._names
+
     def add(self, name: str) -> None:
         self._names.add(name)
         self._write()

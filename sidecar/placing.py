@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from trunkline.errors import TrunklineError
+from trunkline.errors import InvalidInput, TrunklineError
 from trunkline.protocol import JOINT
 
-from sidecar.constraints import Constraints
+from sidecar.constraints import Constraint, Constraints
 from sidecar.engine import Engine
 from sidecar.placement import Cost, Placement, Profile, Site, condensed, seconds_of, speeds
 from sidecar.places import read_places, write_places
@@ -364,6 +364,7 @@ class Placing:
     def _constrain(self, line: Line, request_id: int, model: str, asked: Mapping[str, Any]) -> None:
         try:
             self._first.check_deployed(model)
+            self._check_pins(model, self._constraints.of(model).changed(asked, list(self._engines)))
             self._constraints.change(model, asked)
         except TrunklineError as error:
             line.conclude(request_id, error)
@@ -376,6 +377,12 @@ class Placing:
             self._publish()
         self._awaiting.append((model, functools.partial(line.conclude, request_id)))
         self._choose()
+
+    def _check_pins(self, model: str, constraint: Constraint) -> None:
+        """Raise InvalidInput where a model is pinned that it may not be: a pin is a device's, and does not move."""
+        left = [device for device in self._engines if device not in constraint.of(self._engines)]
+        if held := [device for device in left if self._engines[device].is_pinned(model)]:
+            raise InvalidInput(f"{model} is pinned on {', '.join(held)}; unpin it first")
 
     def _tell_awaiting(self) -> None:
         """Tell operators of models that are now where they may be."""

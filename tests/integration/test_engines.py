@@ -269,6 +269,17 @@ def test_models_asked_together_are_asked_on_one_device(two: Two) -> None:
     assert together not in two.placing.table
 
 
+def test_a_pinned_model_is_not_taken_from_where_it_is(two: Two) -> None:
+    (pinned_on,) = two.where("age")
+    two.command("pin", name="age")
+    for asked in ({"forbid": [pinned_on]}, {"allow": [each for each in ("one", "other") if each != pinned_on]}):
+        with pytest.raises(InvalidInput, match=f"age is pinned on {pinned_on}; unpin it first"):
+            two.command("place", name="age", **asked)
+    assert two.command("place", name="age", allow=[pinned_on])["devices"] == [pinned_on]
+    two.command("unpin", name="age")
+    assert pinned_on not in two.command("place", name="age", allow=[], forbid=[pinned_on])["devices"]
+
+
 def test_models_that_may_not_be_together_cannot_be_asked_together(two: Two) -> None:
     two.command("place", name="age", allow=["one"])
     two.command("place", name="gender", forbid=["one"])

@@ -128,6 +128,9 @@ class Simulated:
         if name not in self._node.weights:
             raise UnknownModel("there is no such model", model=name)
 
+    def is_pinned(self, name: str) -> bool:
+        return self.residency.is_pinned(name)
+
     def costs(self, names: Sequence[str]) -> dict[str, Cost]:
         return {
             name: Cost(
@@ -460,6 +463,7 @@ class Node:
         self.engines.command(operator, 1, "place", {"name": name, **asked}, math.inf)  # type: ignore[arg-type]
         self.settle()
         allowed = frozenset(self.constraints.devices_of(name))
+        assert all(device in allowed for device in self.devices if self.simulated[device].is_pinned(name))
         if isinstance(operator.document_or_error, InvalidInput):
             return
         self.promised[name] = frozenset(self.devices)
