@@ -9,7 +9,7 @@ replaced or removed, so that whoever is killed leaves what was before or what is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from trunkline.errors import InvalidInput, ModelCorrupt, SignatureMismatch, UnknownModel
 
@@ -17,6 +17,9 @@ from sidecar.bundle import Bundle, graph_digest, parse_bundle
 from sidecar.labels import labelled, parted
 from sidecar.releases import Release, as_asked, checked_label, difference
 from sidecar.store import Store
+
+# What the Open Inference Protocol has at the place of a model's name: /v2/models/stats.
+_TAKEN: Final = "stats"
 
 
 class Versions:
@@ -56,6 +59,10 @@ class Versions:
         Raises BundleError, BlobMissing, SignatureMismatch, InvalidInput.
         """
         bundle = parse_bundle(manifest_data, graph_data)
+        if bundle.name == _TAKEN:
+            raise InvalidInput(
+                f"{_TAKEN} cannot be the name of a model, since /v2/models/{_TAKEN} tells the counts of all; pack it as another"
+            )
         with self._store.versions_locked():
             if label is None:
                 self._check_plain(bundle)

@@ -332,6 +332,7 @@ def test_what_is_no_name_has_no_versions(node: Node, name: str) -> None:
 
 
 def test_queries_that_mean_nothing_are_refused(node: Node) -> None:
+    refused(node.put("1", name="stats"), "invalid_input", "stats cannot be the name of a model")
     refused(node.put("1", default="true"), "invalid_input", "for what is pushed as a version")
     refused(node.put("1", version="1", defualt="true"), "invalid_input", "'defualt' says nothing of a model")
     refused(node.put("1", version="1", default="yes"), "invalid_input", "true or false")
