@@ -153,11 +153,19 @@ def eight_clients(bench: HttpBench, name: str, rounds: int, seconds: float) -> N
     bench.report.figures[f"oip_over_socket_throughput_{name}_k{CLIENTS}"] = rates["oip"] / rates["socket"]
 
 
-def beside_admin_calls(bench: HttpBench, name: str, rounds: int, seconds: float) -> None:
-    """Calls over the socket by clients that never rest, with and without a process that asks the admin endpoint without rest."""
+# What a Prometheus, an open page and a `trunkline top` ask together, about: a call each quarter of a second.
+PACED_S = 0.25
+
+
+def beside_admin_calls(bench: HttpBench, name: str, rounds: int, seconds: float, *, rest_s: float) -> None:
+    """Calls over the socket by clients that never rest, with and without a process that asks the admin endpoint.
+
+    That rests for ``rest_s`` after each call; without rest, it takes a core from whoever else wants one.
+    """
     model = bench.ours.model(name)
     clients = Clients(lambda: lambda: model(bench.image), os.cpu_count() or 1)
-    caller = bench.start([sys.executable, "-m", "benchmarks.comparators.admin_calls", str(bench.ours.admin_socket)], talks=True)
+    command = [sys.executable, "-m", "benchmarks.comparators.admin_calls", str(bench.ours.admin_socket), str(rest_s)]
+    caller = bench.start(command, talks=True)
     assert caller.stdin is not None
     assert caller.stdout is not None
     times: dict[str, list[float]] = {"alone": [], "beside": []}
@@ -174,12 +182,13 @@ def beside_admin_calls(bench: HttpBench, name: str, rounds: int, seconds: float)
     clients.close()
     bench.stop(caller)
     found = {variant: summary([1e6 * each for each in samples]) for variant, samples in times.items()}
-    bench.report.raw[f"beside_admin_calls_us_{name}"] = found
+    kind = "admin" if rest_s else "restless_admin"
+    bench.report.raw[f"beside_{kind}_calls_us_{name}"] = found
     figures = bench.report.figures
-    figures["admin_calls_per_s"] = asked / (rounds * seconds)
+    figures[f"{kind}_calls_per_s"] = asked / (rounds * seconds)
     for quantile, shown in (("median", "p50"), ("p99", "p99")):
-        figures[f"admin_{shown}_ratio"] = found["beside"][quantile] / found["alone"][quantile]
-    figures["admin_throughput_ratio"] = found["beside"]["n"] / found["alone"]["n"]
+        figures[f"{kind}_{shown}_ratio"] = found["beside"][quantile] / found["alone"][quantile]
+    figures[f"{kind}_throughput_ratio"] = found["beside"]["n"] / found["alone"]["n"]
 
 
 class Chain(nn.Module):
@@ -202,9 +211,9 @@ def many_blocks(bench: HttpBench, models: int, layers: int, count: int) -> None:
     bench.report.figures["many_blocks"] = sidecar.admin.get("blocks?limit=1")["total"]
     ask = session_of(sidecar.admin_socket)
     # Others are asked for by operators, and by the page.
-    for route in (*ROUTES, "/admin/v1/graph"):
+    for route in (*ROUTES, "/admin/v1/graph", "/"):
         (times,) = interleaved({route: lambda route=route: ask(route)}, count).values()
-        found, name = summary(times), route.rpartition("/")[2]
+        found, name = summary(times), route.rpartition("/")[2] or "page"
         bench.report.raw[f"many_blocks_us_{name}"] = found
         bench.report.figures[f"many_blocks_p50_ms_{name}"] = found["median"] / 1000
 
@@ -232,14 +241,16 @@ def main() -> None:
         if chosen.quick:
             one_client(bench, "tiny", 40)
             eight_clients(bench, "tiny", 2, 0.6)
-            beside_admin_calls(bench, "tiny", 3, 0.5)
+            beside_admin_calls(bench, "tiny", 3, 0.5, rest_s=PACED_S)
+            beside_admin_calls(bench, "tiny", 3, 0.5, rest_s=0)
             many_blocks(bench, 3, 4, 10)
             report.lack("left out of --quick", "added_p50_us_oip_mobilenet", "per_s_oip_mobilenet_k8", "10,000 blocks")
         else:
             for name in ("tiny", "mobilenet"):
                 one_client(bench, name, 2000 if name == "tiny" else 300)
                 eight_clients(bench, name, 6, 3.0)
-            beside_admin_calls(bench, "mobilenet", 20, 3.0)
+            beside_admin_calls(bench, "mobilenet", 20, 3.0, rest_s=PACED_S)
+            beside_admin_calls(bench, "mobilenet", 6, 3.0, rest_s=0)
             many_blocks(bench, 500, 20, 50)
     report.finish(chosen.json)
 

@@ -1,6 +1,7 @@
 """Asks a sidecar's admin endpoint for what operators and Prometheus ask, again and again, in a process of its own.
 
-Arguments: the path of ``admin.sock``. A line on standard input begins, and the next one ends: calls made between are printed.
+Arguments: the path of ``admin.sock``, and the seconds it rests after each call. A line on standard input begins, and the next
+one ends: calls made between are printed.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def session_of(path: str | Path) -> Callable[[str], None]:
 
 
 def main() -> None:
-    ask = session_of(sys.argv[1])
+    ask, rest_s = session_of(sys.argv[1]), float(sys.argv[2])
     while sys.stdin.readline():
         count = 0
-        while not select.select([sys.stdin], [], [], 0)[0]:
+        while not select.select([sys.stdin], [], [], rest_s)[0]:
             ask(ROUTES[count % len(ROUTES)])
             count += 1
         sys.stdin.readline()
