@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import threading
 import time
@@ -19,6 +20,18 @@ def open_descriptors() -> int:
 def held() -> tuple[int, int]:
     """Return how many descriptors and threads this process has."""
     return open_descriptors(), threading.active_count()
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Have the log as it was before the test: how much is logged is one setting of a whole process, and some change it."""
+    loggers = [logging.getLogger(), logging.getLogger("trunkline")]
+    before = [(each.level, each.propagate, each.disabled, [*each.handlers], [*each.filters]) for each in loggers]
+    yield
+    for each, (level, propagate, disabled, handlers, filters) in zip(loggers, before, strict=True):
+        each.setLevel(level)
+        each.propagate, each.disabled = propagate, disabled
+        each.handlers[:], each.filters[:] = handlers, filters
 
 
 @pytest.fixture

@@ -64,7 +64,9 @@ METRICS: Final[Mapping[str, Kind]] = {
     "trunkline_arena_bytes": _gauge("Shared memory of connections and its private copies; tenants as in clients", "tenant"),
     "trunkline_arena_limit_bytes": _gauge("What the arenas of all connections may take together"),
     # Traces; absent where there are none.
-    "trunkline_spans_exported_total": _counter("Spans that a collector took, by the process they are from", "process"),
+    "trunkline_spans_exported_total": _counter(
+        "Spans that a collector took, by the process they are from; of http, by one worker", "process"
+    ),
     "trunkline_spans_dropped_total": _counter(
         "Spans that were lost: queue_full, more than may wait to be exported; export_failed, no collector took them",
         "process",

@@ -109,6 +109,8 @@ def tracing(folder: Path, bundle: Path, got: Collector, **environment: str) -> I
         "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
         "OTEL_BSP_SCHEDULE_DELAY": "20",
         "TRUNKLINE_LOG_FORMAT": "json",
+        # Each HTTP worker counts its own spans.
+        "TRUNKLINE_ADMIN_WORKERS": "1",
         **environment,
     }
     with pytest.MonkeyPatch.context() as patch:

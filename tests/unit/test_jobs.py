@@ -201,6 +201,11 @@ def test_a_job_that_ends_between_two_looks_is_not_lost(jobs: Jobs, tmp_path: Pat
         monkeypatch.setattr(jobs_module, "_locked", lock)
         held.release.set()
         ended(jobs, begun)
+        # Its lock goes a moment later than it is written down as ended.
+        deadline = time.monotonic() + WAIT_S
+        while path.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
         return lock(path)
 
     monkeypatch.setattr(jobs_module, "_locked", ending)
