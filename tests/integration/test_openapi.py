@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import schemathesis
 from flask import Flask
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from openapi_spec_validator import validate
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
@@ -108,6 +108,8 @@ def _ask(api: BaseSchema, method: str, path: str, mode: GenerationMode, unchecke
     @settings(max_examples=_EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(case=api[path][method].as_strategy(generation_mode=mode))
     def asked(case: schemathesis.Case) -> None:
+        # What is at /v2/models/stats is no model, and a route of its own.
+        assume((case.path_parameters or {}).get("name") != "stats")
         response = case.call_and_validate(excluded_checks=excluded)
         assert response.status_code < 500 or (has_deadline and response.status_code == 504)
 
