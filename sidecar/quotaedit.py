@@ -143,6 +143,12 @@ def replaced(path: Path, mode: int) -> Iterator[int]:
         raise
 
 
+def keep_copy(path: Path, text: str) -> None:
+    """Keep the text of a file as it is in force, for this user alone, in place of what was kept before. Raises OSError."""
+    with replaced(path, 0o600) as descriptor:
+        write_at(descriptor, memoryview(text.encode()), 0)
+
+
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     # The file itself is replaced, and a lock with it.

@@ -13,9 +13,8 @@ import queue
 from collections.abc import Callable
 from pathlib import Path
 
-from sidecar.disk import write_at
 from sidecar.errors import ConfigError
-from sidecar.quotaedit import replaced
+from sidecar.quotaedit import keep_copy
 from sidecar.quotas import parse_quotas, read_quotas, read_text
 from sidecar.tenants import Quotas
 
@@ -38,8 +37,7 @@ class QuotaFile:
         text = read_text(self._path)
         quotas = parse_quotas(text, self._path.name)
         try:
-            with replaced(self._in_force, 0o600) as descriptor:
-                write_at(descriptor, memoryview(text.encode()), 0)
+            keep_copy(self._in_force, text)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             log.warning("the quotas in force cannot be kept (%s); an engine that is started again reads %s", reason, self._path)

@@ -19,7 +19,6 @@ import os
 import secrets
 import select
 import socket
-import struct
 import threading
 import time
 from collections import Counter, deque
@@ -63,10 +62,11 @@ from trunkline.signature import Signature
 
 from sidecar import loglevels
 from sidecar.logs import RateLimit
+from sidecar.peers import Peer, peer_of
 from sidecar.ports import OutputSpecs, Serving, Work
 from sidecar.releases import Release
 from sidecar.routing import ReleaseFiles, Route, Routing
-from sidecar.tenants import ANYONE, OPEN, Peer, Quotas, Tenant, as_asked, as_known_to, hash_of, qualified, unqualified
+from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant, as_asked, as_known_to, hash_of, qualified, unqualified
 from sidecar.tracing import ANSWERED, RequestNotes, Tracer
 
 log = logging.getLogger("trunkline.server")
@@ -78,8 +78,6 @@ HANDSHAKE_S: Final = 1.0
 _COMMAND_DEADLINE_S: Final = 600.0
 _SMALLEST_ARENA_BYTES: Final = 64 * 1024
 _ACCEPT_SLICE: Final = 64
-# What the kernel tells of a peer: pid, uid and gid.
-_CREDENTIALS: Final = struct.Struct("=iII")
 # How soon a function is told to try again that has as many connections as its tenant may have.
 _CONNECTION_RETRY_S: Final = 1.0
 # Names of models whose right a session remembers.
@@ -557,7 +555,7 @@ class Session:
         self._is_admin = False
         self._token_hash = ""
         self._through = through
-        self._peer = Peer(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+        self._peer = peer_of(sock)
         # What this session has asked for, and may use, by the table of releases that holds below.
         self._names: dict[str, _Named] = {}
         self._table = server.routing.table

@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Final, NamedTuple
+from typing import Final
 
 from trunkline.protocol import JOINT
 
 from sidecar.keeping import DEFAULT_PRIORITY
 from sidecar.labels import STORED_NAME, parted
+from sidecar.peers import Peer
 
 # A token that is valid, and one that is about to be.
 MOST_TOKENS: Final = 2
@@ -64,14 +65,6 @@ def matches(model: str, patterns: Iterable[str]) -> bool:
 def hash_of(token: bytes) -> str:
     """Return what is kept of a token."""
     return hashlib.sha256(token).hexdigest()
-
-
-class Peer(NamedTuple):
-    """What the kernel says of the process that made a connection, of when it did. Between containers its pid is 0."""
-
-    pid: int
-    uid: int
-    gid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -14,6 +12,7 @@ from trunkline.errors import TransportError, TrunklineError
 
 from sidecar.cli.endpoint import client_of
 from sidecar.cli.groups import Ordered
+from sidecar.cli.handout import handed_out, show_token, token_file
 from sidecar.cli.names import tenant_argument
 from sidecar.cli.printing import as_json, print_json, print_rows, size
 from sidecar.config import PREFIX
@@ -36,11 +35,6 @@ quota_file = click.option(
     required=True,
     help=f"The quota file; default: {PREFIX}QUOTA_FILE.",
 )
-token_file = click.option(
-    "--token-file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the token here, for this user alone, instead of printing it.",
-)
 
 
 def _change_quotas(
@@ -56,14 +50,11 @@ def _change_quotas(
     create: bool = False,
 ) -> None:
     """Change the quota file, hand out the token, and have a sidecar that runs read the file again."""
-    from sidecar.quotaedit import edit, replaced
+    from sidecar.quotaedit import edit
 
-    # A file that the token cannot be written to is found out before anything has changed, and filled when all has.
-    with replaced(token_file, 0o600) if token_file else contextlib.nullcontext() as descriptor:
+    with handed_out(token, token_file):
         edit(path, change, create=create)
         refused = _reloaded(ctx)
-        if descriptor is not None:
-            os.write(descriptor, f"{token}\n".encode())
     shown = token if token_file is None else ""
     if as_json:
         told = {"name": name, "action": ctx.command.name, "reloaded": refused is None}
@@ -71,8 +62,7 @@ def _change_quotas(
     else:
         click.echo(f"{name}: {done}", err=True)
         if shown:
-            click.echo("its token, which is not shown again:", err=True)
-            click.echo(shown)
+            show_token(shown)
     # That no sidecar runs is no failure.
     if isinstance(refused, TransportError):
         click.echo(f"not reloaded: {refused.message}; a sidecar reads {path} when it starts", err=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Final
 
@@ -11,9 +9,10 @@ import click
 
 from sidecar.admintokens import KIND, NEW_FILE, ROLES, parse_tokens, with_token, without_token
 from sidecar.cli.groups import Ordered
+from sidecar.cli.handout import handed_out, show_token, token_file
 from sidecar.cli.printing import as_json, print_json, print_rows
 from sidecar.config import PREFIX
-from sidecar.quotaedit import edit, new_token, replaced
+from sidecar.quotaedit import edit, new_token
 from sidecar.quotas import read_text
 from sidecar.tenants import NAME
 
@@ -46,29 +45,20 @@ def token() -> None:
 @name_argument
 @click.option("--role", type=click.Choice(ROLES), required=True, help="read: look; operate: change, too.")
 @tokens_file
-@click.option(
-    "--token-file",
-    "target",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the token here, for this user alone, instead of printing it.",
-)
+@token_file
 @as_json
-def token_add(name: str, role: str, path: Path, target: Path | None, as_json: bool) -> None:
+def token_add(name: str, role: str, path: Path, token_file: Path | None, as_json: bool) -> None:
     """Add a token and print it, once. The file has its hash alone."""
     made = new_token()
-    # A file that the token cannot be written to is found out before anything has changed, and filled when all has.
-    with replaced(target, 0o600) if target else contextlib.nullcontext() as descriptor:
+    with handed_out(made, token_file):
         edit(path, lambda text, file: with_token(text, file, name, role, made), create=True, new=NEW_FILE, kind=KIND)
-        if descriptor is not None:
-            os.write(descriptor, f"{made}\n".encode())
     if as_json:
         told = {"name": name, "action": "add", "role": role}
-        print_json(told | ({"token": made} if target is None else {}))
+        print_json(told | ({"token": made} if token_file is None else {}))
         return
     click.echo(f"{name}: may {role}", err=True)
-    if target is None:
-        click.echo("its token, which is not shown again:", err=True)
-        click.echo(made)
+    if token_file is None:
+        show_token(made)
 
 
 @token.command("rm")

@@ -13,8 +13,6 @@ import logging
 import os
 import re
 import secrets
-import socket
-import struct
 import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -25,6 +23,7 @@ from flask import Response, current_app, g, request
 from sidecar.errors import ConfigError
 from sidecar.http.access import LOOKING, came_by_socket, needs_of, principal
 from sidecar.logs import RateLimit
+from sidecar.peers import peer_of
 from sidecar.ratelimit import Bucket
 
 log = logging.getLogger("trunkline.audit")
@@ -41,7 +40,6 @@ _BURST: Final = 20
 _PER_S: Final = 5.0
 _CALL_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _NOT_PRINTED: Final = re.compile(r"\x7f")
-_PEER: Final = struct.Struct("3i")
 
 
 class SharedFile(RotatingFileHandler):
@@ -158,5 +156,5 @@ def _whence() -> dict[str, object]:
     connection = request.environ.get("gunicorn.socket")
     if connection is None:
         return {}
-    pid, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return {"pid": pid, "uid": uid}
+    peer = peer_of(connection)
+    return {"pid": peer.pid, "uid": peer.uid}

@@ -104,7 +104,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     def caller() -> Caller:
         token = _token()
         with room.taken(token, 0):
-            found = engine.command("identify", {"token_hash": hash_of(token) if token else ""})
+            found = engine.command("identify", _known_by(token))
         return Caller(found["name"], found["domain"], tuple(found["models"]), found["administrator"])
 
     def described(name: str, version: str | None) -> tuple[str, Signature]:
@@ -117,13 +117,11 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     def check_unbound(token: bytes) -> None:
         """Raise Unauthorized for a tenant that is bound to a uid: the sessions it is asked in are those of this process."""
         if token:
-            engine.command("identify", {"token_hash": hash_of(token)})
+            engine.command("identify", _known_by(token))
 
     def routed(name: str, **asked: str) -> dict[str, Any]:
         """Return what answers for a name, and its versions; with a ``call_id`` it is that request's turn."""
-        token = _token()
-        arguments: dict[str, object] = {"token_hash": hash_of(token) if token else "", "model": name, **asked}
-        found: dict[str, Any] = engine.command("route", arguments)
+        found: dict[str, Any] = engine.command("route", {**_known_by(_token()), "model": name, **asked})
         return found
 
     @routes.get("/health/live")
@@ -311,6 +309,11 @@ def _check_body(limit_bytes: int) -> None:
         )
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise InvalidInput("a compressed body is not taken; send it as it is")
+
+
+def _known_by(token: bytes) -> dict[str, object]:
+    """Return how the engine is told whose token it is, for commands that are asked in its holder's stead."""
+    return {"token_hash": hash_of(token) if token else ""}
 
 
 def _name(name: str) -> str:

@@ -12,10 +12,9 @@ import threading
 from pathlib import Path
 
 from sidecar.admintokens import KIND, Token, parse_tokens
-from sidecar.disk import write_at
 from sidecar.errors import ConfigError
 from sidecar.http.access import Principal
-from sidecar.quotaedit import replaced
+from sidecar.quotaedit import keep_copy
 from sidecar.quotas import read_text
 from sidecar.tenants import hash_of
 
@@ -72,8 +71,7 @@ class TokenFile:
         text = read_text(self._path, KIND)
         tokens = parse_tokens(text, self._path.name)
         try:
-            with replaced(self._in_force, 0o600) as descriptor:
-                write_at(descriptor, memoryview(text.encode()), 0)
+            keep_copy(self._in_force, text)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             log.warning("the tokens in force cannot be kept (%s); a worker that is started again reads %s", reason, self._path)

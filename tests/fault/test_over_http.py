@@ -15,7 +15,7 @@ from trunkline.pool import Pool
 
 from sidecar.bundle import write_bundle
 from sidecar.export import convert
-from tests.fault.test_processes import Load, Scaled, eventually, gone
+from tests.fault.test_processes import Load, Scaled, check_restarts, eventually, gone
 from tests.integration.test_admin_http import free_port
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
@@ -66,17 +66,7 @@ def test_killed_engines_and_http_servers_lose_no_request(sidecar: SidecarProcess
 
 
 def test_a_restarted_sidecar_loses_no_request(sidecar: SidecarProcess) -> None:
-    load = Load(2)
-    eventually(lambda: load.answered > 5, "no answers")
-    for kill in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
-        before = load.answered
-        sidecar.process.send_signal(kill)
-        sidecar.process.wait(30)
-        sidecar.start()
-        eventually(lambda before=before: load.answered > before + 4, "no answers after the restart")
-    load.stop()
-    assert not load.wrong
-    assert not load.lost
+    check_restarts(sidecar)
 
 
 def test_a_socket_that_comes_and_goes_under_load(sidecar: SidecarProcess, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,8 @@ def test_a_killed_engine_loses_no_request(sidecar: SidecarProcess) -> None:
     assert sidecar.stop() == 0
 
 
-def test_a_restarted_sidecar_loses_no_request(sidecar: SidecarProcess) -> None:
+def check_restarts(sidecar: SidecarProcess) -> None:
+    """Restart a sidecar again and again, killed or told to end, while it is asked; nothing may be lost."""
     load = Load(2)
     eventually(lambda: load.answered > 5, "no answers")
     for kill in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
@@ -131,6 +132,10 @@ def test_a_restarted_sidecar_loses_no_request(sidecar: SidecarProcess) -> None:
     load.stop()
     assert not load.wrong
     assert not load.lost
+
+
+def test_a_restarted_sidecar_loses_no_request(sidecar: SidecarProcess) -> None:
+    check_restarts(sidecar)
 
 
 def test_sigterm_answers_what_was_accepted_and_leaves_nothing(sidecar: SidecarProcess) -> None:

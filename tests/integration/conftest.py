@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,3 +54,11 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     yield made
     client._pool.close()
     made.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder for sockets. Not pytest's own: the path of a socket has at most 107 characters."""
+    made = Path(tempfile.mkdtemp(prefix="trunkline-"))
+    yield made
+    shutil.rmtree(made)

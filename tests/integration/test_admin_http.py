@@ -7,12 +7,10 @@ import http.client
 import json
 import os
 import queue
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -93,14 +91,6 @@ class HttpServer:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    # Not pytest's own: the path of a socket has at most 107 characters.
-    made = Path(tempfile.mkdtemp(prefix="trunkline-"))
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from trunkline.pool import Pool
 from sidecar.bundle import write_bundle
 from sidecar.export import convert
 from tests.collector import Collector, Got, collector
+from tests.fault.test_processes import Scaled
 from tests.nodes import until
 from tests.sidecar_process import ROOT, SidecarProcess, sidecar_process
 from tests.template.test_template import TEMPLATE
@@ -47,17 +48,6 @@ def handle(event, context):
     return {"body": m(np.ones((2, 8), np.float32))}
 """
 PARTS = ["queue", "run", "reply"]
-
-
-class Scaled(torch.nn.Module):
-    """y = x * weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.arange(8.0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.weight
 
 
 def parent(number: int, flags: int = 1) -> str:

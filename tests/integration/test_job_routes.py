@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -177,14 +175,6 @@ def test_a_job_is_cancelled_and_only_few_run(http: flask.testing.FlaskClient, jo
 
 
 # --- as gunicorn serves it, without an engine -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    # Not pytest's own: the path of a socket has at most 107 characters.
-    made = Path(tempfile.mkdtemp(prefix="trunkline-"))
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture

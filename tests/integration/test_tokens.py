@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,14 +20,6 @@ from sidecar.http.access import Principal
 from sidecar.http.server import check_settings
 from sidecar.http.tokenfile import TokenFile
 from tests.integration.test_admin_http import HttpServer
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    # Not pytest's own: the path of a socket has at most 107 characters.
-    made = Path(tempfile.mkdtemp(prefix="trunkline-"))
-    yield made
-    shutil.rmtree(made)
 
 
 @pytest.fixture

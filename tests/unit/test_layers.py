@@ -67,6 +67,7 @@ LAYERS = {
         "keeping",
         "labels",
         "releases",
+        "peers",
         "tenants",
         "quotas",
         "quotaedit",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.tenants import Peer, Quotas, Tenant
+from sidecar.peers import Peer
+from sidecar.tenants import Quotas, Tenant
 from sidecar.tenantsockets import Keeper, TenantSockets, silence
 
 OWN_GROUP = os.getgid()
