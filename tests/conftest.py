@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from trunkline import client
@@ -20,6 +23,35 @@ def open_descriptors() -> int:
 def held() -> tuple[int, int]:
     """Return how many descriptors and threads this process has."""
     return open_descriptors(), threading.active_count()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what the fault matrix is told."""
+    parser.addoption("--nightly", action="store_true", help="have the fault matrix try everything twenty times as often")
+    parser.addoption("--rows", metavar="FILE", help="write what the rows of the fault matrix have found as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gather what rows have found, wherever they ran."""
+    if config.getoption("--rows") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Rows(Path(config.getoption("--rows"))))
+
+
+class _Rows:
+    """Writes what rows have found, and whether their tests passed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        found = self._found.setdefault(report.nodeid, {"test": report.nodeid, "passed": True})
+        found["passed"] = found["passed"] and report.passed
+        found |= {name: value for name, value in report.user_properties if name == "row"}
+
+    def pytest_sessionfinish(self) -> None:
+        rows = [found for found in self._found.values() if "row" in found]
+        self._path.write_text(json.dumps(rows, indent=1))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,207 @@
+"""What the rows of the fault matrix and of the threat table have in common: a sidecar, a neighbour, what must not be left behind.
+
+A row is a test marked ``@pytest.mark.row("F1", "T5")``. It gets a ``Row``, which says how often to try and keeps what was found;
+after the test it must have found nothing wrong, nothing lost and nothing left behind. ``benchmarks/faults.py`` writes that down.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from trunkline import client, errors
+from trunkline.endpoint import Endpoint
+from trunkline.pool import Pool
+
+from sidecar.bundle import write_bundle
+from sidecar.export import convert
+from tests.nodes import until
+from tests.sidecar_process import SidecarProcess
+
+# How much larger the counts of a night are.
+NIGHTLY: Final = 20
+# Of a neighbour's call; it has to outlast a restart of everything on a busy machine.
+PATIENCE_S: Final = 60.0
+_REST_S: Final = 0.002
+_SETTLE_S: Final = 20.0
+_SHARED_MEMORY: Final = Path("/dev/shm")
+
+
+class Scaled(torch.nn.Module):
+    """y = x * weight, small enough that its answers can be checked by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(8.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+EXPECTED: Final = np.arange(8, dtype=np.float32)
+
+
+def write_scaled(folder: Path, name: str = "scaled") -> Path:
+    """Write the bundle of ``Scaled``; return its folder."""
+    packed = convert(Scaled(), (torch.ones(2, 8),), name=name)
+    write_bundle(folder / name, packed.bundle, packed.blobs)
+    return folder / name
+
+
+def pool_at(socket: Path, token: bytes = b"") -> Pool:
+    """Return a function's sessions with the sidecar at ``socket``, whatever this process's environment says."""
+    return Pool(endpoint=Endpoint(str(socket)), credential=lambda: token)
+
+
+@dataclass
+class Row:
+    """What a row has found. ``longest_stall_s`` is the longest time in which a neighbour had no answer."""
+
+    ids: tuple[str, ...]
+    is_nightly: bool = False
+    attempts: int = 0
+    answered: int = 0
+    wrong: int = 0
+    lost: int = 0
+    leaked: dict[str, int] = field(default_factory=dict)
+    longest_stall_s: float = 0.0
+    seconds: float = 0.0
+
+    def count(self, push: int) -> int:
+        """Return how often to try: as often as with each push, or as in a night."""
+        return push * NIGHTLY if self.is_nightly else push
+
+    def check(self) -> None:
+        """Raise AssertionError for anything that must not be."""
+        assert self.attempts, f"{self.ids}: nothing was tried"
+        assert not self.wrong, f"{self.ids}: {self.wrong} wrong answers of {self.answered}"
+        assert not self.lost, f"{self.ids}: {self.lost} requests lost of {self.answered + self.lost}"
+        assert not any(self.leaked.values()), f"{self.ids}: left behind: {self.leaked}"
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what was found, as JSON has it."""
+        return asdict(self)
+
+
+class Neighbour:
+    """A well-behaved function that asks all the time and checks every answer, bit for bit. Use as a context manager.
+
+    What it found goes into the row: answers, wrong ones, lost requests, and the longest time without an answer.
+    """
+
+    def __init__(self, row: Row, socket: Path, *, threads: int = 1, model: str = "scaled") -> None:
+        self.errors: list[BaseException] = []
+        self.answered = 0
+        self._row = row
+        self._socket = socket
+        self._model = model
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(seed,), daemon=True) for seed in range(threads)]
+
+    def __enter__(self) -> Neighbour:
+        for thread in self._threads:
+            thread.start()
+        self.await_answers(len(self._threads))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(2 * PATIENCE_S)
+            assert not thread.is_alive(), "a neighbour's call does not end"
+        self._row.answered += self.answered
+        self._row.lost += len(self.errors)
+
+    def await_answers(self, more: int = 5) -> None:
+        """Return when so many more calls were answered."""
+        wanted, deadline = self.answered + more, time.monotonic() + 2 * PATIENCE_S
+        while self.answered < wanted:
+            assert time.monotonic() < deadline, f"a neighbour gets no answers: {self.errors[:3]}"
+            time.sleep(_REST_S)
+
+    def _ask(self, seed: int) -> None:
+        pool = pool_at(self._socket)
+        model = client.Model(self._model, pool)
+        random = np.random.default_rng(seed)
+        while not self._stopping.is_set():
+            x = random.random((1 + seed % 4, 8)).astype(np.float32)
+            began_s = time.monotonic()
+            try:
+                answer = model.call({"x": x}, deadline_s=PATIENCE_S)
+            except errors.TrunklineError as error:
+                self.errors.append(error)
+                continue
+            is_wrong = not np.array_equal(answer, x * EXPECTED)
+            with self._lock:
+                self.answered += 1
+                self._row.wrong += is_wrong
+                self._row.longest_stall_s = max(self._row.longest_stall_s, time.monotonic() - began_s)
+            # So that it is a neighbour, not a flood.
+            time.sleep(_REST_S)
+        pool.close()
+
+
+def settled(box: SidecarProcess, model: str = "scaled") -> None:
+    """Ask for a model, and return when the sidecar has tried out how it is served best: what is there then, is there to stay."""
+    pool = pool_at(box.socket)
+    client.Model(model, pool).call({"x": np.ones((1, 8), np.float32)})
+    pool.close()
+    until(lambda: bool(box.admin.get(f"models/{model}")["tried"]))
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the pids of what a process has started, and of what that has started."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found: list[int] = []
+    for child in [pid]:
+        found += [each for each, parent in parents.items() if parent == child]
+    for each in list(found):
+        found += descendants(each)
+    return found
+
+
+def held_by(pid: int) -> tuple[int, int]:
+    """Return how many descriptors and threads a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+
+
+def held(box: SidecarProcess) -> dict[str, int]:
+    """Return what a sidecar has of all that a test may have left with it: by its own books, and by the system's."""
+    engine = box.await_engine()
+    descriptors, threads = held_by(engine)
+    told = box.admin.get("sessions")
+    functions = [each for each in told["sessions"] if not each["administrator"]]
+    leases = [each for device in box.admin.get("leases")["devices"].values() for each in device["leases"]]
+    tiers = [tier for device in box.admin.get("residency")["devices"].values() for tier in device["tiers"]]
+    return {
+        "engine descriptors": descriptors,
+        "engine threads": threads,
+        "processes": len(descendants(box.process.pid)),
+        "names in /dev/shm": len([each for each in _SHARED_MEMORY.iterdir() if each.name.startswith("trunkline")]),
+        "sessions": len(functions),
+        "arena bytes": sum(each["arena_bytes"] for each in functions),
+        "leases": sum(each["leases"] for each in leases),
+        "bytes in tiers": sum(tier["used_bytes"] for tier in tiers),
+    }
+
+
+def left(box: SidecarProcess, before: dict[str, int]) -> dict[str, int]:
+    """Return by how much a sidecar has more than ``before`` when all had time to go, which is nothing if all is well."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        more = {what: count - before[what] for what, count in held(box).items() if count > before[what]}
+        if not more or time.monotonic() > deadline:
+            return more
+        time.sleep(0.05)
