@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
+
+from trunkline.protocol import COPY, HTTP, SEALED
 
 from sidecar.rates import RATE_S, WINDOW_S, History, Totals, added, quantile
 from sidecar.units import NONE, duration, percent, rate, size
@@ -17,11 +20,13 @@ MODEL_COLUMNS: Final = (
     ("p50", "p50"),
     ("p99", "p99"),
     ("waiting", "Queue"),
+    ("transport", "Transport"),
     ("share", "Device time"),
     ("priority", "Priority"),
 )
 # Of more, the busiest are listed.
 MOST_MODELS: Final = 400
+_TRANSPORTS: Final = {SEALED: "shared memory", COPY: "shared memory, copied", HTTP: "HTTP"}
 _STATES: Final = {"resident": "in memory", "loading": "loading", "stored": "on disk"}
 
 
@@ -83,7 +88,7 @@ class ModelRows:
         counts, is_recent = self._counts(name)
         p50, p99 = quantile(self.bounds_s, counts, 0.5), quantile(self.bounds_s, counts, 0.99)
         waiting = sum(each["waiting"].get(name, 0) for each in self._devices.values())
-        share = self._share(name)
+        share, came_by = self._share(name), self._transports(name)
         if not is_recent:
             flags.append("quiet")
         return {
@@ -97,6 +102,7 @@ class ModelRows:
                 duration(p50),
                 duration(p99),
                 str(waiting),
+                came_by,
                 percent(share),
                 str(any_one["priority"]),
             ],
@@ -109,6 +115,7 @@ class ModelRows:
                 number(p50),
                 number(p99),
                 waiting,
+                came_by,
                 number(share),
                 any_one["priority"],
             ],
@@ -143,6 +150,17 @@ class ModelRows:
         for each in self._devices.values():
             counts = added(counts, each["outcomes"]["models"].get(name, {}).get("counts", ()))
         return counts, False
+
+    def _transports(self, name: str) -> str:
+        """Return how requests of the last minute came, or where there were none, all since the engine's start."""
+        if self._now is None or not (counts := self._now.transports.get(name)):
+            return NONE
+        recent = counts - self._window.transports.get(name, Counter()) if self._window is not None else Counter()
+        found = (recent or counts).most_common()
+        if len(found) == 1:
+            return _TRANSPORTS[found[0][0]]
+        total = sum(count for _, count in found)
+        return ", ".join(f"{_TRANSPORTS[transport]} {percent(count / total)}" for transport, count in found)
 
     def _share(self, name: str) -> float | None:
         """Return the part of a device's time that requests for a model take: as often as they come, by what they took of late."""

@@ -33,14 +33,16 @@ class Totals:
     # By device and model.
     by_device: dict[tuple[str, str], int] = field(default_factory=dict)
     tenant_s: Counter[str] = field(default_factory=Counter)
+    # By model, how requests came.
+    transports: dict[str, Counter[str]] = field(default_factory=dict)
     fetched_bytes: int = 0
     evicted_bytes: int = 0
     hits: int = 0
     misses: int = 0
 
 
-def totals_of(devices: Mapping[str, Any], at_s: float) -> Totals:
-    """Return the counts in what the ``metrics`` command tells of each device."""
+def totals_of(devices: Mapping[str, Any], connections: Mapping[str, Any], at_s: float) -> Totals:
+    """Return the counts in what the ``metrics`` command tells of each device, and ``connections`` of how requests came."""
     engine = next(iter(devices.values()))["engine"]
     found = Totals(at_s, f"{engine['pid']}-{engine['generation']}")
     for device, each in devices.items():
@@ -56,6 +58,9 @@ def totals_of(devices: Mapping[str, Any], at_s: float) -> Totals:
         found.evicted_bytes += each["requests"]["evicted_bytes"]
         found.hits += residency["hits"]
         found.misses += residency["misses"]
+    for transport, asked in connections["asked"].items():
+        for model, count in asked.items():
+            found.transports.setdefault(model, Counter())[transport] = count
     return found
 
 

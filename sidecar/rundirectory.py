@@ -38,6 +38,11 @@ class RunDirectory:
         return self.public / "trunkline.sock"
 
     @property
+    def relay(self) -> Path:
+        """Return the socket at which the sidecar's own HTTP server asks in the stead of those who ask it."""
+        return self.root / "relay.sock"
+
+    @property
     def tenants(self) -> Path:
         """Return where tenants have folders with sockets of their own; a function mounts its tenant's instead of ``public``."""
         return self.root / "tenants"

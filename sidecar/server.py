@@ -46,6 +46,7 @@ from trunkline.errors import (
     VersionMismatch,
 )
 from trunkline.protocol import (
+    HTTP,
     JOINT,
     Command,
     Describe,
@@ -107,6 +108,7 @@ class Server:
         connection_limit: int,
         quotas: Quotas = OPEN,
         tenant_sockets: Mapping[str, socket.socket] = MappingProxyType({}),
+        relay: socket.socket | None = None,
         reload: Reload | None = None,
         releases: ReleaseFiles | None = None,
         generation: int = 0,
@@ -115,8 +117,8 @@ class Server:
     ) -> None:
         """``arena_limit_bytes`` bounds one arena, ``arena_total_bytes`` all arenas together, of all tenants.
 
-        ``listener`` is for all but those who have one in ``tenant_sockets``. ``reload`` is None where there is no quota file,
-        ``releases`` where no name has versions, ``tracer`` where nothing is traced.
+        ``listener`` is for all but those who have one in ``tenant_sockets``, ``relay`` for who asks for others. ``reload`` is
+        None where there is no quota file, ``releases`` where no name has versions, ``tracer`` where nothing is traced.
         """
         self.engine = engine
         self.routing = Routing(engine.signature, {} if releases is None else releases.table())
@@ -132,12 +134,14 @@ class Server:
         self._arena_bytes = 0
         self._connection_limit = connection_limit
         self._poll = select.epoll()
-        # By descriptor, with the tenant that each is for; "" for all.
-        self._listeners: dict[int, tuple[socket.socket, str]] = {}
+        # By descriptor.
+        self._listeners: dict[int, _Listener] = {}
         self._listening = True
-        self._listen_at(listener, "")
+        self._listen_at(_Listener(listener))
+        if relay is not None:
+            self._listen_at(_Listener(relay, is_relay=True))
         for name, each in tenant_sockets.items():
-            self._listen_at(each, name)
+            self._listen_at(_Listener(each, name))
         # Other threads wake the loop through this descriptor.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._wake_lock = threading.Lock()
@@ -151,6 +155,8 @@ class Server:
         # By the codes of their errors: requests that never came to the engine, and connections.
         self._refused: Counter[str] = Counter()
         self._turned_away: Counter[str] = Counter()
+        # By how they came, and by model: requests that came to the engine. One about several models counts for each.
+        self._asked: dict[str, Counter[str]] = {self.transport: Counter(), HTTP: Counter()}
         self._last_session = 0
         self._draining = False
         self._stopping = False
@@ -165,7 +171,7 @@ class Server:
                 self._listen(True)
             for fd, _ in events:
                 if fd in self._listeners:
-                    self._accept(*self._listeners[fd])
+                    self._accept(self._listeners[fd])
                 elif fd == wake:
                     os.eventfd_read(wake)
                     while self._posted:
@@ -223,10 +229,10 @@ class Server:
 
     # --- connections -------------------------------------------------------------------------------------------------
 
-    def _accept(self, listener: socket.socket, through: str) -> None:
+    def _accept(self, listener: _Listener) -> None:
         for _ in range(_ACCEPT_SLICE):
             try:
-                sock, _ = listener.accept()
+                sock, _ = listener.socket.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -244,7 +250,7 @@ class Server:
                 sock.close()
                 continue
             self._last_session += 1
-            session = Session(self, sock, self._last_session, through)
+            session = Session(self, sock, self._last_session, listener)
             self._sessions[sock.fileno()] = session
             self._greeting[sock.fileno()] = time.monotonic() + HANDSHAKE_S
             self._poll.register(sock, select.EPOLLIN)
@@ -258,23 +264,23 @@ class Server:
                 self._poll.unregister(fd)
         self._listening = wanted
 
-    def _listen_at(self, listener: socket.socket, tenant: str) -> None:
-        listener.setblocking(False)
-        self._listeners[listener.fileno()] = listener, tenant
+    def _listen_at(self, listener: _Listener) -> None:
+        listener.socket.setblocking(False)
+        self._listeners[listener.socket.fileno()] = listener
         if self._listening:
-            self._poll.register(listener, select.EPOLLIN)
+            self._poll.register(listener.socket, select.EPOLLIN)
 
     def _use_sockets(self, wanted: Mapping[str, socket.socket]) -> None:
         """Listen at these sockets of tenants, and close those that are not among them."""
-        for fd, (listener, tenant) in list(self._listeners.items()):
-            if tenant and wanted.get(tenant) is not listener:
+        for fd, listener in list(self._listeners.items()):
+            if listener.tenant and wanted.get(listener.tenant) is not listener.socket:
                 if self._listening:
                     self._poll.unregister(fd)
                 del self._listeners[fd]
-                listener.close()
-        for tenant, listener in wanted.items():
-            if listener.fileno() not in self._listeners:
-                self._listen_at(listener, tenant)
+                listener.socket.close()
+        for tenant, sock in wanted.items():
+            if sock.fileno() not in self._listeners:
+                self._listen_at(_Listener(sock, tenant))
 
     def _close_the_silent(self) -> None:
         now = time.monotonic()
@@ -407,6 +413,10 @@ class Server:
         """Note that a session has refused a request."""
         self._refused[error.code] += 1
 
+    def asked(self, transport: str, models: str) -> None:
+        """Note that a session has passed a request to the engine."""
+        self._asked[transport].update(models.split(JOINT))
+
     def _held(self) -> tuple[Counter[str], Counter[str]]:
         """Return how many connections, and bytes of arenas, tenants have."""
         connections = Counter(session.tenant.name for session in self._sessions.values() if session.belongs_to(session.tenant))
@@ -429,6 +439,7 @@ class Server:
             },
             "refused": self._refused,
             "turned_away": self._turned_away,
+            "asked": self._asked,
             "spans": None if self.tracer is None else self.tracer.counts(),
         }
 
@@ -543,8 +554,7 @@ class Session:
     ``handle`` runs in the server's thread; ``answer``, ``document``, ``fail`` and ``released`` in the engine's.
     """
 
-    def __init__(self, server: Server, sock: socket.socket, number: int, through: str = "") -> None:
-        """``through`` is the tenant whose socket it came through, empty for the one for all."""
+    def __init__(self, server: Server, sock: socket.socket, number: int, listener: _Listener) -> None:
         self.sock = sock
         self.number = number
         self.welcomed = False
@@ -554,7 +564,9 @@ class Session:
         self._server = server
         self._is_admin = False
         self._token_hash = ""
-        self._through = through
+        self._listener = listener
+        # How it brings tensors. Arenas of the HTTP server's sessions are shared with that, not with whoever asks it.
+        self._transport = HTTP if listener.is_relay else server.transport
         self._peer = peer_of(sock)
         # What this session has asked for, and may use, by the table of releases that holds below.
         self._names: dict[str, _Named] = {}
@@ -617,7 +629,7 @@ class Session:
                 newest=protocol.VERSION,
             )
         self._token_hash = hash_of(hello.token) if hello.token else ""
-        self.tenant, self._is_admin = server.identify(self._token_hash, self._through, self._peer)
+        self.tenant, self._is_admin = server.identify(self._token_hash, self._listener.tenant, self._asker)
         if not self._is_admin:
             server.check_connection_limit(self.tenant)
         request_bytes, reply_bytes = hello.request_bytes, hello.reply_bytes
@@ -648,14 +660,19 @@ class Session:
         self.welcomed = True
         server.welcomed(self, self._expected(hello.models))
 
+    @property
+    def _asker(self) -> Peer | None:
+        """Who asks; None where that cannot be seen, because the process at the other end asks for others."""
+        return None if self._listener.is_relay else self._peer
+
     def belongs_to(self, tenant: Tenant) -> bool:
         """Say whether this is a function's session, and of this tenant."""
         return self.welcomed and not self._is_admin and self.tenant.name == tenant.name
 
     def adopt(self, quotas: Quotas) -> bool:
         """Go by other quotas; return False when this session would not be let in any more."""
-        tenant = quotas.holder(self._token_hash, self._through)
-        if self._is_admin or tenant is None or tenant.is_bound_to_others(self._peer):
+        tenant = quotas.holder(self._token_hash, self._listener.tenant)
+        if self._is_admin or tenant is None or tenant.is_bound_to_others(self._asker):
             return self._is_admin
         self.tenant = tenant
         self._names.clear()
@@ -765,6 +782,7 @@ class Session:
             name, signature = route.draw(message.call_id)
         self._busy = True
         self._request_count += 1
+        self._server.asked(self._transport, name)
         deadline = time.monotonic() + message.deadline_us / 1_000_000
         engine.submit(
             Work(
@@ -863,7 +881,7 @@ class Session:
             # 0 for a process that cannot be seen from here.
             "pid": self._peer.pid,
             "uid": self._peer.uid,
-            "transport": self._server.transport,
+            "transport": self._transport,
             "arena_bytes": self.arena_bytes,
             "requests": self._request_count,
             "in_flight": int(self._busy),
@@ -1011,6 +1029,14 @@ class Session:
             log.debug("session %d took no answer (%s)", self.number, os.strerror(error.errno or 0))
         if notes is not None and self._server.tracer is not None:
             self._server.tracer.finish(notes)
+
+
+class _Listener(NamedTuple):
+    """A socket that is listened at: of one tenant, of the sidecar's HTTP server, which asks for others, or else for all."""
+
+    socket: socket.socket
+    tenant: str = ""
+    is_relay: bool = False
 
 
 class _Named(NamedTuple):

@@ -13,7 +13,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -21,7 +20,7 @@ from typing import Final
 from sidecar.processes import die_with_parent
 from sidecar.rundirectory import RunDirectory, write_token
 from sidecar.segment import Segment
-from sidecar.tenantsockets import HANDED_OVER, Keeper, listen_at, silence
+from sidecar.tenantsockets import HANDED_OVER, Keeper, Listeners, listen_at, silence
 
 log = logging.getLogger("trunkline.supervisor")
 
@@ -42,12 +41,12 @@ class Supervisor:
         run: RunDirectory,
         *,
         preload: Callable[[], None],
-        engine: Callable[[socket.socket, bytes, int, Sequence[int], Keeper], None],
+        engine: Callable[[Listeners, bytes, int, Sequence[int], Keeper], None],
         http: Callable[[], None],
         drain_timeout_s: float,
         segment_bytes: Sequence[int],
     ) -> None:
-        """``preload`` imports what the engine needs; ``engine(listener, token, generation, segments, keeper)`` is the engine
+        """``preload`` imports what the engine needs; ``engine(listeners, token, generation, segments, keeper)`` is the engine
         process.
 
         ``keeper`` has the sockets of tenants that engines before it have opened, and takes its own. ``segments`` are the
@@ -71,7 +70,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until told to stop; return the exit code. The run directory is the caller's."""
-        listener = listen_at(self._run.socket, 0o666)
+        listeners = Listeners(listen_at(self._run.socket, 0o666), listen_at(self._run.relay, 0o600))
         token = write_token(self._run.token)
         # Signals are waited for, not handled: nothing here can be interrupted half-way.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -79,20 +78,20 @@ class Supervisor:
         self._preload()
         try:
             self._open_segments()
-            self._start_http(listener)
-            self._start_engine(listener, token)
+            self._start_http(listeners)
+            self._start_engine(listeners, token)
             log.info("listening on %s", self._run.socket)
-            self._keep_alive(listener, token)
+            self._keep_alive(listeners, token)
         finally:
             self._stop_children()
             for segment in self._segments:
                 segment.unlink()
                 segment.close()
-            listener.close()
+            listeners.close()
             self._keeper.close()
             run = self._run
             silence(run.tenants)
-            for path in (run.socket, run.token, run.admin_socket, run.quotas, run.admin_tokens):
+            for path in (run.socket, run.relay, run.token, run.admin_socket, run.quotas, run.admin_tokens):
                 path.unlink(missing_ok=True)
         return 0
 
@@ -111,7 +110,7 @@ class Supervisor:
             folder.mkdir(exist_ok=True)
             self._segments.append(Segment.create_or_adopt(folder, size_bytes))
 
-    def _keep_alive(self, listener: socket.socket, token: bytes) -> None:
+    def _keep_alive(self, listeners: Listeners, token: bytes) -> None:
         while True:
             due_s = self._engine_started_s + self._pause_s - time.monotonic() if not self._engine_pid else None
             if due_s is None:
@@ -130,22 +129,22 @@ class Supervisor:
                 # It reads the quota file anew, as one that is started does anyway.
                 os.kill(self._engine_pid, signal.SIGHUP)
             elif received is None and not self._engine_pid:
-                self._start_engine(listener, token)
+                self._start_engine(listeners, token)
             if not self._http_pid:
-                self._start_http(listener)
+                self._start_http(listeners)
 
-    def _start_engine(self, listener: socket.socket, token: bytes) -> None:
+    def _start_engine(self, listeners: Listeners, token: bytes) -> None:
         self._engine_started_s = time.monotonic()
         self._generation += 1
         segments = [segment.descriptor for segment in self._segments]
         # What the last one has handed over, in its last moment perhaps.
         self._keeper.take()
-        self._engine_pid = _fork("engine", lambda: self._engine(listener, token, self._generation, segments, self._keeper))
+        self._engine_pid = _fork("engine", lambda: self._engine(listeners, token, self._generation, segments, self._keeper))
 
-    def _start_http(self, listener: socket.socket) -> None:
+    def _start_http(self, listeners: Listeners) -> None:
         def serve() -> None:
             # Functions are the engine's; a second holder would keep their socket open beyond the supervisor's death.
-            listener.close()
+            listeners.close()
             self._keeper.close()
             for segment in self._segments:
                 segment.close()

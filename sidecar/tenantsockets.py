@@ -15,7 +15,7 @@ import socket
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from sidecar.errors import ConfigError
 from sidecar.tenants import Quotas, Tenant
@@ -49,6 +49,17 @@ def listen_at(path: Path, mode: int, group: int | None = None) -> socket.socket:
             f"{len(str(temporary))}"
         ) from error
     return listener
+
+
+class Listeners(NamedTuple):
+    """The sockets for all: the functions', and that of the sidecar's own HTTP server, which asks for others."""
+
+    functions: socket.socket
+    relay: socket.socket
+
+    def close(self) -> None:
+        for listener in self:
+            listener.close()
 
 
 class Keeper:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -25,7 +24,7 @@ from sidecar.rundirectory import RunDirectory
 from sidecar.store import Store
 from sidecar.supervisor import EXIT_GRACE_S, Supervisor
 from sidecar.tenants import OPEN, Quotas
-from sidecar.tenantsockets import Keeper, TenantSockets
+from sidecar.tenantsockets import Keeper, Listeners, TenantSockets
 from sidecar.tracing import Tracer
 
 if TYPE_CHECKING:
@@ -70,10 +69,10 @@ def _serve(settings: Settings, run: RunDirectory) -> int:
     # Opened here as well, so that a folder that cannot be written to is told at once, and not by each engine.
     Store(settings.store_dir)
 
-    def engine(functions: socket.socket, token: bytes, generation: int, segments: Sequence[int], keeper: Keeper) -> None:
+    def engine(listeners: Listeners, token: bytes, generation: int, segments: Sequence[int], keeper: Keeper) -> None:
         if tcp:
             tcp.close()
-        _engine_process(settings, run, functions, token, generation, segments, keeper, tracer)
+        _engine_process(settings, run, listeners, token, generation, segments, keeper, tracer)
 
     tracer = _tracer(settings)
 
@@ -121,7 +120,7 @@ def _preload() -> None:
 def _engine_process(
     settings: Settings,
     run: RunDirectory,
-    listener: socket.socket,
+    listeners: Listeners,
     token: bytes,
     generation: int,
     segments: Sequence[int],
@@ -155,7 +154,7 @@ def _engine_process(
         engine = Engines(by_device, Constraints(run.constraints, list(by_device)), run.places)
     releases = ReleaseFiles(store)
     server = Server(
-        listener,
+        listeners.functions,
         engine,
         admin_token=token,
         arena_limit_bytes=settings.arena_limit_bytes,
@@ -163,6 +162,7 @@ def _engine_process(
         connection_limit=settings.connection_limit,
         quotas=quotas,
         tenant_sockets=sockets.follow(quotas),
+        relay=listeners.relay,
         reload=None if quota_file is None else quota_file.reload,
         releases=releases,
         generation=generation,

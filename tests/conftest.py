@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trunkline import client
+from trunkline import client, context
 
 
 def open_descriptors() -> int:
@@ -54,12 +54,23 @@ class _Rows:
         self._path.write_text(json.dumps(rows, indent=1))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imports_at_rest() -> None:
+    """Keep the collector from what was imported: to look through all of torch twice for each test took most of the time."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def logs_as_before() -> Iterator[None]:
-    """Have the log as it was before the test: how much is logged is one setting of a whole process, and some change it."""
+    """Have the log as it was before the test: how much is logged, and of which call, is one setting, and some change it."""
     loggers = [logging.getLogger(), logging.getLogger("trunkline")]
     before = [(each.level, each.propagate, each.disabled, [*each.handlers], [*each.filters]) for each in loggers]
     yield
+    # As a gunicorn worker's thread has it before a request.
+    context.call_id.set("")
+    context.traceparent.set("")
     for each, (level, propagate, disabled, handlers, filters) in zip(loggers, before, strict=True):
         each.setLevel(level)
         each.propagate, each.disabled = propagate, disabled

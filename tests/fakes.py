@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import socket
 import threading
 import time
 import zlib
@@ -28,6 +27,7 @@ from sidecar.releases import Release
 from sidecar.routing import ReleaseFiles
 from sidecar.server import Reload, Server
 from sidecar.tenants import OPEN, Quotas
+from sidecar.tenantsockets import listen_at
 from sidecar.tracing import Tracer
 
 ADMIN_TOKEN = b"administrator"
@@ -220,9 +220,10 @@ class Running:
     """A server and its engine, or those of several devices, running in threads of this process."""
 
     def __init__(
-        self, path: Path, device: Any, source: Any, engine: Engine, server: Server, engines: Engines | None = None
+        self, path: Path, relay: Path, device: Any, source: Any, engine: Engine, server: Server, engines: Engines | None = None
     ) -> None:
         self.path = str(path)
+        self.relay = str(relay)
         self.device = device
         self.source = source
         self.engine = engine
@@ -254,11 +255,8 @@ def running_server(
     ``source`` is a ``FakeSource`` or a real store, ``device`` a real one or, where there is none, a ``FakeDevice``. Devices
     ``beside`` it have engines of their own; models are placed by ``placing_clock``.
     """
-    path = directory / "trunkline.sock"
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(path))
-    listener.listen(64)
+    path, relay_path = directory / "trunkline.sock", directory / "relay.sock"
+    listener, relay = listen_at(path, 0o600), listen_at(relay_path, 0o600)
     device = device or FakeDevice()
     in_flight = InFlight()
     all_engines = [
@@ -290,6 +288,7 @@ def running_server(
         arena_total_bytes=arena_total_bytes,
         connection_limit=connection_limit,
         quotas=quotas,
+        relay=relay,
         reload=reload,
         releases=releases,
         transport=transport,
@@ -300,14 +299,15 @@ def running_server(
     for thread in threads:
         thread.start()
     try:
-        yield Running(path, device, source, engine, server, engines)
+        yield Running(path, relay_path, device, source, engine, server, engines)
     finally:
         serving.drain(server.stop)
         releases.stop()
         for thread in threads:
             thread.join(20)
-        listener.close()
-        path.unlink(missing_ok=True)
+        for each, at in ((listener, path), (relay, relay_path)):
+            each.close()
+            at.unlink()
     assert not any(thread.is_alive() for thread in threads), "engine or server did not stop"
     for each in all_engines:
         each.check_invariants()

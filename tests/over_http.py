@@ -46,7 +46,7 @@ def served(app: Any) -> Iterator[str]:
 @contextlib.contextmanager
 def routes_of(running: Running, folder: Path, callers: Any = None) -> Iterator[str]:
     """Serve the Open Inference Protocol before a server of this process."""
-    made = callers or Callers(running.path)
+    made = callers or Callers(running.relay)
     admin = AdminConnection(running.path, ADMIN_TOKEN)
     app = create_app(admin, Store(folder / "store"))
     limit_bytes = running.server.arena_limit_bytes + MAX_JSON_BYTES

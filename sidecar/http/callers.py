@@ -1,6 +1,7 @@
 """Sessions with the engine for whoever asks over HTTP: opened with the caller's own token, as its function would open them.
 
-So the engine alone decides who may do what, and what a caller has open counts as its tenant's. A few sessions are kept for
+So the engine alone decides who may do what, and what a caller has open counts as its tenant's. They go through a socket of
+their own, by which the engine knows that whose process it is cannot be seen. A few sessions are kept for
 each token that was let in, for its next request; not for long, since another worker may be asked that, and must not find
 that its tenant has as many connections as it may.
 """
@@ -13,14 +14,36 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from trunkline.client import Model
 from trunkline.endpoint import Endpoint
 from trunkline.errors import QueueFull, Unauthorized
 from trunkline.pool import Pool
 
+# Models of which it is known what they take, for each token.
+_MOST_MODELS: Final = 256
 # Tokens whose sessions are kept.
 _MOST_TOKENS: Final = 32
 # For so long; whoever is refused a connection is told to try again in as many.
 _KEPT_S: Final = 1.0
+
+
+class CallerPool(Pool):
+    """A caller's sessions, and models that were asked for in them: what one takes need not be asked for with each call."""
+
+    def __init__(self, socket_path: str, token: bytes, idle_limit: int) -> None:
+        super().__init__(endpoint=Endpoint(socket_path), credential=lambda: token, idle_limit=idle_limit)
+        self._found: dict[str, Model] = {}
+
+    def model(self, name: str) -> Model:
+        """Return a model whose signature may be that of an older version, until it is called."""
+        return self._found.get(name) or self.fresh(name)
+
+    def fresh(self, name: str) -> Model:
+        """Return a model whose signature is asked for when it is needed."""
+        if len(self._found) >= _MOST_MODELS:
+            self._found.clear()
+        found = self._found[name] = Model(name, self)
+        return found
 
 
 class Callers:
@@ -34,16 +57,16 @@ class Callers:
         # Notified when there are no pools any more.
         self._changed = threading.Condition()
         # With when they were used last; the latest stands last.
-        self._pools: dict[bytes, tuple[Pool, float]] = {}
+        self._pools: dict[bytes, tuple[CallerPool, float]] = {}
         self._is_tidied = False
 
     @contextlib.contextmanager
-    def pool(self, token: bytes) -> Iterator[Pool]:
+    def pool(self, token: bytes) -> Iterator[CallerPool]:
         """Give the sessions of a caller while the block runs. A token that is refused is forgotten, and pushes out no other."""
         with self._changed:
             pool, _ = self._pools.get(token, (None, 0.0))
         if pool is None:
-            pool = Pool(endpoint=Endpoint(self._path), credential=lambda: token, idle_limit=self._idle_limit)
+            pool = CallerPool(self._path, token, self._idle_limit)
         is_refused = False
         try:
             yield pool
@@ -69,7 +92,7 @@ class Callers:
         for pool, _ in pools.values():
             pool.close()
 
-    def _settle(self, token: bytes, pool: Pool, is_kept: bool) -> None:
+    def _settle(self, token: bytes, pool: CallerPool, is_kept: bool) -> None:
         with self._changed:
             # Another thread may have brought one for this token meanwhile.
             known, _ = self._pools.pop(token, (pool, 0.0))
@@ -90,7 +113,7 @@ class Callers:
         while (pool := self._next_idle()) is not None:
             pool.close()
 
-    def _next_idle(self) -> Pool | None:
+    def _next_idle(self) -> CallerPool | None:
         """Wait for a pool that nobody has used for a while, and forget it; None when there are none left."""
         with self._changed:
             while self._pools:

@@ -73,6 +73,11 @@ METRICS: Final[Mapping[str, Kind]] = {
         "reason",
     ),
     # Requests.
+    "trunkline_requests_asked_total": _counter(
+        "Requests that came to a device, by how: sealed or copy, in shared memory; http. One that asks several models "
+        "counts for each",
+        "transport",
+    ),
     "trunkline_requests_total": _counter(
         "Requests by what became of them: answered, or the code of the error. One that asks several models counts for each. "
         "Without a device: refused before there was one",
@@ -347,6 +352,8 @@ def _put_connections(sheet: _Sheet, found: Mapping[str, Any]) -> None:
     sheet.put("trunkline_arena_limit_bytes", found["arena_limit_bytes"])
     for reason, count in found["turned_away"].items():
         sheet.put("trunkline_connections_refused_total", count, reason)
+    for transport, asked in found["asked"].items():
+        sheet.put("trunkline_requests_asked_total", sum(asked.values()), transport)
     for reason, count in found["refused"].items():
         sheet.put("trunkline_requests_total", count, "", "", reason)
 

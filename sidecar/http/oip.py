@@ -21,13 +21,13 @@ from trunkline.errors import (
     BodyTooLarge,
     InvalidInput,
     ModelCorrupt,
+    RequestError,
     SidecarFault,
     TransportError,
     TrunklineError,
     UnknownModel,
 )
 from trunkline.oip import EXTENSION, HEADER_LENGTH, MAX_TIMEOUT_US
-from trunkline.pool import Pool
 from trunkline.protocol import MAX_ARENA_BYTES, MAX_MODELS, MAX_NAME
 from trunkline.signature import Signature
 
@@ -63,10 +63,17 @@ class EngineClient(Protocol):
     def command(self, name: str, arguments: dict[str, object] | None = None) -> Any: ...
 
 
+class Models(Protocol):
+    """Models as a caller asks for them: by what was known of them last, or asked for anew."""
+
+    def model(self, name: str) -> Model: ...
+    def fresh(self, name: str) -> Model: ...
+
+
 class Callers(Protocol):
     """Sessions with the engine that are opened with a caller's own token."""
 
-    def pool(self, token: bytes) -> AbstractContextManager[Pool]: ...
+    def pool(self, token: bytes) -> AbstractContextManager[Models]: ...
 
     def greet(self, token: bytes, models: tuple[str, ...], request_bytes: int, reply_bytes: int, deadline: float) -> None: ...
 
@@ -110,14 +117,8 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     def described(name: str, version: str | None) -> tuple[str, Signature]:
         """Return what a model, or one of its versions, is asked by, and its signature."""
         with room.taken(token := _token(), 0), callers.pool(token) as pool:
-            check_unbound(token)
             found = _of_version(name, version, pool)
             return found.name, found.signature
-
-    def check_unbound(token: bytes) -> None:
-        """Raise Unauthorized for a tenant that is bound to a uid: the sessions it is asked in are those of this process."""
-        if token:
-            engine.command("identify", _known_by(token))
 
     def routed(name: str, **asked: str) -> dict[str, Any]:
         """Return what answers for a name, and its versions; with a ``call_id`` it is that request's turn."""
@@ -159,7 +160,6 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         wanted = {key: _number(key, limit) for key, limit in _GREETING.items()}
         deadline = time.monotonic() + wanted["timeout"] / 1_000_000
         with room.taken(token := _token(), 0):
-            check_unbound(token)
             callers.greet(token, tuple(map(_name, names)), wanted["request_bytes"], wanted["reply_bytes"], deadline)
 
     @_versioned(routes, "")
@@ -223,23 +223,31 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         token, body_bytes = _token(), request.content_length or 0
         json_bytes = openinference.json_length(request.headers.get(HEADER_LENGTH), body_bytes)
         with room.taken(token, body_bytes + MOST_PARSED_BYTES * json_bytes), callers.pool(token) as pool:
-            check_unbound(token)
-            found = _of_version(name, version, pool)
+            found = _current(name, version, pool)
+            signature = found.signature
             # Who asks, and for what, is known before a byte of the body is read.
-            asked = openinference.decode(_body(body_bytes), json_bytes, found.signature)
+            body = _body(body_bytes)
+            try:
+                asked = openinference.decode(body, json_bytes, signature)
+            except RequestError:
+                # Perhaps there is a version by now that takes it.
+                found = _of_version(name, version, pool)
+                if found.signature == signature:
+                    raise
+                asked = openinference.decode(body, json_bytes, found.signature)
             deadline_s = None
             if asked.timeout_us is not None:
                 deadline_s = asked.timeout_us / 1_000_000 - (time.monotonic() - began_s)
             call_id = request.headers.get("X-Call-Id") or asked.id or ""
             answered, signature = _called(
-                found, lambda: Model(routed(name, call_id=call_id)["model"], pool), asked.inputs, deadline_s, call_id
+                found, lambda: pool.model(routed(name, call_id=call_id)["model"]), asked.inputs, deadline_s, call_id
             )
             if version not in (None, signature.version):
                 raise _no_version(name, str(version))
             # A call that meets a new version goes on with it, which not everybody wants.
             found.signature.check_current(asked.signature_id, name)
-            body, length = openinference.encode(signature, name, asked, answered)
-        response = Response(body, mimetype="application/json" if length is None else "application/octet-stream")
+            content, length = openinference.encode(signature, name, asked, answered)
+        response = Response(content, mimetype="application/json" if length is None else "application/octet-stream")
         if length is not None:
             response.headers[HEADER_LENGTH] = str(length)
         return response
@@ -330,9 +338,9 @@ def _number(key: str, limit: int) -> int:
     return int(text)
 
 
-def _of_version(name: str, version: str | None, pool: Pool) -> Model:
+def _of_version(name: str, version: str | None, pool: Models) -> Model:
     """Return a model, or one of its versions. Raises UnknownModel."""
-    found = Model(_name(name), pool)
+    found = pool.fresh(_name(name))
     if version is None:
         return found
     try:
@@ -345,7 +353,17 @@ def _of_version(name: str, version: str | None, pool: Pool) -> Model:
     stored, domain = unqualified(name)
     if not LABEL.fullmatch(version) or parted(stored)[1]:
         raise _no_version(name, version)
-    return Model(qualified(labelled(stored, version), domain), pool)
+    return pool.fresh(qualified(labelled(stored, version), domain))
+
+
+def _current(name: str, version: str | None, pool: Models) -> Model:
+    """Return a model to be called. Its signature may be older where the call itself finds out, and goes on with the new one.
+
+    Calls of a release do not: they are of a version, and know nothing of the name. Raises UnknownModel.
+    """
+    if version is None and not _is_released((found := pool.model(_name(name))).signature):
+        return found
+    return _of_version(name, version, pool)
 
 
 def _no_version(name: str, version: str) -> UnknownModel:

@@ -272,7 +272,7 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
         # What fits into an arena, and the JSON before it.
         limit_bytes = settings.arena_limit_bytes + MAX_JSON_BYTES
         workers = settings.admin_workers
-        callers = Callers(path, idle_limit=max(1, _IDLE_SESSIONS // workers))
+        callers = Callers(str(RunDirectory(settings.run_dir).relay), idle_limit=max(1, _IDLE_SESSIONS // workers))
         room = Room(_MOST_INFERENCES, _ROOM_BYTES // workers)
         add_open_inference(app, engine, callers, room, body_limit_bytes=limit_bytes)
         app.wsgi_app = Correlation(app.wsgi_app, self._tracer)  # type: ignore[method-assign]

@@ -50,7 +50,7 @@ class Watcher:
         metrics = self._engine.command("metrics")["devices"]
         connections = self._engine.command("connections")
         pictures = self._engine.command("picture", {"of": self._known})["devices"]
-        self._history.note(totals_of(metrics, self._clock()))
+        self._history.note(totals_of(metrics, connections, self._clock()))
         for number, (device, picture) in enumerate(pictures.items()):
             if not number and "runs" in picture:
                 # Models are the same on all devices.

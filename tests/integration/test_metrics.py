@@ -150,6 +150,7 @@ class Told(FakeEngine):
             "tenants": {"anyone": {"connections": 3, "arena_bytes": 300}},
             "refused": {"value_out_of_bounds": 2},
             "turned_away": {"unauthorized": 1},
+            "asked": {"sealed": {"m": 4, "n": 1}, "http": {}},
             "spans": {"exported": 12, "dropped": {"queue_full": 3, "export_failed": 0}},
         }
         placed = {"name": "m", "devices": ["a", "b"], "moving_to": ["b"], "rate": 2.0, "under_way": 0.5, "seconds": {"a": 0.01}}
@@ -206,6 +207,7 @@ def test_names_follow_the_rules_of_prometheus() -> None:
         assert set(kind.labels) <= {
             *(
                 "process",
+                "transport",
                 "device",
                 "model",
                 "tenant",
@@ -234,6 +236,7 @@ def test_values_are_those_of_the_snapshot(http: flask.testing.FlaskClient) -> No
         assert scrape("requests_total", device=device, model="m", outcome="answered") == 6
         assert scrape("requests_total", device=device, model="m", outcome="deadline_exceeded") == 4
     assert scrape("requests_total", device="", model="", outcome="value_out_of_bounds") == 2
+    assert (scrape("requests_asked_total", transport="sealed"), scrape("requests_asked_total", transport="http")) == (5, 0)
     buckets = [scrape("request_duration_seconds_bucket", device="a", model="m", le=each) for each in ("0.1", "1.0", "+Inf")]
     assert buckets == [3, 5, 6]
     assert scrape("request_duration_seconds_sum", device="a", model="m") == 5.5

@@ -47,7 +47,7 @@ class Endpoint:
 
     def __init__(self, running: Running, folder: Path, room: Room | None = None) -> None:
         self.running = running
-        self.callers = Callers(running.path, kept_s=3600)
+        self.callers = Callers(running.relay, kept_s=3600)
         self.admin = AdminConnection(running.path, ADMIN_TOKEN)
         self.app = create_app(self.admin, Store(folder / "store"))
         add_open_inference(self.app, self.admin, self.callers, room or Room(8, 1 << 30), body_limit_bytes=BODY_LIMIT_BYTES)
@@ -460,6 +460,17 @@ def test_several_models_are_asked_at_once(open_one: Endpoint) -> None:
     refused(open_one.infer("age+none"), 404, "unknown_model")
 
 
+def test_it_is_told_how_requests_came(open_one: Endpoint) -> None:
+    model("age")(np.zeros((1, 3), np.float32))
+    for name in ("age", "age+gender"):
+        assert open_one.infer(name).status_code == 200
+    asked = open_one.admin.command("connections")["asked"]
+    assert asked == {"sealed": {"age": 1}, "http": {"age": 2, "gender": 1}}
+    transports = [session["transport"] for session in open_one.admin.command("sessions")["sessions"]]
+    # The function's, the one that the endpoint asks others' requests in, and its own as administrator.
+    assert transports == ["sealed", "http", "sealed"]
+
+
 def test_a_tenant_that_is_bound_to_the_uid_of_the_endpoint_is_not_let_in_either(tenanted: Endpoint) -> None:
     assert tenanted.infer(headers=VISION).status_code == 200
     bound = QUOTAS.replace("[tenants.vision]\n", f"[tenants.vision]\nuid = {os.getuid()}\n")
@@ -497,6 +508,41 @@ def test_a_version_that_comes_in_the_middle_does_not_answer_who_goes_by_another(
     monkeypatch.setattr(Model, "call", replaced_meanwhile)
     refused(open_one.infer(parameters={oip.SIGNATURE_ID: before}), 400, "signature_mismatch", "age is version 2 now")
     assert open_one.infer().status_code == 200
+
+
+def test_what_a_model_takes_is_asked_for_once_and_again_when_it_may_be_otherwise(
+    open_one: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: list[str] = []
+    describe = Model._describe
+
+    def counted(asked: Model, deadline: float) -> Signature:
+        described.append(asked.name)
+        return describe(asked, deadline)
+
+    monkeypatch.setattr(Model, "_describe", counted)
+    for _ in range(3):
+        assert open_one.infer().status_code == 200
+    assert described == ["age"]
+    wide = (TensorSpec("x", "float32", ("batch", 4)),)
+    open_one.running.source.put(bundle_of("age", [b"other"], inputs=wide, outputs=wide, version="2"), [b"other"])
+    open_one.admin.command("model_changed", {"name": "age"})
+    four = {**X, "shape": [1, 4], "data": [1, 2, 3, 4]}
+    assert open_one.infer(inputs=[four]).status_code == 200
+    refused(open_one.infer(), 400, "signature_mismatch")
+    assert open_one.infer(inputs=[four]).status_code == 200
+    # By its name alone it is asked for again where it might take what it did not; with a version each time.
+    assert described == ["age"] * 3
+    assert open_one.http.post("/v2/models/age/versions/2/infer", json={"inputs": [four]}).status_code == 200
+    assert described == ["age"] * 4
+
+
+def test_names_that_are_asked_for_take_no_memory_without_end(open_one: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.http.callers._MOST_MODELS", 3)
+    for number in range(5):
+        refused(open_one.infer(f"none{number}"), 404, "unknown_model")
+    with open_one.callers.pool(b"") as pool:
+        assert len(pool._found) <= 3
 
 
 def test_sessions_of_few_tokens_are_kept(tenanted: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:

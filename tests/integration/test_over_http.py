@@ -440,7 +440,7 @@ def test_calls_go_where_they_should_and_it_is_logged_once(
     assert transport_name() == c
     reached = [record.args[0] for record in caplog.records if "sidecar reached" in record.message]
     # The server of the routes has reached it, too.
-    assert [each for each in reached if each != f"unix:{running.path}"] == [url, b, a, b, url, c]
+    assert [each for each in reached if each != f"unix:{running.relay}"] == [url, b, a, b, url, c]
     pool.close()
 
 

@@ -63,7 +63,13 @@ class Watched(FakeEngine):
         document["outcomes"]["models"] = {name: dict(told) for name in names}
         self.documents = {device: json.loads(json.dumps(document)) for device in devices}
         self.answers["metrics"] = {"devices": self.documents}
-        self.answers["connections"] = {"connections": 5, "connection_limit": 64, "tenants": {"anyone": {"connections": 3}}}
+        self.asked_by: dict[str, dict[str, int]] = {"sealed": {}, "http": {}}
+        self.answers["connections"] = {
+            "connections": 5,
+            "connection_limit": 64,
+            "tenants": {"anyone": {"connections": 3}},
+            "asked": self.asked_by,
+        }
         self.answers["picture"] = {"devices": {device: picture_of(*names) for device in devices}}
 
     @property
@@ -248,6 +254,23 @@ def test_rates_are_of_what_was_counted_meanwhile() -> None:
     texts = look.state["texts"]
     assert (texts["rate"], texts["moved"], texts["found"]) == ("4.0/s", "2.0 kB/s", "75 %")
     assert found["state"] == "in use on a, b, pinned"
+
+
+def test_how_requests_came_is_of_the_last_minute_where_any_did() -> None:
+    engine = Watched()
+    shown = lambda times, **growing: row_of(looked(engine, times, between=lambda: ask(**growing)), "m")["transport"]  # noqa: E731
+
+    def ask(**growing: int) -> None:
+        for transport, count in growing.items():
+            engine.asked_by.setdefault(transport, {})["m"] = engine.asked_by.get(transport, {}).get("m", 0) + count
+
+    # A first look has nothing to compare with.
+    assert shown(1) == shown(2) == modelrows.NONE
+    ask(sealed=10)
+    assert shown(2) == "shared memory"
+    assert shown(2, http=5) == "HTTP"
+    assert shown(2) == "shared memory 67 %, HTTP 33 %"
+    assert shown(3, copy=1, http=3) == "HTTP 75 %, shared memory, copied 25 %"
 
 
 def test_bars_stand_for_bytes_and_have_a_budget() -> None:

@@ -420,7 +420,7 @@ def served() -> Kept:
 
 @pytest.fixture
 def http(running: Running, served: Kept, tmp_path: Path) -> Iterator[flask.testing.FlaskClient]:
-    callers, admin = Callers(running.path), AdminConnection(running.path, ADMIN_TOKEN)
+    callers, admin = Callers(running.relay), AdminConnection(running.path, ADMIN_TOKEN)
     app = create_app(admin, Store(tmp_path / "store"), spans=served.counts)
     add_open_inference(app, admin, callers, Room(8, 1 << 30), body_limit_bytes=1 << 20)
     app.wsgi_app = Correlation(app.wsgi_app, served)  # type: ignore[method-assign]

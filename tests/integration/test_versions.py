@@ -55,7 +55,7 @@ class Node:
     def __init__(self, running: Running, store: Store) -> None:
         self.running = running
         self.store = store
-        self.callers = Callers(running.path)
+        self.callers = Callers(running.relay)
         self.admin = AdminConnection(running.path, ADMIN_TOKEN)
         app = create_app(self.admin, store)
         add_open_inference(app, self.admin, self.callers, Room(16, 1 << 30), body_limit_bytes=1 << 20)

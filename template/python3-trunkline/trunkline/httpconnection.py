@@ -39,7 +39,7 @@ from trunkline.errors import (
     UnknownModel,
     VersionMismatch,
 )
-from trunkline.protocol import Placement
+from trunkline.protocol import HTTP, Placement
 from trunkline.transport import LONGEST_WAIT_S, late, remaining_s
 
 # Memory is taken as it is written, so that most functions never need a larger one.
@@ -57,7 +57,7 @@ class HttpConnection:
     Belongs to one thread at a time, and to the process that opened it.
     """
 
-    transport = "http"
+    transport = HTTP
 
     def __init__(
         self,

@@ -59,6 +59,8 @@ ITEM_BYTES: Final[dict[str, int]] = {
 
 SEALED: Final = "sealed"
 COPY: Final = "copy"
+# Not of this protocol: how the transport is called of who asks over HTTP instead.
+HTTP: Final = "http"
 
 
 @dataclass(frozen=True)
