@@ -1,4 +1,4 @@
-"""The run directory: where a running sidecar can be found, and whose it is. At most one sidecar runs in it."""
+"""The run directory: where a running sidecar can be found, and whose it is. One sidecar runs in it at most, one may take over."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import logging
 import os
 import re
 import secrets
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from sidecar.disk import opened
 from sidecar.errors import ConfigError
 
 log = logging.getLogger("trunkline.supervisor")
@@ -21,6 +23,8 @@ log = logging.getLogger("trunkline.supervisor")
 # The folder of what belongs to another device than the first.
 _DEVICE: Final = re.compile(r"device-\d+")
 _LOOK_S: Final = 0.02
+# struct flock: kind, whence, start, length, pid.
+_FLOCK: Final = struct.Struct("@hhqqi")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ class RunDirectory:
     def lock(self) -> Path:
         return self.root / "lock"
 
+    @property
+    def successor_lock(self) -> Path:
+        """Return what a sidecar holds that is about to take over from the one that runs."""
+        return self.root / "successor.lock"
+
     def create(self) -> None:
         """Make the directories. ``public`` is open to any uid, since functions run as all sorts of them."""
         self.root.mkdir(parents=True, exist_ok=True)
@@ -101,46 +110,100 @@ class RunDirectory:
         Raises ConfigError at once when another sidecar runs in it, and after ``patience_s`` when what a killed one has left,
         which has been told to end, still does.
         """
-        # Locks of the file system, not a pid file: they are free the moment their holder is gone, however it went. Of the two on
-        # this file a record lock is this process's alone, the other also its children's.
+        with self.ownership() as ownership:
+            ownership.take(patience_s)
+            yield
+
+    @contextlib.contextmanager
+    def ownership(self) -> Iterator[Ownership]:
+        """Give the means to have the directory, which ends with the block."""
         descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(
-                    f"a sidecar is running in {self.root} already; stop it or choose another --run-dir",
-                    run_dir=str(self.root),
-                ) from error
-            self._await_children_of_the_last(descriptor, patience_s)
-            yield
+            yield Ownership(self, descriptor)
         finally:
             os.close(descriptor)
 
-    def _await_children_of_the_last(self, descriptor: int, patience_s: float) -> None:
+    @contextlib.contextmanager
+    def succession(self) -> Iterator[None]:
+        """Be the one that is about to take the directory over, while the block runs. Raises ConfigError beside another."""
+        with opened(self.successor_lock, os.O_RDWR | os.O_CREAT) as descriptor:
+            try:
+                # This process's alone, as is the first of those of an owner.
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise self._refusal("another sidecar is about to take over") from error
+            yield
+
+    def has_successor(self) -> bool:
+        """Say whether a sidecar lives that is about to take over. Not for that itself."""
+        try:
+            with opened(self.successor_lock, os.O_RDWR) as descriptor:
+                # Not by taking the lock, which would be in the way of whoever is about to.
+                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+                kind, *_ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+        except FileNotFoundError:
+            return False
+        return bool(kind != fcntl.F_UNLCK)
+
+    def _refusal(self, problem: str) -> ConfigError:
+        return ConfigError(f"{problem} in {self.root}; wait until it has, or choose another --run-dir", run_dir=str(self.root))
+
+
+class Ownership:
+    """The locks of a run directory, as one process has them with its children.
+
+    Locks of the file system, not a pid file: they are free the moment their holder is gone, however it went. Of the two on one
+    file a record lock is this process's alone, the other also its children's.
+    """
+
+    def __init__(self, run: RunDirectory, descriptor: int) -> None:
+        self._run = run
+        self._descriptor = descriptor
+
+    def take(self, patience_s: float) -> None:
+        """Take the directory. Raises ConfigError as ``RunDirectory.owned`` does."""
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"a sidecar is running in {self._run.root} already; stop it, have this one take over (--take-over), or choose "
+                "another --run-dir",
+                run_dir=str(self._run.root),
+            ) from error
+        if self._run.has_successor():
+            # From one that has died since.
+            raise self._run._refusal("another sidecar is about to take over")
+        self._await_children_of_the_last(patience_s)
+
+    def take_if_free(self) -> bool:
+        """Take the directory, if no other sidecar runs in it and nothing of one is left; return whether it is this one's now."""
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _await_children_of_the_last(self, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
         waiting = False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        f"what a sidecar that was killed has left in {self.root} has not ended within {patience_s:g} s; end "
-                        f"these processes (fuser {self.lock} shows them), or choose another --run-dir",
-                        run_dir=str(self.root),
-                    ) from error
-                if not waiting:
-                    log.warning("a sidecar that was killed has left processes in %s; they are waited for", self.root)
-                waiting = True
-                time.sleep(_LOOK_S)
-            else:
-                return
+        while not self.take_if_free():
+            root = self._run.root
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"what a sidecar that was killed has left in {root} has not ended within {patience_s:g} s; end "
+                    f"these processes (fuser {self._run.lock} shows them), or choose another --run-dir",
+                    run_dir=str(root),
+                )
+            if not waiting:
+                log.warning("a sidecar that was killed has left processes in %s; they are waited for", root)
+            waiting = True
+            time.sleep(_LOOK_S)
 
 
-def write_token(path: Path) -> bytes:
-    """Write a new administrator's token, readable by this user alone, and return it."""
-    token = secrets.token_hex(32).encode()
+def write_token(path: Path, token: bytes = b"") -> bytes:
+    """Write an administrator's token, a new one unless it is given, readable by this user alone; return it."""
+    token = token or secrets.token_hex(32).encode()
     temporary = path.with_suffix(".new")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -55,6 +55,8 @@ _HEADER: Final = struct.Struct("<8sIQH")
 _MODE: Final = 0o600
 _ROUNDING_BYTES: Final = 64 << 20
 _ADDRESSES: Final = 8
+# What the name of a segment ends with whose sidecar takes over from another.
+_NEXT: Final = "-next"
 # FALLOC_FL_PUNCH_HOLE with FALLOC_FL_KEEP_SIZE, of linux/falloc.h.
 _PUNCH_HOLE: Final = 0x3
 
@@ -70,10 +72,18 @@ class Segment:
         self.name = name
 
     @classmethod
-    def create_or_adopt(cls, run_dir: Path, budget_bytes: int) -> Segment:
-        """Return the segment of a run directory, whose lock the caller holds. Raises NoRoom when not even the ledger fits."""
+    def create_or_adopt(cls, run_dir: Path, budget_bytes: int, *, is_next: bool = False) -> Segment:
+        """Return the segment of a run directory, whose lock the caller holds. Raises NoRoom when not even the ledger fits.
+
+        One that ``is_next`` is of a sidecar that takes over, and so does not hold that lock yet: it lies beside the one of the
+        sidecar that runs, until ``take_place`` is called.
+        """
         run_dir = run_dir.resolve()
         name = segment_name(run_dir)
+        if is_next:
+            name += _NEXT
+        else:
+            _remove_unused(name + _NEXT)
         _remove_abandoned(name)
         header = _header(run_dir, budget_bytes)
         try:
@@ -91,6 +101,15 @@ class Segment:
             os.close(descriptor)
             raise
         return cls(descriptor, None)
+
+    def take_place(self) -> None:
+        """Be found by the next supervisor from now on, in place of the segment of a sidecar that has ended."""
+        if self.name is not None and self.name.endswith(_NEXT):
+            name = self.name.removesuffix(_NEXT)
+            # An operator may have removed it.
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(SHARED_MEMORY / self.name[1:], SHARED_MEMORY / name[1:])
+            self.name = name
 
     def unlink(self) -> None:
         """Give the memory back to the system once the last process that maps it is gone. For a clean stop."""
@@ -230,6 +249,14 @@ def punch(descriptor: int, offset: int, size_bytes: int) -> None:
     """
     if LIBC.fallocate(descriptor, _PUNCH_HOLE, offset, size_bytes):
         raise failed()
+
+
+def _remove_unused(name: str) -> None:
+    """Remove the segment of a sidecar that was to take over, and was killed before it did."""
+    # There is none, or what it has left still ends: then the next start removes it.
+    with contextlib.suppress(posix_ipc.Error, OSError), contextlib.ExitStack() as stack:
+        _lock(_open(name, stack))
+        posix_ipc.unlink_shared_memory(name)
 
 
 def _remove_abandoned(own: str) -> None:

@@ -376,6 +376,10 @@ class Store:
 
     # --- releases ----------------------------------------------------------------------------------------------------
 
+    def published(self) -> list[Path]:
+        """Return the files that say which models there are, and which versions answer; each is replaced when that changes."""
+        return [path for kind in ("models", "releases") for path in (self.root / kind).glob("*.json")]
+
     def releases(self) -> list[str]:
         """Return the names that have a release, readable or not."""
         return self._names("releases")

@@ -4,6 +4,8 @@ Both are forked from a process that has imported everything they need: what is i
 answers within moments of the old one's death. Functions that connect meanwhile wait in the socket's backlog, which is
 the supervisor's and outlives every engine. The supervisor stays single-threaded: forking a process with threads
 would copy locks that nobody holds any more.
+
+Another sidecar may take over (``sidecar.takeover``): the supervisor sees it by its socket, which is another's then, and drains.
 """
 
 from __future__ import annotations
@@ -17,13 +19,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from sidecar.errors import ConfigError
 from sidecar.processes import die_with_parent
 from sidecar.rundirectory import RunDirectory, write_token
 from sidecar.segment import Segment
-from sidecar.tenantsockets import HANDED_OVER, Keeper, Listeners, listen_at, silence
+from sidecar.takeover import TakeOver
+from sidecar.tenantsockets import HANDED_OVER, Keeper, Listeners, aside, listen_at, silence
 
 log = logging.getLogger("trunkline.supervisor")
 
+# How often it looks whether another has taken its place; and while it takes another's, how far that is.
+_LOOK_S: Final = 1.0
+_TAKING_OVER_LOOK_S: Final = 0.05
 _SIGNALS: Final = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, HANDED_OVER}
 # An engine that lived longer than this was healthy; the next one is started at once.
 _HEALTHY_S: Final = 1.0
@@ -45,6 +52,7 @@ class Supervisor:
         http: Callable[[], None],
         drain_timeout_s: float,
         segment_bytes: Sequence[int],
+        take_over: TakeOver | None = None,
     ) -> None:
         """``preload`` imports what the engine needs; ``engine(listeners, token, generation, segments, keeper)`` is the engine
         process.
@@ -52,7 +60,7 @@ class Supervisor:
         ``keeper`` has the sockets of tenants that engines before it have opened, and takes its own. ``segments`` are the
         descriptors of the memory for weights that outlives the engine, of ``segment_bytes`` each.
 
-        ``http()`` is the process of the admin endpoint.
+        ``http()`` is the process of the admin endpoint. With ``take_over`` another sidecar runs in the run directory still.
         """
         self._run = run
         self._preload = preload
@@ -67,21 +75,35 @@ class Supervisor:
         self._generation = 0
         self._http_pid = 0
         self._pause_s = 0.0
+        # Until this one is alone.
+        self._take_over = take_over
+        # What is at the functions' socket while it is this sidecar's.
+        self._own: os.stat_result | None = None
 
     def run(self) -> int:
-        """Serve until told to stop; return the exit code. The run directory is the caller's."""
-        listeners = Listeners(listen_at(self._run.socket, 0o666), listen_at(self._run.relay, 0o600))
-        token = write_token(self._run.token)
+        """Serve until told to stop, or until another has taken over; return the exit code. The run directory is the caller's.
+
+        Raises ConfigError, also where this one cannot take over.
+        """
+        run, taking_over = self._run, self._take_over
         # Signals are waited for, not handled: nothing here can be interrupted half-way.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        if taking_over is None:
+            listeners, token = self._listen(), write_token(run.token)
         # Before any fork: what a parent imports later would take apart what it shares with its child.
         self._preload()
+        if taking_over is not None:
+            # Not sooner: what operators do meanwhile is known to the other alone.
+            listeners, token = taking_over.listen(self._keeper)
+            self._own = aside(run.socket).stat()
         try:
             self._open_segments()
-            self._start_http(listeners)
+            if taking_over is None:
+                self._tidy_devices()
+                self._start_http(listeners)
             self._start_engine(listeners, token)
-            log.info("listening on %s", self._run.socket)
-            self._keep_alive(listeners, token)
+            log.info("listening on %s", run.socket if taking_over is None else aside(run.socket))
+            listeners = self._keep_alive(listeners, token)
         finally:
             self._stop_children()
             for segment in self._segments:
@@ -89,14 +111,39 @@ class Supervisor:
                 segment.close()
             listeners.close()
             self._keeper.close()
-            run = self._run
-            silence(run.tenants)
-            for path in (run.socket, run.relay, run.token, run.admin_socket, run.quotas, run.admin_tokens):
-                path.unlink(missing_ok=True)
+            if self._take_over is not None and not self._take_over.is_in_place:
+                self._take_over.give_up()
+            elif not run.has_successor():
+                silence(run.tenants)
+                for path in (run.socket, run.relay, run.token, run.admin_socket, run.quotas, run.admin_tokens):
+                    path.unlink(missing_ok=True)
         return 0
 
+    def _listen(self) -> Listeners:
+        listeners = Listeners(listen_at(self._run.socket, 0o666), listen_at(self._run.relay, 0o600))
+        self._own = self._run.socket.stat()
+        return listeners
+
+    def _is_replaced(self) -> bool:
+        """Say whether another's socket is where functions look for this one's."""
+        try:
+            return not self._is_in_place()
+        except OSError:
+            # None at all: that is nobody who takes over.
+            return False
+
+    def _is_in_place(self) -> bool:
+        return self._own is not None and os.path.samestat(self._run.socket.stat(), self._own)
+
     def _open_segments(self) -> None:
-        """Make or adopt a segment for each device. What there is for devices that are no more goes with their folders."""
+        """Make or adopt a segment for each device."""
+        for number, size_bytes in enumerate(self._segment_bytes):
+            folder = self._run.device_folder(number)
+            folder.mkdir(exist_ok=True)
+            self._segments.append(Segment.create_or_adopt(folder, size_bytes, is_next=self._take_over is not None))
+
+    def _tidy_devices(self) -> None:
+        """Have what there is for devices that are no more go with their folders."""
         for folder in self._run.device_folders(len(self._segment_bytes)):
             pins = folder / "pins.json"
             if pins.exists():
@@ -105,33 +152,72 @@ class Supervisor:
             # Not what somebody else has put there.
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        for number, size_bytes in enumerate(self._segment_bytes):
-            folder = self._run.device_folder(number)
-            folder.mkdir(exist_ok=True)
-            self._segments.append(Segment.create_or_adopt(folder, size_bytes))
 
-    def _keep_alive(self, listeners: Listeners, token: bytes) -> None:
+    def _keep_alive(self, listeners: Listeners, token: bytes) -> Listeners:
+        """Do so until told to end, or another has taken over; return the sockets, which may be others by then."""
         while True:
-            due_s = self._engine_started_s + self._pause_s - time.monotonic() if not self._engine_pid else None
-            if due_s is None:
-                received: int | None = signal.sigwait(_SIGNALS)
-            elif due_s > 0:
-                info = signal.sigtimedwait(_SIGNALS, due_s)
-                received = info.si_signo if info is not None else None
-            else:
-                received = None
+            info = signal.sigtimedwait(_SIGNALS, self._until_next_look_s())
+            received = None if info is None else info.si_signo
             if received in (signal.SIGTERM, signal.SIGINT):
-                return
+                return listeners
             self._keeper.take()
             if received == signal.SIGCHLD:
                 self._bury()
             elif received == signal.SIGHUP and self._engine_pid:
                 # It reads the quota file anew, as one that is started does anyway.
                 os.kill(self._engine_pid, signal.SIGHUP)
-            elif received is None and not self._engine_pid:
+            if self._take_over is not None:
+                self._go_on_taking_over(self._take_over)
+            elif self._is_replaced():
+                if self._run.has_successor():
+                    log.info("another sidecar has taken over; this one drains, and ends")
+                    return listeners
+                listeners = self._listen_again(listeners)
+            if not self._engine_pid and time.monotonic() >= self._engine_started_s + self._pause_s:
                 self._start_engine(listeners, token)
-            if not self._http_pid:
+            if not self._http_pid and self._take_over is None:
                 self._start_http(listeners)
+
+    def _until_next_look_s(self) -> float:
+        look_s = _LOOK_S if self._take_over is None else _TAKING_OVER_LOOK_S
+        if self._engine_pid:
+            return look_s
+        return min(look_s, max(0.0, self._engine_started_s + self._pause_s - time.monotonic()))
+
+    def _go_on_taking_over(self, taking_over: TakeOver) -> None:
+        """Take the next step, if it is time. Raises ConfigError when the engine has ended before it was asked anything."""
+        if not taking_over.is_in_place:
+            if not self._engine_pid:
+                raise ConfigError(
+                    f"the engine that was to take over in {self._run.root} has ended; its log tells why, and the sidecar that "
+                    "runs there goes on",
+                    run_dir=str(self._run.root),
+                )
+            if taking_over.is_ready():
+                taking_over.put_in_place(self._keeper)
+        elif taking_over.is_alone():
+            for segment in self._segments:
+                segment.take_place()
+            self._tidy_devices()
+            if taking_over.finish() and self._engine_pid:
+                log.info("models or settings were changed meanwhile; an engine that knows all of it is started")
+                os.kill(self._engine_pid, signal.SIGTERM)
+            self._take_over = None
+
+    def _listen_again(self, listeners: Listeners) -> Listeners:
+        """Take the place back from one that has died while it took over."""
+        log.error("whoever has taken over %s has died; this sidecar listens there again", self._run.socket)
+        try:
+            found = self._listen()
+        except ConfigError as error:
+            log.error("%s", error)
+            return listeners
+        listeners.close()
+        self._keeper.forget()
+        if self._engine_pid:
+            # The next one listens at the new sockets.
+            os.kill(self._engine_pid, signal.SIGTERM)
+        return found
 
     def _start_engine(self, listeners: Listeners, token: bytes) -> None:
         self._engine_started_s = time.monotonic()

@@ -31,24 +31,46 @@ _NAME_LIMIT_BYTES: Final = 64
 
 def listen_at(path: Path, mode: int, group: int | None = None) -> socket.socket:
     """Return a socket that listens at a path, in place of what was there. Raises ConfigError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     # Bound aside and renamed into place: whoever finds the name finds a socket that listens.
     temporary = path.with_suffix(".new")
+    listener = _bound(temporary, mode, group)
     try:
-        temporary.unlink(missing_ok=True)
-        listener.bind(str(temporary))
-        if group is not None:
-            os.chown(temporary, -1, group)
-        temporary.chmod(mode)
-        listener.listen(_BACKLOG)
         temporary.rename(path)
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"the socket {path} cannot be made ({error}); a socket's path has at most 107 characters, this one "
-            f"{len(str(temporary))}"
-        ) from error
+        raise _cannot_be_made(path, error) from error
     return listener
+
+
+def aside(path: Path) -> Path:
+    """Return where a socket listens that is to take the place of the one at a path."""
+    return path.with_suffix(".next")
+
+
+def listen_aside(path: Path, mode: int, group: int | None = None) -> socket.socket:
+    """Return a socket that listens, and may be renamed to a path where another sidecar still does. Raises ConfigError."""
+    return _bound(aside(path), mode, group)
+
+
+def _bound(path: Path, mode: int, group: int | None) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        if group is not None:
+            os.chown(path, -1, group)
+        path.chmod(mode)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise _cannot_be_made(path, error) from error
+    return listener
+
+
+def _cannot_be_made(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the socket {path} cannot be made ({error}); a socket's path has at most 107 characters, this one {len(str(path))}"
+    )
 
 
 class Listeners(NamedTuple):
@@ -98,10 +120,14 @@ class Keeper:
         if (listener := self.listeners.pop(name, None)) is not None:
             listener.close()
 
-    def close(self) -> None:
-        """Close all of it."""
+    def forget(self) -> None:
+        """Close all sockets: the next engine makes others."""
         for name in list(self.listeners):
             self._close(name)
+
+    def close(self) -> None:
+        """Close all of it."""
+        self.forget()
         self._inside.close()
         self.channel.close()
 
@@ -137,6 +163,19 @@ class TenantSockets:
                 self._keeper.hand_over(name, listener)
         return dict(self._listeners)
 
+    def open_aside(self, quotas: Quotas) -> dict[Path, str]:
+        """Have sockets kept that may take the place of those of another sidecar; return the tenant of each, by that place.
+
+        Where there is none to be replaced, ``follow`` makes one.
+        """
+        found = {}
+        for tenant in quotas.tenants.values():
+            if tenant.socket and self._is_as_said(tenant):
+                path = self._folder / tenant.name / _NAME
+                self._keeper.listeners[tenant.name] = listen_aside(path, _mode(tenant), tenant.socket_gid)
+                found[path] = tenant.name
+        return found
+
     def _open(self, tenant: Tenant) -> socket.socket:
         folder = self._folder / tenant.name
         folder.mkdir(exist_ok=True)
@@ -160,7 +199,7 @@ def _mode(tenant: Tenant) -> int:
 
 def remove(folder: Path) -> None:
     """Remove the socket in a tenant's folder, and the folder; what somebody else has put there stays."""
-    for path in (folder / _NAME, (folder / _NAME).with_suffix(".new")):
+    for path in (folder / _NAME, (folder / _NAME).with_suffix(".new"), aside(folder / _NAME)):
         with contextlib.suppress(OSError):
             path.unlink()
     with contextlib.suppress(OSError):

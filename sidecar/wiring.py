@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -20,9 +22,10 @@ from sidecar.pins import Pins
 from sidecar.processes import end_within
 from sidecar.quotas import read_quotas
 from sidecar.reloading import QuotaFile
-from sidecar.rundirectory import RunDirectory
+from sidecar.rundirectory import Ownership, RunDirectory
 from sidecar.store import Store
 from sidecar.supervisor import EXIT_GRACE_S, Supervisor
+from sidecar.takeover import TakeOver
 from sidecar.tenants import OPEN, Quotas
 from sidecar.tenantsockets import Keeper, Listeners, TenantSockets
 from sidecar.tracing import Tracer
@@ -40,16 +43,28 @@ _OTHER_DESCRIPTORS = 64
 _LAST_SPANS_S = 1.0
 
 
-def serve(settings: Settings) -> int:
-    """Run a sidecar until SIGTERM or SIGINT; return the exit code. Raises ConfigError."""
+def serve(settings: Settings, *, take_over: bool = False) -> int:
+    """Run a sidecar until SIGTERM or SIGINT, or until another takes over; return the exit code. Raises ConfigError.
+
+    One that is to ``take_over`` gets ready beside the one that runs in the run directory, if one does.
+    """
     run = RunDirectory(settings.run_dir)
     run.create()
-    # The children of one that was killed end by themselves, and have its sockets and its memory until then.
-    with run.owned(settings.drain_timeout_s + 2 * EXIT_GRACE_S):
+    with run.ownership() as ownership, contextlib.ExitStack() as succession:
+        if take_over:
+            succession.enter_context(run.succession())
+            if not ownership.take_if_free():
+                return _serve(settings, run, ownership, succession)
+            succession.close()
+        # The children of one that was killed end by themselves, and have its sockets and its memory until then.
+        ownership.take(settings.drain_timeout_s + 2 * EXIT_GRACE_S)
         return _serve(settings, run)
 
 
-def _serve(settings: Settings, run: RunDirectory) -> int:
+def _serve(
+    settings: Settings, run: RunDirectory, ownership: Ownership | None = None, succession: contextlib.ExitStack | None = None
+) -> int:
+    """Run a sidecar that has the run directory, or else takes it over with these."""
     descriptors = raise_descriptor_limit()
     if (needed := _DESCRIPTORS_PER_SESSION * settings.connection_limit + _OTHER_DESCRIPTORS) > descriptors:
         log.warning(
@@ -57,35 +72,61 @@ def _serve(settings: Settings, run: RunDirectory) -> int:
             *(settings.connection_limit, needed, descriptors),
         )
     check_settings(settings)
-    tcp = listen_tcp(settings)
-    if settings.quota_file is not None:
-        # As the store below: each engine reads it again.
-        read_quotas(settings.quota_file)
+    tcp: list[socket.socket] = []
+
+    def listen() -> None:
+        if (listener := listen_tcp(settings)) is not None:
+            tcp.append(listener)
+
+    def listen_at_last() -> None:
+        try:
+            listen()
+        except ConfigError as error:
+            log.error("%s; until the next start there is only %s", error, run.admin_socket)
+
+    if ownership is None:
+        listen()
+    # As the store below: each engine reads it again.
+    quotas = OPEN if settings.quota_file is None else read_quotas(settings.quota_file)
     if settings.pull_signers is not None:
         from sidecar.signers import read_signers
 
         # As above: each pull reads it again.
         read_signers(settings.pull_signers)
     # Opened here as well, so that a folder that cannot be written to is told at once, and not by each engine.
-    Store(settings.store_dir)
+    store = Store(settings.store_dir)
 
     def engine(listeners: Listeners, token: bytes, generation: int, segments: Sequence[int], keeper: Keeper) -> None:
-        if tcp:
-            tcp.close()
+        for each in tcp:
+            each.close()
         _engine_process(settings, run, listeners, token, generation, segments, keeper, tracer)
 
+    def state() -> Iterable[Path]:
+        pins = [run.pins(number) for number in range(len(settings.devices))]
+        quota_files = [] if settings.quota_file is None else [settings.quota_file]
+        return (run.constraints, *pins, *quota_files, *store.published())
+
+    taking_over = None
+    if ownership is not None and succession is not None:
+        log.info("a sidecar runs in %s; this one gets ready to take over", run.root)
+        # The other has the port until it ends.
+        taking_over = TakeOver(run, ownership, succession, quotas, state=state, alone=listen_at_last)
     tracer = _tracer(settings)
 
     supervisor = Supervisor(
         run,
         preload=_preload,
         engine=engine,
-        http=lambda: AdminServer(settings, [listen_unix(run.admin_socket), *([tcp] if tcp else [])], tracer).run(),
+        http=lambda: AdminServer(settings, [listen_unix(run.admin_socket), *tcp], tracer).run(),
         drain_timeout_s=settings.drain_timeout_s,
         segment_bytes=[settings.segment_bytes(device) for device in settings.devices],
+        take_over=taking_over,
     )
-    with contextlib.closing(tcp) if tcp else contextlib.nullcontext():
+    try:
         return supervisor.run()
+    finally:
+        for each in tcp:
+            each.close()
 
 
 def _tracer(settings: Settings) -> Tracer | None:

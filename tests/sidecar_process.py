@@ -40,10 +40,14 @@ class SidecarProcess:
             *self._flags,
         ]
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def spawn(self, *flags: str) -> subprocess.Popen[bytes]:
+        """Start a sidecar in this one's folder, with further flags; it is not waited for."""
         with self.log.open("ab") as log:
             environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline"}
-            self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, env=environment)
+            return subprocess.Popen([*self.command(), *flags], stdout=log, stderr=log, env=environment)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.process = self.spawn()
         self.await_engine()
         return self.process
 

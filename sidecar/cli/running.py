@@ -60,14 +60,15 @@ def _given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 @click.option("--log-level", help="debug, info, warning or error.")
 @click.option("--log-format", help="human, or json: one object a line.")
 @click.option("--traces", help="auto, on or off: spans of requests, sent as OTEL_EXPORTER_OTLP_* say.")
-def serve(config: Path | None, **flags: str | tuple[str, ...] | None) -> None:
+@click.option("--take-over", is_flag=True, help="Take the place of a sidecar that runs there, once this one is ready.")
+def serve(config: Path | None, take_over: bool, **flags: str | tuple[str, ...] | None) -> None:
     """Run the sidecar until SIGTERM, then drain."""
     from sidecar.wiring import serve as run
 
     path = config or (Path(found) if (found := os.environ.get("TRUNKLINE_CONFIG")) else None)
     settings = load_settings(flags, os.environ, path)
     log_to_stderr(settings.log_level, settings.log_format)
-    sys.exit(run(settings))
+    sys.exit(run(settings, take_over=take_over))
 
 
 @click.command()

@@ -25,6 +25,7 @@ LAYERS = {
         "ledger",
         "libc",
         "segment",
+        "takeover",
         "config",
         "bundle",
         "operators",
