@@ -19,6 +19,7 @@ from trunkline.arena import page_aligned
 from sidecar import extents, glued, hosttier, ledger, segment
 from sidecar.hosttier import HostTier
 from sidecar.segment import SHARED_MEMORY, Segment, segment_name
+from tests.fault.matrix import Row
 from tests.segments import PAGE, Make, content, key, names, put, segments
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -128,7 +129,8 @@ def left_by_an_engine(segment: Segment) -> None:
     tier.close()
 
 
-def test_an_engine_killed_anywhere_leaves_whole_weights_and_nothing_else(make: Make) -> None:
+@pytest.mark.row("F22")
+def test_an_engine_killed_anywhere_leaves_whole_weights_and_nothing_else(row: Row, make: Make) -> None:
     made = make(BUDGET)
     # How many steps were begun, in memory that the child shares.
     begun = mmap.mmap(-1, PAGE)
@@ -145,6 +147,7 @@ def test_an_engine_killed_anywhere_leaves_whole_weights_and_nothing_else(make: M
     done = False
     while not done:
         instruction += 1
+        row.attempts += 1
         left_by_an_engine(made)
         done = survives(instruction, engine)
 
