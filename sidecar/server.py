@@ -11,6 +11,7 @@ never written to.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
@@ -46,6 +47,7 @@ from trunkline.errors import (
     VersionMismatch,
 )
 from trunkline.protocol import (
+    COPY,
     HTTP,
     JOINT,
     Command,
@@ -124,6 +126,8 @@ class Server:
         self.routing = Routing(engine.signature, {} if releases is None else releases.table())
         self._releases = releases
         self.transport = transport or choose_transport()
+        if self.transport == COPY:
+            log.warning("this kernel does not seal shared memory: arenas are copied instead of mapped, which takes longer")
         self.generation = generation
         self.tracer = tracer
         self.arena_limit_bytes = arena_limit_bytes
@@ -434,6 +438,7 @@ class Server:
             "connection_limit": self._connection_limit,
             "arena_bytes": self._arena_bytes,
             "arena_limit_bytes": self._arena_total_bytes,
+            "transport": self.transport,
             "tenants": {
                 name: {"connections": connections[name], "arena_bytes": arena_bytes[name]} for name in self._quotas.tenants
             },
@@ -1025,8 +1030,11 @@ class Session:
         try:
             self.sock.send(frame)
         except OSError as error:
-            # The client is gone, or does not read; the poll loop finds the end of the connection by itself.
+            # The client is gone, or has so many answers unread that the kernel takes no more: nobody waits for it, and it
+            # could not tell which one it misses. The poll loop finds the end of the connection.
             log.debug("session %d took no answer (%s)", self.number, os.strerror(error.errno or 0))
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
         if notes is not None and self._server.tracer is not None:
             self._server.tracer.finish(notes)
 

@@ -25,6 +25,8 @@ log = logging.getLogger("trunkline.supervisor")
 # With this an engine says that it has handed something over.
 HANDED_OVER: Final = signal.SIGUSR1
 _BACKLOG: Final = 1024
+# asm-generic/socket.h. Python does not know it yet, Linux does from 6.16 on.
+_SO_PASSRIGHTS: Final = 83
 _NAME: Final = "trunkline.sock"
 _NAME_LIMIT_BYTES: Final = 64
 
@@ -53,7 +55,15 @@ def listen_aside(path: Path, mode: int, group: int | None = None) -> socket.sock
 
 
 def _bound(path: Path, mode: int, group: int | None) -> socket.socket:
+    """Return a socket that listens at a path. Raises ConfigError.
+
+    Where the kernel can, no connection to it takes descriptors: who sends some is told EPERM. Where it cannot, they are thrown
+    away, because nothing receives them.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    # Connections have it from their listener, from their first moment on.
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
     try:
         path.unlink(missing_ok=True)
         listener.bind(str(path))

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -66,11 +67,17 @@ def _serve(
 ) -> int:
     """Run a sidecar that has the run directory, or else takes it over with these."""
     descriptors = raise_descriptor_limit()
-    if (needed := _DESCRIPTORS_PER_SESSION * settings.connection_limit + _OTHER_DESCRIPTORS) > descriptors:
+    # Whoever comes beyond it is told so, which takes a descriptor, too.
+    room = max(1, (descriptors - _OTHER_DESCRIPTORS) // _DESCRIPTORS_PER_SESSION)
+    if settings.connection_limit > room:
         log.warning(
-            "%d connections need %d open files, the limit is %d: raise it, or lower --connection-limit",
-            *(settings.connection_limit, needed, descriptors),
+            "%d connections need %d open files, the limit is %d: no more than %d are let in; raise the limit on open files, "
+            "or lower --connection-limit",
+            settings.connection_limit,
+            _DESCRIPTORS_PER_SESSION * settings.connection_limit + _OTHER_DESCRIPTORS,
+            *(descriptors, room),
         )
+        settings = replace(settings, connection_limit=room)
     check_settings(settings)
     tcp: list[socket.socket] = []
 

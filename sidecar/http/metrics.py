@@ -63,6 +63,9 @@ METRICS: Final[Mapping[str, Kind]] = {
     "trunkline_connections_refused_total": _counter("Connections that were not let in, by the code of the error", "reason"),
     "trunkline_arena_bytes": _gauge("Shared memory of connections and its private copies; tenants as in clients", "tenant"),
     "trunkline_arena_limit_bytes": _gauge("What the arenas of all connections may take together"),
+    "trunkline_transport_info": _gauge(
+        "1; how arenas are kept from being shrunk under the sidecar: sealed, or copy where the kernel does not seal", "transport"
+    ),
     # Traces; absent where there are none.
     "trunkline_spans_exported_total": _counter(
         "Spans that a collector took, by the process they are from; of http, by one worker", "process"
@@ -350,6 +353,7 @@ def _put_connections(sheet: _Sheet, found: Mapping[str, Any]) -> None:
             sheet.put(name, value, tenant)
     sheet.put("trunkline_connection_limit", found["connection_limit"])
     sheet.put("trunkline_arena_limit_bytes", found["arena_limit_bytes"])
+    sheet.put("trunkline_transport_info", 1, found["transport"])
     for reason, count in found["turned_away"].items():
         sheet.put("trunkline_connections_refused_total", count, reason)
     for transport, asked in found["asked"].items():

@@ -147,6 +147,7 @@ class Told(FakeEngine):
             "connection_limit": 64,
             "arena_bytes": 500,
             "arena_limit_bytes": 1000,
+            "transport": "sealed",
             "tenants": {"anyone": {"connections": 3, "arena_bytes": 300}},
             "refused": {"value_out_of_bounds": 2},
             "turned_away": {"unauthorized": 1},
@@ -218,6 +219,7 @@ def test_names_follow_the_rules_of_prometheus() -> None:
                 "lanes",
                 "policy",
                 "torch",
+                "transport",
                 "version",
                 "python",
             )

@@ -663,6 +663,16 @@ def test_descriptors_of_clients_are_thrown_away(running: Running) -> None:
     sock.close()
 
 
+def test_whoever_never_reads_is_disconnected(running: Running) -> None:
+    sock = shaken(running)
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        # The kernel keeps some 300 answers.
+        for _ in range(10_000):
+            sock.send(protocol.encode(Describe(1, "age")))
+    assert model("age")(np.zeros((1, 3), np.float32)) is not None
+    sock.close()
+
+
 def test_arenas_have_limits(running: Running) -> None:
     with pytest.raises(errors.ArenaFull, match="one arena may have 4194304"):
         connect(running, request_bytes=1 << 23)

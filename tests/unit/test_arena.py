@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -140,6 +141,17 @@ def test_a_kernel_before_noexec_seals_is_served(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(arena.os, "memfd_create", older)
     assert choose_transport() == SEALED
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE])
+def test_a_node_that_is_short_of_memory_does_not_go_without_seals(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(name: str, flags: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(arena.os, "memfd_create", refuse)
+    assert choose_transport() == SEALED
+    with pytest.raises(ArenaFull, match=os.strerror(number)):
+        ServerArena(PAGE, SEALED, reply=False)
 
 
 def test_this_kernel_seals() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from sidecar.peers import Peer
 from sidecar.tenants import Quotas, Tenant
-from sidecar.tenantsockets import Keeper, TenantSockets, silence
+from sidecar.tenantsockets import Keeper, TenantSockets, listen_at, silence
 
 OWN_GROUP = os.getgid()
 
@@ -65,6 +65,26 @@ def test_who_asks_for_a_socket_has_one_in_a_folder_of_its_own(folder: Path, keep
     assert all(again[name] is found[name] for name in found)
     for listener in found.values():
         listener.close()
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_descriptors_go_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_known: bool) -> None:
+    with monkeypatch.context() as older:
+        if not is_known:
+            older.setattr("sidecar.tenantsockets._SO_PASSRIGHTS", 9999)
+        listener = listen_at(tmp_path / "s", 0o600)
+    with listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(tmp_path / "s"))
+        try:
+            socket.send_fds(client, [b"x"], [0])
+        except PermissionError:
+            assert is_known
+            client.send(b"x")
+        sock, _ = listener.accept()
+        before = len(os.listdir("/proc/self/fd"))
+        with sock:
+            assert sock.recv(10) == b"x"
+            assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_socket_of_a_group_is_that_groups(folder: Path, keeper: Keeper) -> None:

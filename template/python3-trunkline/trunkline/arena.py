@@ -16,6 +16,7 @@ Sealing against SIGBUS is the method of Wayland's shared-memory pools.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -33,6 +34,8 @@ _REQUEST_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_S
 _REPLY_SEALS: Final = _REQUEST_SEALS | _F_SEAL_FUTURE_WRITE
 # Which seals the kernel adds by itself (MFD_NOEXEC_SEAL adds F_SEAL_EXEC) does not matter here.
 _RELEVANT_SEALS: Final = _REPLY_SEALS | fcntl.F_SEAL_WRITE
+# A node that is short of something says nothing about what its kernel can.
+_SHORTAGES: Final = {errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE}
 
 
 def page_aligned(size_bytes: int) -> int:
@@ -151,11 +154,17 @@ def _unusable(kind: str, error: OSError) -> MalformedFrame:
 
 
 def choose_transport() -> str:
-    """Return ``sealed`` where this kernel can seal shared memory, else ``copy``. Tried, not guessed."""
+    """Return ``sealed`` where this kernel can seal shared memory, else ``copy``. Tried, not guessed.
+
+    What was chosen stays: where sealing fails later, arenas are refused, not left unsealed.
+    """
     try:
         ServerArena(mmap.PAGESIZE, SEALED, reply=True).close()
-    except (ArenaFull, SidecarFault):
+    except SidecarFault:
         return COPY
+    except ArenaFull as error:
+        cause = error.__cause__
+        return SEALED if isinstance(cause, OSError) and cause.errno in _SHORTAGES else COPY
     return SEALED
 
 
