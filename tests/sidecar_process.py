@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trunkline.errors import TrunklineError
@@ -23,18 +23,20 @@ START_S = 120.0
 class SidecarProcess:
     """A running `trunkline serve`."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, through: Sequence[str] = ()) -> None:
+        """``through`` stands before the program, as what changes it first (``tests.fault.launching``)."""
         self.run_dir = folder / "run"
         self.store_dir = folder / "store"
         self.socket = self.run_dir / "public" / "trunkline.sock"
         self.admin = AdminClient(f"unix:{self.run_dir}/admin.sock")
         self.log = folder / "sidecar.log"
         self._flags = flags
+        self._through = through
         self.process = self.start()
 
     def command(self) -> list[str]:
         return [
-            *(sys.executable, "-m", "sidecar", "serve"),
+            *(sys.executable, "-m", *self._through, "sidecar", "serve"),
             *("--run-dir", str(self.run_dir), "--store-dir", str(self.store_dir)),
             *("--admin-port", "0", "--device", "cpu", "--threads", "1"),
             *self._flags,
@@ -70,9 +72,9 @@ class SidecarProcess:
 
 
 @contextlib.contextmanager
-def sidecar_process(folder: Path, *flags: str) -> Iterator[SidecarProcess]:
+def sidecar_process(folder: Path, *flags: str, through: Sequence[str] = ()) -> Iterator[SidecarProcess]:
     """Run a sidecar in ``folder`` while the block runs."""
-    running = SidecarProcess(folder, *flags)
+    running = SidecarProcess(folder, *flags, through=through)
     try:
         yield running
     finally:

@@ -72,6 +72,8 @@ class Row:
     leaked: dict[str, int] = field(default_factory=dict)
     longest_stall_s: float = 0.0
     seconds: float = 0.0
+    # What else was measured, by name; not asserted.
+    figures: dict[str, float] = field(default_factory=dict)
 
     def count(self, push: int) -> int:
         """Return how often to try: as often as with each push, or as in a night."""
@@ -197,9 +199,9 @@ def held(box: SidecarProcess) -> dict[str, int]:
     }
 
 
-def left(box: SidecarProcess, before: dict[str, int]) -> dict[str, int]:
+def left(box: SidecarProcess, before: dict[str, int], settle_s: float = _SETTLE_S) -> dict[str, int]:
     """Return by how much a sidecar has more than ``before`` when all had time to go, which is nothing if all is well."""
-    deadline = time.monotonic() + _SETTLE_S
+    deadline = time.monotonic() + settle_s
     while True:
         more = {what: count - before[what] for what, count in held(box).items() if count > before[what]}
         if not more or time.monotonic() > deadline:

@@ -1,0 +1,98 @@
+"""Rows of the matrix and of the threat table: functions that die, stop, sleep, change their minds, or want too much."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from trunkline.client import Model
+
+from tests.fault import attacks
+from tests.fault.attacks import Clients
+from tests.fault.matrix import EXPECTED, PATIENCE_S, Neighbour, Row, held_by, pool_at
+from tests.nodes import until
+from tests.sidecar_process import SidecarProcess
+
+# A socket, and what Python's mmap keeps of each arena.
+DESCRIPTORS_EACH = 3
+# Far beyond what a victim of a flood waits for on a busy machine.
+FAR_S = 5.0
+
+
+@pytest.mark.row("F2")
+def test_functions_killed_at_any_moment_leave_nothing_behind(row: Row, steady: SidecarProcess) -> None:
+    attacks.deaths(row, steady, row.count(1000))
+
+
+@pytest.mark.row("F3")
+def test_functions_killed_at_each_step_leave_nothing_behind(row: Row, steady: SidecarProcess) -> None:
+    attacks.deaths_at_steps(row, steady, row.count(20))
+
+
+@pytest.mark.row("F11")
+def test_functions_that_stop_hold_nobody_up(row: Row, steady: SidecarProcess) -> None:
+    engine, each = steady.await_engine(), row.count(5)
+    with Neighbour(row, steady.socket) as neighbour:
+        before, _ = held_by(engine)
+        clients = Clients("stopped", socket=str(steady.socket), each=each)
+        row.attempts += clients.told()["stopped"]
+        neighbour.await_answers(100)
+        # Those that said nothing are gone. The others have two sessions each, and nothing is held for what they asked.
+        until(lambda: held_by(engine)[0] <= before + DESCRIPTORS_EACH * 2 * 3 * each)
+        until(lambda: not leased(steady))
+        found = clients.found()
+        assert found == {"-9": 2 * each, "-15": 2 * each}, found
+        neighbour.await_answers()
+
+
+def leased(box: SidecarProcess) -> int:
+    devices = box.admin.get("leases")["devices"].values()
+    return sum(lease["leases"] for device in devices for lease in device["leases"])
+
+
+@pytest.mark.row("F27", "T14")
+def test_no_answer_is_ever_another_requests(row: Row, steady: SidecarProcess) -> None:
+    found = attacks.canaries(row, steady, 50, row.count(2000))
+    row.figures |= {what: found[what] for what in ("cancelled", "late", "died")}
+    assert found["cancelled"] > 10
+    assert found["died"] > 10
+    assert found["late"] > 10
+
+
+@pytest.mark.row("F28", "T18")
+def test_a_flood_leaves_its_victim_served(row: Row, steady: SidecarProcess) -> None:
+    """Of one tenant; how tenants share a device is measured in benchmarks.tenancy."""
+    pool = pool_at(steady.socket)
+    model = Model("scaled", pool)
+
+    def asked(count: int) -> np.ndarray:
+        taken_s = []
+        for _ in range(count):
+            began_s = time.monotonic()
+            answer = model.call({"x": np.ones((1, 8), np.float32)}, deadline_s=PATIENCE_S)
+            taken_s.append(time.monotonic() - began_s)
+            row.answered += 1
+            row.wrong += not np.array_equal(answer[0], EXPECTED)
+            time.sleep(0.02)
+        return np.asarray(taken_s)
+
+    with Neighbour(row, steady.socket) as neighbour:
+        alone_s = asked(row.count(100))
+        flood = Clients("hammers", socket=str(steady.socket), sessions=64)
+        flood.told()
+        began_s = time.monotonic()
+        beside_s = asked(row.count(200))
+        flooded_s = time.monotonic() - began_s
+        found = flood.found()
+        neighbour.await_answers()
+    pool.close()
+    row.attempts += sum(found.values())
+    row.figures |= {
+        "flood_per_s": round(row.attempts / flooded_s, 1),
+        "victim_per_s": round(len(beside_s) / flooded_s, 1),
+        "victim_p99_s": round(float(np.quantile(beside_s, 0.99)), 4),
+        "victim_p99_alone_s": round(float(np.quantile(alone_s, 0.99)), 4),
+    }
+    assert found["Result"] > 10 * len(beside_s), found
+    assert float(np.quantile(beside_s, 0.99)) < FAR_S
