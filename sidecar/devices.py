@@ -83,10 +83,14 @@ def _usable_cores(name: str, first: int, last: int) -> list[int]:
 class TorchDevice:
     """One torch device. Handles it gives out are torch tensors; callers pass them back and look at nothing inside."""
 
-    def __init__(self, device: torch.device, cores: Sequence[int] = ()) -> None:
-        """``cores`` are those of a CPU that is one of several devices; without, it has what the process has."""
+    def __init__(self, device: torch.device, cores: Sequence[int] = (), *, guarded: bool | None = None) -> None:
+        """``cores`` are those of a CPU that is one of several devices; without, it has what the process has.
+
+        ``guarded``: indices are looked at before a kernel meets them, as they are on CUDA in any case; see ``prepare``.
+        """
         self._device = device
         self._is_cpu = device.type == "cpu"
+        self._guarded = guarded
         self._cores = cores
         # Bytes of the span, once there is one.
         self._span_bytes = 0
@@ -316,13 +320,13 @@ class TorchDevice:
 
         Its packed weights are handles of ``new_packed``, the others of ``new_weight``.
         """
-        return prepare(graph, self._device, lowered=True)
+        return prepare(graph, self._device, lowered=True, guarded=self._guarded)
 
     # --- programs ---------------------------------------------------------------------------------------------------
 
     def prepare(self, graph: Graph) -> Program:
         """Return the weightless program of a graph. Raises BundleError when this torch cannot run a node."""
-        return prepare(graph, self._device)
+        return prepare(graph, self._device, guarded=self._guarded)
 
     def dry_run(self, graph: Graph) -> DryRun:
         """Return a graph to be run on shapes alone; see there."""
@@ -435,7 +439,7 @@ class TorchDevice:
     ) -> list[list[torch.Tensor]]:
         """Run models as one, all on one list of ``inputs`` or each on one of its own; return the outputs of each.
 
-        Raises DeviceOutOfMemory, DeviceFault.
+        Raises ValueOutOfBounds when an index of any of them is out of range, DeviceOutOfMemory, DeviceFault.
         """
         if not self._is_cpu:
             inputs = [[self._brought(tensor) for tensor in each] for each in inputs]

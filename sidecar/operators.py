@@ -205,7 +205,8 @@ FACTORIES = _expand(
 INDEXING = _expand(
     {
         "embedding index_select gather take_along_dim one_hot index_put index_add index_copy scatter_add": "default",
-        "index": "Tensor",
+        "masked_scatter": "default",
+        "index searchsorted": "Tensor",
         "index_fill": "int_Scalar int_Tensor",
         "scatter": "src value",
         "scatter_reduce": "two",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sidecar import operators, packed
+from sidecar import indices, operators, packed, quotients
 from sidecar.errors import BundleError
 from sidecar.ir import Argument, Dtype, Enum, Graph, Node, Value, node_values, values_in
 from sidecar.lowering import OPERATORS as PACKED
@@ -110,12 +110,14 @@ _SYMBOLIC: dict[str, Callable[..., int]] = {
 }
 
 
-def prepare(graph: Graph, device: torch.device, lowered: bool = False) -> Program:
+def prepare(graph: Graph, device: torch.device, lowered: bool = False, guarded: bool | None = None) -> Program:
     """Return the program of a graph for one device. Raises BundleError naming operator and node.
 
-    Only a graph that ``lowering`` made, ``lowered``, may have packed operators. They are taken at its word.
+    Only a graph that ``lowering`` made, ``lowered``, may have packed operators. They are taken at its word. ``guarded``: a kernel
+    must not meet an index that is out of range (``indices``); unless said, that is so on CUDA.
     """
-    return _Preparation(graph, device, lowered).program()
+    is_guarded = device.type == "cuda" if guarded is None else guarded
+    return _Preparation(graph, device, lowered, indices.GUARDED if is_guarded else indices.EVERYWHERE).program()
 
 
 # Where an argument comes from: one slot, or the slots of a list's members.
@@ -135,7 +137,7 @@ class _Preparation:
     A kind is ``Tensor``, ``int`` (a size), ``List[Tensor]``, or ``tuple:N`` for N tensors.
     """
 
-    def __init__(self, graph: Graph, device: torch.device, lowered: bool) -> None:
+    def __init__(self, graph: Graph, device: torch.device, lowered: bool, guarded: frozenset[str]) -> None:
         self.graph = graph
         self.device = device
         self.lowered = lowered
@@ -148,6 +150,10 @@ class _Preparation:
         for value in (*(value for node in graph.nodes for value in node_values(node)), *graph.results):
             if value.item is not None and value.item not in self.items.setdefault(value.index, {}):
                 self.items[value.index][value.item] = self._new_slot()
+        # Node -> slots of the result with its flag, and of the flag.
+        self.guards = {
+            index: (self._new_slot(), self._new_slot()) for index, node in enumerate(graph.nodes) if node.op in guarded
+        }
         self.first_constant = self.base + len(self.blank)
 
     def program(self) -> Program:
@@ -169,9 +175,10 @@ class _Preparation:
             weight_count=len(self.graph.weights),
             input_count=len(self.graph.inputs),
             blank=tuple(self.blank),
-            steps=tuple(self._steps(frozenset(results))),
+            steps=tuple(self._steps(frozenset(results) | {flag for _, flag in self.guards.values()})),
             results=results,
             sources=tuple(tuple(sorted(self._sources(value))) for value in self.graph.results),
+            flags=tuple((flag, index) for index, (_, flag) in self.guards.items()),
         )
 
     # --- slots and kinds --------------------------------------------------------------------------------------------
@@ -256,6 +263,10 @@ class _Preparation:
         function = _BINDINGS.get(node.op, overload._op)
         if node.op in operators.RECURRENT:
             function = checked(node.op, function)
+        if node.op in quotients.OPERATORS:
+            function = quotients.safe(function)
+        if index in self.guards:
+            function = indices.guarded(node.op, function, [parameter.name for parameter in schema.arguments])
         fixed = {key: _constant(argument) for key, argument in node.kwargs if not any(values_in(argument))}
         if node.op in operators.FACTORIES:
             fixed["device"] = self.device
@@ -265,7 +276,16 @@ class _Preparation:
         if moving:
             function = _with_keywords(function, len(node.args), tuple(moving))
         places = (*(self._place(argument) for argument in node.args), *moving.values())
-        self.calls.append(_Call(function, places, self.base + index, index))
+        target = self.base + index
+        if index in self.guards:
+            both, flag = self.guards[index]
+            self.calls += [
+                _Call(function, places, both, index),
+                _Call(operator.itemgetter(0), (both,), target, index),
+                _Call(operator.itemgetter(1), (both,), flag, index),
+            ]
+        else:
+            self.calls.append(_Call(function, places, target, index))
         returns = [str(result.real_type) for result in schema.returns]
         self.kinds.append(returns[0] if len(returns) == 1 else f"tuple:{len(returns)}")
         shares = node.op in _HIDDEN_VIEWS or any(result.alias_info is not None for result in schema.returns)

@@ -1,8 +1,9 @@
-"""What a child process owes its parent: to end when it does."""
+"""What processes owe to others: a child to end when its parent does, all of them to leave no copy of what they hold."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 
 # Loaded before it is needed: what a child does between fork and exec must not allocate more than it has to.
@@ -20,6 +21,17 @@ def die_with_parent(parent_pid: int, by: signal.Signals = signal.SIGTERM) -> Non
     LIBC.prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
     if os.getppid() != parent_pid:
         raise ProcessLookupError(f"process {parent_pid} died before its child was ready")
+
+
+def forbid_core_dumps() -> None:
+    """Have nothing written of this process's memory when it crashes, nor of what it forks: tenants' inputs and weights are in it.
+
+    One byte, not none: a limit of zero does not keep the kernel from handing a dump to a program, this one does, and no file is
+    that short.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    # Where there may be none anyway it stays at that.
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1) if most else (0, 0))
 
 
 def end_within(seconds: float) -> None:

@@ -23,6 +23,14 @@ from sidecar.ir import Node
 FAILURES: Final = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError)
 # What is said by those that run out of memory and raise a RuntimeError: torch's allocators, CUDA, its libraries, the C++ library.
 _NO_MEMORY: Final = ("out of memory", "not enough memory", "allocate memory", "STATUS_ALLOC_FAILED", "bad_alloc")
+# What is said of an index, a class, or places for which there are no numbers, by operators that raise a RuntimeError.
+_RANGE: Final = (
+    "out of bounds",
+    "out of range",
+    "out of DATA bounds",
+    "Class values must be",
+    "elements of source < number of ones",
+)
 # How much was asked for, as the allocators say it.
 _ASKED: Final = re.compile(r"allocate (\d+(?:\.\d+)?) (bytes|[KMGT]iB)")
 _UNITS: Final = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -49,11 +57,13 @@ class Program:
     steps: tuple[Step, ...]
     results: tuple[int, ...]
     sources: tuple[tuple[int, ...], ...]  # per result: weights and inputs whose memory it may share
+    # Where nodes leave whether an index was out of range, with the nodes.
+    flags: tuple[tuple[int, int], ...] = ()
 
     def run(self, weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         """Return the outputs, none of which shares memory with a weight or an input.
 
-        Raises ValueOutOfBounds when an index taken from an input is out of range, DeviceOutOfMemory when there is no room for a
+        Raises ValueOutOfBounds when an index is out of range, DeviceOutOfMemory when there is no room for a
         result, DeviceFault for any other failure.
         """
         assert len(weights) == self.weight_count, f"{len(weights)} weights for {self.weight_count}"
@@ -67,8 +77,22 @@ class Program:
                     for slot in released:
                         values[slot] = None
             except FAILURES as error:
-                _translate(error, self.nodes[node], node)
+                translate(error, self.nodes[node], node)
+            self.look(values)
             return [self._output(number, values) for number in range(len(self.results))]
+
+    def look(self, values: Sequence[Any]) -> None:
+        """Raise ValueOutOfBounds if an index was out of range where nobody else says so. On CUDA this waits for the run."""
+        flags = [(values[slot], node) for slot, node in self.flags if values[slot] is not None]
+        if not flags:
+            return
+        try:
+            found = torch.stack([flag for flag, _ in flags]).tolist()
+        except FAILURES as error:
+            raise failure("looking whether indices were in range", error) from error
+        for is_bad, (_, node) in zip(found, flags, strict=True):
+            if is_bad:
+                raise _out_of_range(self.nodes[node], node)
 
     def _output(self, number: int, values: list[Any]) -> Any:
         output = values[self.results[number]]
@@ -83,12 +107,22 @@ class Program:
         return output
 
 
-def _translate(error: Exception, node: Node, index: int) -> NoReturn:
+def translate(error: Exception, node: Node, index: int) -> NoReturn:
+    """Raise what is told of an error of torch's that a node has raised."""
     text = str(error)
-    where = f"{node.op} (node {index}, {node.origin or 'no origin'})"
-    if node.op in operators.INDEXING and (isinstance(error, IndexError) or "out of bounds" in text):
-        raise ValueOutOfBounds(f"an index is out of range in {where}", node=index, operator=node.op) from error
-    raise failure(where, error, node=index, operator=node.op) from error
+    is_range = isinstance(error, IndexError) or any(words in text for words in _RANGE)
+    # Which axis is a constant of the graph.
+    if node.op in operators.INDEXING and is_range and not text.startswith("Dimension out of range"):
+        raise _out_of_range(node, index) from error
+    raise failure(_where(node, index), error, node=index, operator=node.op) from error
+
+
+def _out_of_range(node: Node, index: int) -> ValueOutOfBounds:
+    return ValueOutOfBounds(f"an index is out of range in {_where(node, index)}", node=index, operator=node.op)
+
+
+def _where(node: Node, index: int) -> str:
+    return f"{node.op} (node {index}, {node.origin or 'no origin'})"
 
 
 def failure(what: str, error: Exception, **details: Detail) -> DeviceFault:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError
+from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError, ValueOutOfBounds
 
 from sidecar.catalog import Step
 from sidecar.costs import BatchCosts
@@ -242,7 +242,7 @@ class Runs:
     def _prepared_stacked(self, group: Group[Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
         """Have a stage of several models run as one; None when there is nothing to stack, or it does not pay."""
         rest = self._rests.get(id(run.step.stacked))
-        if not self._stacking or (rest is not None and rest.goes_on(self._wavefront.group_count)):
+        if not self._stacking or group.apart or (rest is not None and rest.goes_on(self._wavefront.group_count)):
             return None
 
         def alike(one: Any, other: Any) -> bool:
@@ -349,6 +349,10 @@ class Runs:
                 self._choice.ran(ended_s, self._wavefront.lanes, run.stages, busy_s, run.under_way)
             for structure in run.structures if run.stacked is None else (run.stacked,):
                 self._costs.record(structure, len(run.groups), in_all_s, 1 if run.whole else None)
+        elif run.stacked is not None and isinstance(error, ValueOutOfBounds):
+            # Whose index it was shows when each is run by itself.
+            for each in run.groups:
+                each.apart = True
         elif run.stacked is not None and isinstance(error, DeviceFault):
             # They are chosen again, and run one by one.
             self._unstack([each for each in run.groups if next(each.tickets(), None) is not None], error)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from sidecar.ir import Graph, Node, Value, node_values
 from sidecar.lowering import TURNED_LINEAR
 from sidecar.packed import Packed
-from sidecar.programs import Program
+from sidecar.programs import FAILURES, Program, translate
 
 # Number by number: the axis of the heads does not matter to them. Their other arguments are constants.
 _POINTWISE: Final = frozenset(
@@ -69,20 +69,25 @@ class StackedProgram:
     def run(self, weights: Sequence[Stack], inputs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
         """Return the outputs of each model. ``inputs`` are those that all of them run on, or one list for each, of equal shapes.
 
-        Raises what torch raises.
+        Raises ValueOutOfBounds when an index of any of them is out of range, DeviceFault, and what torch raises.
         """
         # Of each input; what differs by weights lies with the first, that of all heads in one tensor.
         each: list[list[Any]] = [[*weights, *own, *self._program.blank] for own in inputs]
         values = each[0]
         with torch.inference_mode():
-            for step, kind in zip(self._program.steps, self._kinds, strict=True):
-                if kind is None:
-                    for own in each:
-                        own[step.target] = step.call(*step.gather(own))
-                elif kind == "pointwise":
-                    values[step.target] = step.call(*step.gather(values))
-                else:
-                    values[step.target] = _apply(kind, each)
+            try:
+                for step, kind in zip(self._program.steps, self._kinds, strict=True):
+                    if kind is None:
+                        for own in each:
+                            own[step.target] = step.call(*step.gather(own))
+                    elif kind == "pointwise":
+                        values[step.target] = step.call(*step.gather(values))
+                    else:
+                        values[step.target] = _apply(kind, each)
+            except FAILURES as error:
+                translate(error, self._program.nodes[step.node], step.node)
+            for own in each:
+                self._program.look(own)
             return [list(outputs) for outputs in zip(*(values[slot].unbind() for slot in self._program.results), strict=True)]
 
 

@@ -337,15 +337,18 @@ class Wavefront(Generic[C]):
         return [other for other in self._groups if other is not group and not other.running and alike(step, other.step)]
 
     def beside(self, group: Group[C], others: Sequence[Group[C]]) -> list[Group[C]]:
-        """Return those of some groups that are about to run on the very tensors that ``group`` runs on."""
+        """Return those of some groups that are about to run on the very tensors that ``group`` runs on.
+
+        A group that is served by itself has nobody beside.
+        """
         takes = group.takes()
-        if not takes:
+        if group.apart or not takes:
             return []
         # Mostly the first tells.
         return [
             other
             for other in others
-            if other.values[other.step.takes[0]] is takes[0] and all(map(operator.is_, takes, other.takes()))
+            if not other.apart and other.values[other.step.takes[0]] is takes[0] and all(map(operator.is_, takes, other.takes()))
         ]
 
     def abreast(self, group: Group[C], others: Sequence[Group[C]], equal: Callable[[Group[C], Group[C]], bool]) -> list[Group[C]]:

@@ -14,13 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from sidecar import wall
 from sidecar.config import Settings
 from sidecar.errors import ConfigError
 from sidecar.http.server import AdminServer, check_settings, listen_tcp, listen_unix
 from sidecar.inflight import InFlight
 from sidecar.machine import raise_descriptor_limit
 from sidecar.pins import Pins
-from sidecar.processes import end_within
+from sidecar.processes import end_within, forbid_core_dumps
 from sidecar.quotas import read_quotas
 from sidecar.reloading import QuotaFile
 from sidecar.rundirectory import Ownership, RunDirectory
@@ -66,6 +67,7 @@ def _serve(
     settings: Settings, run: RunDirectory, ownership: Ownership | None = None, succession: contextlib.ExitStack | None = None
 ) -> int:
     """Run a sidecar that has the run directory, or else takes it over with these."""
+    forbid_core_dumps()
     descriptors = raise_descriptor_limit()
     # Whoever comes beyond it is told so, which takes a descriptor, too.
     room = max(1, (descriptors - _OTHER_DESCRIPTORS) // _DESCRIPTORS_PER_SESSION)
@@ -228,6 +230,8 @@ def _engine_process(
     signal.signal(signal.SIGTERM, drain)
     # A Ctrl-C in the terminal reaches the whole group; the supervisor's SIGTERM is what counts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What the parts of an engine do when they are made is done; from here on it works for strangers.
+    wall.build()
     threading.Thread(target=engine.run, name="engine", daemon=True).start()
     threading.Thread(target=releases.run, name="releases", daemon=True).start()
     if quota_file is not None:

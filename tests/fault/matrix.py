@@ -21,6 +21,7 @@ from trunkline.pool import Pool
 
 from sidecar.bundle import write_bundle
 from sidecar.export import convert
+from sidecar.segment import segment_name
 from tests.nodes import until
 from tests.sidecar_process import SidecarProcess
 
@@ -31,6 +32,8 @@ PATIENCE_S: Final = 60.0
 _REST_S: Final = 0.002
 _SETTLE_S: Final = 20.0
 _SHARED_MEMORY: Final = Path("/dev/shm")
+# Of a session: a socket, and what Python's mmap keeps of each arena.
+DESCRIPTORS_EACH: Final = 3
 
 
 class Scaled(torch.nn.Module):
@@ -183,15 +186,18 @@ def held(box: SidecarProcess) -> dict[str, int]:
     """Return what a sidecar has of all that a test may have left with it: by its own books, and by the system's."""
     engine = box.await_engine()
     descriptors, threads = held_by(engine)
+    segment = segment_name(box.run_dir.resolve())[1:]
     told = box.admin.get("sessions")
     functions = [each for each in told["sessions"] if not each["administrator"]]
+    # The endpoint's workers open theirs when they are asked for the first time.
+    descriptors -= DESCRIPTORS_EACH * (len(told["sessions"]) - len(functions))
     leases = [each for device in box.admin.get("leases")["devices"].values() for each in device["leases"]]
     tiers = [tier for device in box.admin.get("residency")["devices"].values() for tier in device["tiers"]]
     return {
         "engine descriptors": descriptors,
         "engine threads": threads,
         "processes": len(descendants(box.process.pid)),
-        "names in /dev/shm": len([each for each in _SHARED_MEMORY.iterdir() if each.name.startswith("trunkline")]),
+        "names in /dev/shm": len([each for each in _SHARED_MEMORY.iterdir() if each.name.startswith(segment)]),
         "sessions": len(functions),
         "arena bytes": sum(each["arena_bytes"] for each in functions),
         "leases": sum(each["leases"] for each in leases),

@@ -10,14 +10,12 @@ from trunkline.client import Model
 from trunkline.errors import QueueFull
 
 from sidecar.machine import raise_descriptor_limit
-from tests.fault.matrix import EXPECTED, Neighbour, Row, held_by, pool_at
+from tests.fault.matrix import DESCRIPTORS_EACH, EXPECTED, Neighbour, Row, held_by, pool_at
 from tests.sidecar_process import SidecarProcess
 
 CLIENTS = 1000
 # The default.
 LIMIT = 1024
-# A socket, and what Python's mmap keeps of each arena.
-DESCRIPTORS_EACH = 3
 X = np.ones((1, 8), np.float32)
 
 

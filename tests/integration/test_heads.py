@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from trunkline.errors import DeviceFault
+from trunkline.errors import DeviceFault, TrunklineError, ValueOutOfBounds
 
 from sidecar.devices import TorchDevice
 from sidecar.ports import OutputSpecs, Work
@@ -31,6 +31,7 @@ class Watched(TorchDevice):
         # A weight of a model that always fails; whether whatever is stacked does.
         self.fails: torch.Tensor | None = None
         self.broken = False
+        self.error: type[TrunklineError] = DeviceFault
         self.held: threading.Event | None = None
         self.entered = threading.Semaphore(0)
 
@@ -40,12 +41,12 @@ class Watched(TorchDevice):
             self.entered.release()
             assert self.held.wait(LATE), "nobody let it go on"
         if self.broken or self.fails is not None:
-            raise DeviceFault("one of them fails")
+            raise self.error("one of them fails")
         return super().run_stacked(program, weights, inputs)
 
     def run(self, program: Any, weights: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if self.fails is not None and any(torch.equal(self.fails, weight) for weight in weights):
-            raise DeviceFault("this one fails")
+            raise self.error("this one fails")
         return super().run(program, weights, inputs)
 
 
@@ -183,8 +184,12 @@ def test_on_equal_inputs_it_is_one_product_for_all_heads(tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("pays")
-def test_a_failure_is_that_of_the_guilty_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "stays"), [(DeviceFault, False), (ValueOutOfBounds, True)])
+def test_a_failure_is_that_of_the_guilty_head(
+    error: type[TrunklineError], stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, device = heads(4), Watched()
+    device.error = error
     with serving(tmp_path, monkeypatch, device, packing=False) as running:
         deploy(running, *made)
         device.fails = made[2].source.module.head[0].bias
@@ -193,15 +198,15 @@ def test_a_failure_is_that_of_the_guilty_head(tmp_path: Path, monkeypatch: pytes
         with counted(running) as counts:
             answers = asked_at_once(running, *calls)
         failed = answers.pop(2)
-        assert isinstance(failed, DeviceFault)
+        assert isinstance(failed, error)
         assert failed.message == "this one fails"
         for each, given, answer in zip([*made[:2], made[3]], [*inputs[:2], inputs[3]], answers, strict=True):
             assert agrees(answer, each.eager(given), exact=False)
         assert counts["stacked"] == 0
-        # They were run as one once, and are not any more.
+        # They were run as one once, and are not any more, unless it was for a caller's index.
         assert device.inputs == [4]
         device.fails = None
-        assert asked(running, made, [1] * 4)["stacked"] == 0
+        assert asked(running, made, [1] * 4)["stacked"] == (3 if stays else 0)
 
 
 @pytest.mark.usefixtures("pays")

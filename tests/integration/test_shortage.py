@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from trunkline import client, model
-from trunkline.errors import DeviceFault, DeviceOutOfMemory
+from trunkline.errors import DeviceOutOfMemory, TrunklineError
 from trunkline.pool import Pool
 
 from sidecar.devices import TorchDevice
@@ -101,7 +101,7 @@ def asked_at_once(running: Running, *calls: tuple[str, Arrays]) -> list[Any]:
     def outcome(asked: client.Model, inputs: Arrays) -> Any:
         try:
             return call(asked, inputs)
-        except DeviceFault as error:
+        except TrunklineError as error:
             return error
 
     with pytest.MonkeyPatch.context() as patched:

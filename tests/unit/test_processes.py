@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from trunkline.errors import InvalidInput
 from sidecar.errors import ConfigError
 from sidecar.keeping import Keep
 from sidecar.pins import Pins
-from sidecar.processes import die_with_parent, end_within
+from sidecar.processes import die_with_parent, end_within, forbid_core_dumps
 from sidecar.rundirectory import RunDirectory, write_token
 from sidecar.tenantsockets import listen_at
 
@@ -233,3 +234,16 @@ def test_a_token_is_private_and_new_each_time(tmp_path: Path) -> None:
     assert first != second
     assert path.read_bytes() == second
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_process_that_crashes_leaves_no_copy_of_its_memory(tmp_path: Path) -> None:
+    pid = os.fork()
+    if not pid:
+        os.chdir(tmp_path)
+        resource.setrlimit(resource.RLIMIT_CORE, (1 << 20, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        forbid_core_dumps()
+        os.abort()
+    status = os.waitpid(pid, 0)[1]
+    assert os.WTERMSIG(status) == signal.SIGABRT
+    assert not os.WCOREDUMP(status)
+    assert not list(tmp_path.iterdir())

@@ -139,7 +139,7 @@ class UnsupportedTensor(RequestError):
 
 
 class ValueOutOfBounds(RequestError):
-    """An integer input holds a value outside the bounds its model declares."""
+    """An integer input holds a value outside the bounds its model declares, or leads to an index outside of what it is for."""
 
     code = "value_out_of_bounds"
 
