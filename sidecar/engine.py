@@ -24,6 +24,7 @@ from trunkline.errors import CapacityError, Draining, TrunklineError
 from trunkline.protocol import JOINT
 from trunkline.signature import Signature
 
+from sidecar import upkeep
 from sidecar.activations import Activations
 from sidecar.admission import Admission
 from sidecar.catalog import Catalog
@@ -71,9 +72,6 @@ _QUIET_S: Final = 0.1
 # Commands and requests that are taken from the inbox before a stage must be run: mostly all that came meanwhile, or whose turn it
 # is would depend on who was the first to send a lot.
 _MOST_TAKEN: Final = 64
-# What is on disk is read through once in so long, a MiB and then a pause: 20 MB/s at most.
-_SCRUB_EVERY_S: Final = 24 * 3600.0
-_SCRUB_PAUSE_S: Final = 0.05
 
 
 class Engine:
@@ -401,7 +399,7 @@ class Engine:
             threading.Thread(target=self._trials.run, name="trials", daemon=True).start()
         if self._activations is not None:
             threading.Thread(target=self._activations.run, name="dry runs", daemon=True).start()
-        threading.Thread(target=self._scrub, name="scrub", daemon=True).start()
+        upkeep.begin(self._memory, self._mover, self._ended)
         for name in self._catalog.pinned():
             self._accept(own_load(name, self._clock()))
         while not self._finished:
@@ -419,10 +417,6 @@ class Engine:
             self._activations.stop()
         if self._drained is not None:
             self._drained()
-
-    def _scrub(self) -> None:
-        while not self._ended.wait(_SCRUB_EVERY_S):
-            self._memory.scrub(lambda: self._ended.wait(_SCRUB_PAUSE_S))
 
     def _step(self) -> None:
         self._expire()

@@ -101,6 +101,12 @@ class Memory(Protocol):
     def audit(self) -> None:
         """Compare the books with what is there, and log what does not fit."""
 
+    def compare(self, limit_bytes: int) -> Sequence[str]:
+        """Compare weights in host memory with their checksums, the next ones each time, until so many bytes were read.
+
+        Return those that differ.
+        """
+
     def facts(self) -> Mapping[str, int]:
         """Return what an operator wants to know, in bytes. Any thread."""
 

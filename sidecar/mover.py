@@ -98,6 +98,15 @@ class Mover:
         """Have the books of memory compared with what is there; what does not fit is logged."""
         self._tell(self._memory.audit)
 
+    def compare(self, limit_bytes: int, altered: Callable[[Sequence[str]], None]) -> None:
+        """Have some of the weights in memory compared with their checksums; ``altered`` is told there if any differ."""
+
+        def look() -> None:
+            if found := self._memory.compare(limit_bytes):
+                altered(found)
+
+        self._tell(look)
+
     def _tell(self, job: _Job) -> None:
         self._inbox.put(functools.partial(self._told.append, job))
 

@@ -43,7 +43,7 @@ from sidecar.bundle import (
     parse_bundle,
     parse_manifest,
 )
-from sidecar.disk import TEMPORARY, opened, remove_unless_locked
+from sidecar.disk import TEMPORARY, drop, opened, remove_unless_locked
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError, StoreFull
 from sidecar.labels import LONGEST_NAME, STORED_NAME, labelled, parted
 from sidecar.partials import Partial
@@ -449,6 +449,28 @@ class Store:
                 report.broken[name] = f"{len(missing)} weights are missing, {len(altered)} are altered; push it again"
         return report
 
+    def scrub(self, pause: Callable[[], object]) -> list[str]:
+        """Read every blob against its digest, as the disk has it, with ``pause`` after each piece; set aside what is altered.
+
+        Return its digests.
+        """
+        altered = []
+        for path in self._stored("blobs"):
+            try:
+                with opened(path, os.O_RDONLY) as descriptor:
+                    # What the page cache holds says nothing about the disk.
+                    drop(descriptor)
+                digest, _ = _digest_of(path, pause)
+                with opened(path, os.O_RDONLY) as descriptor:
+                    drop(descriptor)
+            except FileNotFoundError:
+                continue
+            except OSError:
+                digest = ""
+            if digest != path.name and self._set_aside_if_altered(path.name):
+                altered.append(path.name)
+        return altered
+
     def gc(
         self,
         *,
@@ -558,13 +580,14 @@ def _temporary_beside(path: Path) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def _digest_of(path: Path) -> tuple[str, int]:
-    """Return the sha256 of a file's bytes, and their number."""
+def _digest_of(path: Path, pause: Callable[[], object] = lambda: None) -> tuple[str, int]:
+    """Return the sha256 of a file's bytes, and their number; ``pause`` after each piece."""
     found, size_bytes = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             found.update(chunk)
             size_bytes += len(chunk)
+            pause()
     return found.hexdigest(), size_bytes
 
 

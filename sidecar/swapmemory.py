@@ -180,6 +180,9 @@ class SwapMemory:
         self._tier.check_invariants()
         self._host.check_invariants()
 
+    def compare(self, limit_bytes: int) -> Sequence[str]:
+        return self._host.compare(limit_bytes)
+
     def facts(self) -> Mapping[str, int]:
         host = self._host.facts()
         return {

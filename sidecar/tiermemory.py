@@ -6,6 +6,7 @@ is no more has left there is taken as it is, once its checksum was compared.
 
 from __future__ import annotations
 
+import bisect
 import logging
 import math
 import struct
@@ -46,6 +47,8 @@ class TierMemory:
         self._source = source
         self._tier = tier
         self._files = files
+        # The last that was compared with its checksum.
+        self._compared = ""
         # Where the bytes that were brought in came from.
         self._moved = {"kept_bytes": 0, "block_file_bytes": 0, "store_bytes": 0}
 
@@ -179,6 +182,19 @@ class TierMemory:
             self._tier.check_invariants()
         except AssertionError as error:
             log.error("weights in shared memory and their ledger do not agree: %s; restart the sidecar, and report it", error)
+
+    def compare(self, limit_bytes: int) -> Sequence[str]:
+        keys = sorted(self._tier.keys())
+        first = bisect.bisect_right(keys, self._compared)
+        altered, done_bytes = [], 0
+        for key in keys[first:] + keys[:first]:
+            if done_bytes >= limit_bytes:
+                break
+            self._compared = key
+            done_bytes += self._tier.keys()[key]
+            if not self._tier.is_whole(key):
+                altered.append(key)
+        return altered
 
     def facts(self) -> Mapping[str, int]:
         return {

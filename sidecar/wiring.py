@@ -181,6 +181,7 @@ def _engine_process(
     from sidecar.engines import Engines
     from sidecar.routing import ReleaseFiles
     from sidecar.server import Server
+    from sidecar.upkeep import scrub
 
     quota_file = None if settings.quota_file is None else QuotaFile(settings.quota_file, run.quotas)
     quotas = OPEN
@@ -234,6 +235,7 @@ def _engine_process(
     wall.build()
     threading.Thread(target=engine.run, name="engine", daemon=True).start()
     threading.Thread(target=releases.run, name="releases", daemon=True).start()
+    threading.Thread(target=scrub, args=(store.scrub, threading.Event()), name="store", daemon=True).start()
     if quota_file is not None:
 
         def use(changed: Quotas, done: Callable[[], None]) -> None:

@@ -152,6 +152,7 @@ LAYERS = {
         "versions",
         "turns",
         "underway",
+        "upkeep",
     },
     5: {
         "server",

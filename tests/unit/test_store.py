@@ -349,6 +349,29 @@ def test_verify_finds_a_flipped_bit_and_a_push_heals_it(store: Store) -> None:
     assert store.verify().broken == {}
 
 
+@pytest.mark.row("F19")
+def test_scrubbing_sets_aside_what_the_disk_has_altered(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, values in (("m", [1.0]), ("n", [2.0])):
+        put(store, *adding_bundle(name, values))
+    pauses: list[None] = []
+    assert store.scrub(lambda: pauses.append(None)) == []
+    assert len(pauses) == 2
+    (bad, *others) = files_of(store, "blobs")
+    alter(store.blob_path(bad))
+    assert store.scrub(lambda: None) == [bad]
+    assert list(files_of(store, "quarantine")) == [bad]
+    assert list(files_of(store, "blobs")) == others
+    # One that is collected meanwhile is no other's fault, one that the disk does not give is set aside.
+    monkeypatch.setattr(store, "_stored", lambda kind: [store.blob_path("0" * 64), store.blob_path(others[0])])
+    assert store.scrub(lambda: None) == []
+
+    def refuse(path: Path, *rest: object) -> tuple[str, int]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(store_module, "_digest_of", refuse)
+    assert store.scrub(lambda: None) == others
+
+
 def test_a_read_that_finds_an_altered_blob_sets_it_aside(store: Store) -> None:
     bundle, blobs = adding_bundle("m", [1.0])
     put(store, bundle, blobs)
