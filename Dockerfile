@@ -17,6 +17,14 @@ COPY template/python3-trunkline/trunkline template/python3-trunkline/trunkline
 COPY sidecar sidecar
 RUN pip install ".[otel]" && pip uninstall --yes pip setuptools && find /opt/trunkline -name tests -type d -prune -exec rm -rf {} +
 
+# Not part of the image: `docker build --target sbom --output . .` writes sbom.cdx.json, a list of all Python packages in it.
+FROM build AS listed
+RUN python -m venv /opt/sbom && /opt/sbom/bin/pip install 'cyclonedx-bom>=7,<8' \
+    && /opt/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+       --output-file /sbom.cdx.json /opt/trunkline/bin/python
+FROM scratch AS sbom
+COPY --from=listed /sbom.cdx.json /
+
 # Nothing that compiles is in here: the environment comes ready from the stage above.
 FROM python:${PYTHON_VERSION}-${DEBIAN_OS} AS ship
 RUN groupadd --gid 10001 trunkline && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin trunkline \

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.complete
 
-.PHONY: setup demo test lint types cov bench clean
+.PHONY: setup demo test lint types cov bench sbom clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,16 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.swap --json benchmarks/results/swap.json
 	$(BIN)/python -m benchmarks.tenancy --json benchmarks/results/tenancy.json
 	$(BIN)/python -m benchmarks.http --json benchmarks/results/http.json
+	$(BIN)/python -m benchmarks.faults --json benchmarks/results/faults.json --docs
+
+# What lists the packages of an environment is not one of them.
+ENVIRONMENT ?= $(VENV)
+LISTER := .trunkline/sbom
+
+sbom: $(STAMP)
+	test -x $(LISTER)/bin/cyclonedx-py || $(PYTHON) -m venv $(LISTER)
+	test -x $(LISTER)/bin/cyclonedx-py || $(LISTER)/bin/pip install --quiet 'cyclonedx-bom>=7,<8'
+	$(LISTER)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.cdx.json $(ENVIRONMENT)/bin/python
 
 clean:
 	rm -rf $(VENV) .trunkline

@@ -37,21 +37,32 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Rows(Path(config.getoption("--rows"))))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have reports say which rows a test tries, those of tests that count nothing themselves, too."""
+    for item in items:
+        if ids := [each for mark in item.iter_markers("row") for each in mark.args]:
+            item.user_properties.append(("ids", ids))
+
+
 class _Rows:
-    """Writes what rows have found, and whether their tests passed."""
+    """Writes which rows tests have tried, whether they passed, how long they took, and what was found where they count."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._found: dict[str, dict[str, Any]] = {}
+        self._begun: dict[str, dict[str, Any]] = {}
+        # Without those in whose middle everything was ended.
+        self._ended: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        found = self._found.setdefault(report.nodeid, {"test": report.nodeid, "passed": True})
+        found = self._begun.setdefault(report.nodeid, {"test": report.nodeid, "passed": True, "seconds": 0.0})
         found["passed"] = found["passed"] and report.passed
-        found |= {name: value for name, value in report.user_properties if name == "row"}
+        found["seconds"] = round(found["seconds"] + report.duration, 3)
+        found |= {name: value for name, value in report.user_properties if name in ("ids", "row")}
+        if report.when == "teardown" and "ids" in found:
+            self._ended.append(found)
 
     def pytest_sessionfinish(self) -> None:
-        rows = [found for found in self._found.values() if "row" in found]
-        self._path.write_text(json.dumps(rows, indent=1))
+        self._path.write_text(json.dumps(self._ended, indent=1))
 
 
 @pytest.fixture(autouse=True, scope="module")
