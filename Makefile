@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.complete
 
-.PHONY: setup demo test lint types cov bench sbom clean
+.PHONY: setup demo test lint types cov bench sbom fuzz clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,14 @@ sbom: $(STAMP)
 	test -x $(LISTER)/bin/cyclonedx-py || $(PYTHON) -m venv $(LISTER)
 	test -x $(LISTER)/bin/cyclonedx-py || $(LISTER)/bin/pip install --quiet 'cyclonedx-bom>=7,<8'
 	$(LISTER)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.cdx.json $(ENVIRONMENT)/bin/python
+
+# Each reader of strangers' bytes for so long; what reaches new lines is then in .trunkline/fuzz, what raises in crash-*.
+FUZZ_S ?= 600
+
+fuzz: $(STAMP)
+	$(BIN)/pip install --quiet --group fuzz
+	for target in frames inferences texts manifests graphs; do mkdir -p .trunkline/fuzz/$$target && \
+	  $(BIN)/python -m tests.fuzzing $$target .trunkline/fuzz/$$target -max_total_time=$(FUZZ_S) || exit 1; done
 
 clean:
 	rm -rf $(VENV) .trunkline

@@ -167,26 +167,29 @@ class Server:
 
     def run(self) -> None:
         """Serve until ``stop``."""
-        wake = self._wake
         while not self._stopping:
-            events = self._poll.poll(HANDSHAKE_S if self._greeting or not self._listening else -1)
-            if not (events or self._listening or self._draining):
-                # Quiet for a while: perhaps there are descriptors again.
-                self._listen(True)
-            for fd, _ in events:
-                if fd in self._listeners:
-                    self._accept(self._listeners[fd])
-                elif fd == wake:
-                    os.eventfd_read(wake)
-                    while self._posted:
-                        self._posted.popleft()()
-                    if self._draining:
-                        self._listen(False)
-                else:
-                    self._receive(fd)
-            if self._greeting:
-                self._close_the_silent()
+            self._turn(HANDSHAKE_S if self._greeting or not self._listening else -1)
         self._shut_down()
+
+    def _turn(self, patience_s: float) -> None:
+        """Do what there is to do, after waiting for it for so long at most; -1: for ever."""
+        events = self._poll.poll(patience_s)
+        if not (events or self._listening or self._draining):
+            # Quiet for a while: perhaps there are descriptors again.
+            self._listen(True)
+        for fd, _ in events:
+            if fd in self._listeners:
+                self._accept(self._listeners[fd])
+            elif fd == self._wake:
+                os.eventfd_read(fd)
+                while self._posted:
+                    self._posted.popleft()()
+                if self._draining:
+                    self._listen(False)
+            else:
+                self._receive(fd)
+        if self._greeting:
+            self._close_the_silent()
 
     def drain(self) -> None:
         """Accept no further connections; those that exist are told Draining by the engine. Any thread."""
