@@ -24,6 +24,7 @@ from sidecar.division import Division
 from sidecar.inturn import AllInTurn
 from sidecar.loads import Loads, Parked
 from sidecar.ports import Session, Work
+from sidecar.quarantine import Suspects
 from sidecar.refusals import Refusals, incident
 from sidecar.residency import Grant
 from sidecar.scheduler import Scheduler
@@ -54,6 +55,7 @@ class Admission:
         deployments: Deployments,
         refusals: Refusals,
         recorder: Recorder,
+        suspects: Suspects,
         clock: Callable[[], float],
         *,
         batch_limit: int,
@@ -75,6 +77,7 @@ class Admission:
         self._deployments = deployments
         self._refusals = refusals
         self._recorder = recorder
+        self._suspects = suspects
         self._clock = clock
         self._started_s = clock()
         self._batch_limit = batch_limit
@@ -219,6 +222,8 @@ class Admission:
             # Somebody waits for memory: what it waits for must not go to others, whose turn it may be.
             self._wait(work)
             return
+        if self._suspects and self._must_wait_for_suspects(work):
+            return
         if not self._has_room_to_compute(work, parts, joint):
             return
         try:
@@ -248,6 +253,18 @@ class Admission:
             self._wait(work)
             return
         self.load(work, parts, joint, work.tenant, grant)
+
+    def _must_wait_for_suspects(self, work: Work) -> bool:
+        """Say whether a request was put back to wait: a suspect until it is the only one, and all others until one is over."""
+        if work.inputs is None:
+            return False
+        under_way = (*(call.work for call in self._under_way.calls()), *(parked.work for parked in self._loads.parked))
+        busy = [each for each in under_way if each.inputs is not None]
+        if not busy or not any(self._suspects.has(each.tenant.name, each.model) for each in (work, *busy)):
+            return False
+        self._scheduler.put_back(work)
+        self._blocked = True
+        return True
 
     def _has_room_to_compute(self, work: Work, parts: tuple[Deployed, ...], joint: Joint | None) -> bool:
         """Say whether what a call takes beside weights can be had now; if not, it was refused, or put back to wait."""

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -39,11 +40,13 @@ from sidecar.residency import Residency
 from sidecar.stages import Key, Stage, Staged
 from sidecar.tenants import OPEN, as_asked, as_known_to, matches, qualified, unqualified
 from sidecar.together import Interface, join
-from sidecar.trials import Verdict
+from sidecar.trials import SHORTEST_TRIED, Verdict
 from sidecar.wavefront import Layouts, Padding
 
 log = logging.getLogger("trunkline.engine")
 
+# Trials measure no shorter times.
+_SHORTEST_S: Final = 1e-6
 # Combinations of models whose signature is kept.
 _MOST_JOINT: Final = 64
 
@@ -104,6 +107,21 @@ class Deployed:
     def run_s(self) -> tuple[float, ...]:
         """Return the seconds each step took when it was tried; empty where that is not known."""
         return () if self.verdict is None else self.verdict.run_s
+
+    def reckoned_s(self, index: int, inputs: Mapping[Key, Any], rows: int) -> float:
+        """Return what a step takes at most for so many rows of a call's ``inputs``, by what it took when it was tried; or 0.
+
+        It may have been tried with axes as short as can be, and what there is to compute grows with their square, at most.
+        """
+        if not self.run_s:
+            return 0.0
+        longer: dict[str, float] = {}
+        for key, spec in zip(self.staged.inputs, self.bundle.graph.inputs, strict=True):
+            for axis, size in zip(spec.shape, inputs[key].shape, strict=True):
+                if isinstance(axis, str) and axis != self.bundle.batch:
+                    longer[axis] = max(1.0, size / SHORTEST_TRIED)
+        # Less than can be measured is not unknown.
+        return max(_SHORTEST_S, self.run_s[index] * (rows if self.bundle.batch else 1) * math.prod(longer.values()) ** 2)
 
     def padding(self, inputs: Mapping[Key, Any]) -> Padding | None:
         """Return how a call's inputs may be made longer; None where that would change its answer, or was not tried."""

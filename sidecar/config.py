@@ -98,6 +98,8 @@ class Settings:
     arena_total_bytes: int = 2 * 2**30
     connection_limit: int = 1024
     drain_timeout_s: float = 10.0
+    # 0: nothing takes too long.
+    watchdog_s: float = 10.0
     log_level: str = "info"
     log_format: str = "human"
     traces: bool = False
@@ -331,6 +333,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "arena_total_bytes": _size(131072),
     "connection_limit": _integer(1, 100_000),
     "drain_timeout_s": _seconds,
+    "watchdog_s": _seconds,
     "log_level": _match(r"debug|info|warning|error", "debug, info, warning or error"),
     "log_format": _match("human|json", "human or json"),
     "traces": _traces,

@@ -68,6 +68,17 @@ class BatchCosts:
         """Say whether a stage was measured with a batch of this size."""
         return self._seen.get(((self.lanes, key), _class(rows)), 0) >= _FEW
 
+    def expected_s(self, key: Hashable, rows: int, lanes: int) -> float:
+        """Return how long a stage takes for a batch, by what was measured with that many ``lanes``; 0 where nothing was.
+
+        Where no batch of this size was, by the next smaller one: that is more rather than less.
+        """
+        for size in range(_class(rows), -1, -1):
+            each_s = self._seconds.get(((lanes, key), size))
+            if each_s is not None:
+                return each_s * rows
+        return 0.0
+
     def pays(self, keys: Sequence[Hashable], apart: int, together: int, times: int = 1) -> bool:
         """Say whether rows should go through the stages ``keys`` as a batch of ``together``, instead of at most ``apart``.
 

@@ -36,6 +36,7 @@ from sidecar.devicememory import DeviceMemory
 from sidecar.division import Division, choice_for
 from sidecar.inflight import InFlight
 from sidecar.inturn import AllInTurn
+from sidecar.journal import Journal, Page
 from sidecar.loads import Loads
 from sidecar.memory import Memory
 from sidecar.mover import Mover
@@ -45,6 +46,7 @@ from sidecar.pins import Pins
 from sidecar.placement import Cost
 from sidecar.policies import Either
 from sidecar.ports import Device, Session, Source, Work
+from sidecar.quarantine import Suspects, nobody
 from sidecar.readahead import ReadAhead
 from sidecar.refusals import Refusals, as_told, incident
 from sidecar.requestcosts import RequestCosts
@@ -98,12 +100,16 @@ class Engine:
         memory: Memory | None = None,
         activation_budget_bytes: int | None = None,
         generation: int = 0,
+        page: Page | None = None,
+        suspects: Suspects | None = None,
         facts: dict[str, object] | None = None,
         tracing: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``page`` is where it is noted what the device is at, ``suspects`` whose requests are run alone, or refused."""
         self.budget_bytes = budget_bytes
         self._device = device
+        self._suspects = suspects = nobody() if suspects is None else suspects
         self._clock = clock
         self._batch_limit = batch_limit
         self._batch_window_s = batch_window_s
@@ -130,6 +136,7 @@ class Engine:
             self._refusals,
             self._request_costs,
             self._outcomes,
+            suspects,
             clock,
             compute_once=compute_once,
             describe=lambda deployed: self._commands.describe(deployed),
@@ -177,6 +184,7 @@ class Engine:
             batch_costs,
             self._under_way,
             choice,
+            Journal().page(0) if page is None else page,
             self._post,
             clock,
             stacking=stacking,
@@ -218,6 +226,7 @@ class Engine:
             self._deployments,
             self._refusals,
             self._recorder,
+            suspects,
             clock,
             batch_limit=batch_limit,
             drop=self._drop,
@@ -526,6 +535,8 @@ class Engine:
             self._deployments.complete(names)
             self._deployments.deploy_first(names)
             self.signature(work.model)
+            if work.inputs is not None:
+                self._suspects.check(work.tenant.name, work.model)
             if not len(self._queue):
                 self._opened_s = self._clock()
             self._queue.submit(work, self._clock(), *self._forecast(work))

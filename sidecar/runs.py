@@ -17,6 +17,7 @@ from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError, Val
 
 from sidecar.catalog import Step
 from sidecar.costs import BatchCosts
+from sidecar.journal import Asked, Page
 from sidecar.lanecount import LaneChoice
 from sidecar.lanes import Lanes, Outcome, attempt
 from sidecar.loads import Loads
@@ -64,7 +65,7 @@ class _Run:
     # What the engine needs for it, beside the device: most of what small stages take.
     engine_s: float = 0.0
     splits: Splits = field(default_factory=Splits)
-    # In a lane: whose inputs and weights it needs, and whether other lanes computed at the same time.
+    # Whose inputs and weights it needs; and in a lane, whether other lanes computed at the same time.
     calls: tuple[Call, ...] = ()
     beside: bool = False
     # It has the whole device, with lanes or without.
@@ -72,6 +73,8 @@ class _Run:
     # The stages of its groups, by the names under which their cost is known, with the rows of each; and how many were under way.
     stages: tuple[tuple[tuple[object, ...], int], ...] = ()
     under_way: int = 0
+    # Where it is noted that the device is at it.
+    place: int = -1
     # In device time: where several lanes compute at the same time, each has its part of that.
     began_s: float = 0.0
 
@@ -106,13 +109,14 @@ class Runs:
         costs: BatchCosts,
         under_way: UnderWay,
         choice: LaneChoice | None,
+        page: Page,
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float],
         *,
         stacking: bool,
         tracing: bool = False,
     ) -> None:
-        """``choice`` is told what was run, where by that is chosen how many lanes there are.
+        """``choice`` is told what was run, where by that is chosen how many lanes there are; ``page``, what is being run.
 
         With ``tracing`` there may be requests of which is noted when they were run.
         """
@@ -131,6 +135,7 @@ class Runs:
         self._costs = costs
         self._under_way = under_way
         self._choice = choice
+        self._page = page
         self._post = post
         self._clock = clock
         self._stacking = stacking
@@ -182,6 +187,8 @@ class Runs:
                 return
             try:
                 run, compute = self._prepared(group)
+                run.whole = self._lanes is None or self._is_alone(run)
+                self._begin(run)
             except Exception as error:  # noqa: BLE001 - as above
                 self.fail(group, error)
                 return
@@ -189,16 +196,37 @@ class Runs:
                 run.stages = tuple((each.cost_key(each.step), each.extent or 1) for each in run.groups)
                 run.under_way = self._wavefront.row_count
             run.engine_s = self._clock() - began_s
-            run.whole = self._lanes is None or self._is_alone(run)
             if run.whole:
-                outcome = attempt(compute, self._clock)
-                # It has weights; what comes now may let go of them.
-                del compute
-                self._ran(run, outcome, outcome.seconds)
-                # An error knows this frame, which must not know the error.
-                del outcome
+                try:
+                    outcome = attempt(compute, self._clock)
+                    # It has weights; what comes now may let go of them.
+                    del compute
+                    self._ran(run, outcome, outcome.seconds)
+                    # An error knows this frame, which must not know the error.
+                    del outcome
+                finally:
+                    self._page.end(run.place)
                 return
             self._hand_over(run, compute)
+
+    def _begin(self, run: _Run) -> None:
+        """Note that the device is at a run, and for whom: until it is over, and those are answered whose last stage it is."""
+        run.calls = tuple(dict.fromkeys(ticket.call for group in run.groups for ticket in group.tickets()))
+        works = [call.work for call in run.calls]
+        asked = [Asked(work.tenant.name, work.model, work.call_id) for work in works]
+        run.place = self._page.begin(self._clock(), self._expected_s(run), asked)
+
+    def _expected_s(self, run: _Run) -> float:
+        """Return what a run was measured to take, or is reckoned to by what its model was tried with; 0 where nobody knows."""
+        lanes = 1 if run.whole else self._wavefront.lanes
+        if run.stacked is not None:
+            return self._costs.expected_s(run.stacked, len(run.groups), lanes)
+        known_s = self._costs.expected_s(run.cost_key, run.extent, lanes)
+        if known_s:
+            return known_s
+        ticket = run.groups[0].first
+        deployed = next((each for each in ticket.call.parts if each.steps is ticket.steps), None)
+        return 0.0 if deployed is None else lanes * deployed.reckoned_s(run.groups[0].index, ticket.inputs, run.extent)
 
     def _idle_count(self) -> int:
         """Return how many stages may be begun now."""
@@ -294,7 +322,6 @@ class Runs:
     def _hand_over(self, run: _Run, compute: Callable[[], Sequence[Sequence[Any]]]) -> None:
         """Have an idle lane run a stage."""
         assert self._lanes is not None
-        run.calls = tuple(dict.fromkeys(ticket.call for group in run.groups for ticket in group.tickets()))
         for group in run.groups:
             group.running = True
         self._under_way.run_begins(run.calls)
@@ -315,6 +342,7 @@ class Runs:
         try:
             self._ran(run, outcome, device_s)
         finally:
+            self._page.end(run.place)
             self._under_way.settle()
 
     def _reckon(self) -> float:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from sidecar.deaths import Deaths
 from sidecar.errors import ConfigError
 from sidecar.processes import die_with_parent
 from sidecar.rundirectory import RunDirectory, write_token
@@ -32,7 +33,7 @@ log = logging.getLogger("trunkline.supervisor")
 _LOOK_S: Final = 1.0
 _TAKING_OVER_LOOK_S: Final = 0.05
 _SIGNALS: Final = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, HANDED_OVER}
-# An engine that lived longer than this was healthy; the next one is started at once.
+# An engine that lived longer than this was healthy, as is one that computes; the next one is started at once.
 _HEALTHY_S: Final = 1.0
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
@@ -48,17 +49,19 @@ class Supervisor:
         run: RunDirectory,
         *,
         preload: Callable[[], None],
-        engine: Callable[[Listeners, bytes, int, Sequence[int], Keeper], None],
+        engine: Callable[[Listeners, bytes, int, Sequence[int], Keeper, Deaths], None],
         http: Callable[[], None],
         drain_timeout_s: float,
+        watchdog_s: float,
         segment_bytes: Sequence[int],
         take_over: TakeOver | None = None,
     ) -> None:
-        """``preload`` imports what the engine needs; ``engine(listeners, token, generation, segments, keeper)`` is the engine
-        process.
+        """``preload`` imports what the engine needs; ``engine(listeners, token, generation, segments, keeper, deaths)`` is the
+        engine process.
 
         ``keeper`` has the sockets of tenants that engines before it have opened, and takes its own. ``segments`` are the
-        descriptors of the memory for weights that outlives the engine, of ``segment_bytes`` each.
+        descriptors of the memory for weights that outlives the engine, of ``segment_bytes`` each. ``deaths`` is what is known of
+        how those before it ended, and where it writes what it is at.
 
         ``http()`` is the process of the admin endpoint. With ``take_over`` another sidecar runs in the run directory still.
         """
@@ -68,6 +71,7 @@ class Supervisor:
         self._http_main = http
         self._drain_timeout_s = drain_timeout_s
         self._segment_bytes = segment_bytes
+        self._deaths = Deaths(len(segment_bytes), watchdog_s)
         self._segments: list[Segment] = []
         self._keeper = Keeper()
         self._engine_pid = 0
@@ -175,13 +179,15 @@ class Supervisor:
                 listeners = self._listen_again(listeners)
             if not self._engine_pid and time.monotonic() >= self._engine_started_s + self._pause_s:
                 self._start_engine(listeners, token)
+            if self._engine_pid and self._deaths.watch(self._engine_pid, time.monotonic()):
+                os.kill(self._engine_pid, signal.SIGKILL)
             if not self._http_pid and self._take_over is None:
                 self._start_http(listeners)
 
     def _until_next_look_s(self) -> float:
         look_s = _LOOK_S if self._take_over is None else _TAKING_OVER_LOOK_S
         if self._engine_pid:
-            return look_s
+            return min(look_s, self._deaths.due_s(time.monotonic()))
         return min(look_s, max(0.0, self._engine_started_s + self._pause_s - time.monotonic()))
 
     def _go_on_taking_over(self, taking_over: TakeOver) -> None:
@@ -225,7 +231,10 @@ class Supervisor:
         segments = [segment.descriptor for segment in self._segments]
         # What the last one has handed over, in its last moment perhaps.
         self._keeper.take()
-        self._engine_pid = _fork("engine", lambda: self._engine(listeners, token, self._generation, segments, self._keeper))
+        self._deaths.engine_starts(self._engine_started_s)
+        self._engine_pid = _fork(
+            "engine", lambda: self._engine(listeners, token, self._generation, segments, self._keeper, self._deaths)
+        )
 
     def _start_http(self, listeners: Listeners) -> None:
         def serve() -> None:
@@ -234,6 +243,7 @@ class Supervisor:
             self._keeper.close()
             for segment in self._segments:
                 segment.close()
+            self._deaths.close()
             self._http_main()
 
         self._http_pid = _fork("HTTP server", serve)
@@ -254,7 +264,8 @@ class Supervisor:
         lived_s = time.monotonic() - self._engine_started_s
         log.error("engine %d ended with %d after %.1f s; starting another", pid, os.waitstatus_to_exitcode(status), lived_s)
         self._engine_pid = 0
-        if lived_s >= _HEALTHY_S:
+        was_at_work = self._deaths.engine_died(pid, status, time.monotonic())
+        if was_at_work or lived_s >= _HEALTHY_S:
             self._pause_s = 0.0
         else:
             self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)

@@ -50,7 +50,8 @@ _ROWS: Final = 4
 _FIXED: Final = (0, 2, 3)
 _FILLINGS: Final = ("random", "not-a-number", "infinity", "1e30", "zeros")
 # Sizes to try for axes that differ between calls; some models refuse small ones.
-_SIZES: Final = (8, 64, 224)
+SHORTEST_TRIED: Final = 8
+_SIZES: Final = (SHORTEST_TRIED, 64, 224)
 # Nothing waits for a trial: it must not take the processor from those who are waited for.
 _NICE: Final = 10
 # A trial that the engine did not outlive may have had nothing to do with it, once.

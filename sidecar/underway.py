@@ -20,6 +20,7 @@ from sidecar.catalog import Catalog, Deployed, Joint
 from sidecar.loads import Parked
 from sidecar.outcomes import Outcomes
 from sidecar.ports import Device, Session, Work
+from sidecar.quarantine import Suspects
 from sidecar.refusals import Refusals, as_told, incident
 from sidecar.requestcosts import RequestCosts
 from sidecar.scheduler import Scheduler
@@ -53,6 +54,7 @@ class UnderWay:
         refusals: Refusals,
         costs: RequestCosts,
         outcomes: Outcomes,
+        suspects: Suspects,
         clock: Callable[[], float],
         *,
         compute_once: bool,
@@ -69,6 +71,7 @@ class UnderWay:
         self._refusals = refusals
         self._costs = costs
         self._outcomes = outcomes
+        self._suspects = suspects
         self._clock = clock
         self._compute_once = compute_once
         self._describe = describe
@@ -177,6 +180,7 @@ class UnderWay:
         for call in dict.fromkeys(ticket.call for ticket in failed):
             self._wavefront.drop(lambda ticket, call=call: ticket.call is call)  # type: ignore[misc]
             work = call.work
+            self._suspects.clear(work.tenant.name, work.model)
             self.when_ended((call,), functools.partial(self._refuse, work, call.parts, as_told(work, error)))
 
     def load_failed(self, deployed: Deployed, concerned: Sequence[Parked], error: TrunklineError) -> None:
@@ -217,6 +221,7 @@ class UnderWay:
         # Before it is told: the last of several that are asked one after the other takes the whole call's record with it.
         came_s = self._scheduler.came_s(call.work)
         call.work.session.answer(call.work.request_id, specs, outputs, self._device.read_output)
+        self._suspects.clear(call.work.tenant.name, call.work.model)
         self.answered_count += 1
         now = self._clock()
         self._costs.note(call.work.model, self._scheduler.leave(call.work, now), now)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING
 
 from sidecar import wall
 from sidecar.config import Settings
+from sidecar.deaths import Deaths
 from sidecar.errors import ConfigError
 from sidecar.http.server import AdminServer, check_settings, listen_tcp, listen_unix
 from sidecar.inflight import InFlight
 from sidecar.machine import raise_descriptor_limit
 from sidecar.pins import Pins
 from sidecar.processes import end_within, forbid_core_dumps
+from sidecar.quarantine import Suspects
 from sidecar.quotas import read_quotas
 from sidecar.reloading import QuotaFile
 from sidecar.rundirectory import Ownership, RunDirectory
@@ -105,10 +108,12 @@ def _serve(
     # Opened here as well, so that a folder that cannot be written to is told at once, and not by each engine.
     store = Store(settings.store_dir)
 
-    def engine(listeners: Listeners, token: bytes, generation: int, segments: Sequence[int], keeper: Keeper) -> None:
+    def engine(
+        listeners: Listeners, token: bytes, generation: int, segments: Sequence[int], keeper: Keeper, deaths: Deaths
+    ) -> None:
         for each in tcp:
             each.close()
-        _engine_process(settings, run, listeners, token, generation, segments, keeper, tracer)
+        _engine_process(settings, run, listeners, token, generation, segments, keeper, deaths, tracer)
 
     def state() -> Iterable[Path]:
         pins = [run.pins(number) for number in range(len(settings.devices))]
@@ -128,6 +133,7 @@ def _serve(
         engine=engine,
         http=lambda: AdminServer(settings, [listen_unix(run.admin_socket), *tcp], tracer).run(),
         drain_timeout_s=settings.drain_timeout_s,
+        watchdog_s=settings.watchdog_s,
         segment_bytes=[settings.segment_bytes(device) for device in settings.devices],
         take_over=taking_over,
     )
@@ -175,6 +181,7 @@ def _engine_process(
     generation: int,
     segments: Sequence[int],
     keeper: Keeper,
+    deaths: Deaths,
     tracer: Tracer | None,
 ) -> None:
     from sidecar.constraints import Constraints
@@ -196,8 +203,10 @@ def _engine_process(
     # Swept when the sidecar started; to look through it again would keep those waiting who were served before a restart.
     store = Store(settings.store_dir, sweep=False)
     in_flight = InFlight()
+    suspects = deaths.suspects(time.monotonic)
     engines = [
-        _engine(settings, run, store, quotas, in_flight, generation, number, segment) for number, segment in enumerate(segments)
+        _engine(settings, run, store, quotas, in_flight, generation, deaths, suspects, number, segment)
+        for number, segment in enumerate(segments)
     ]
     engine: Engine | Engines = engines[0]
     if len(engines) > 1:
@@ -256,6 +265,8 @@ def _engine(
     quotas: Quotas,
     in_flight: InFlight,
     generation: int,
+    deaths: Deaths,
+    suspects: Suspects,
     number: int,
     segment: int,
 ) -> Engine:
@@ -292,6 +303,8 @@ def _engine(
             device, store, segment, blocks, budget_bytes, settings.host_budget_bytes, settings.block_files_limit_bytes
         ),
         generation=generation,
-        facts=device.facts(),
+        page=deaths.page(number),
+        suspects=suspects,
+        facts={**deaths.facts(), **device.facts()},
         tracing=settings.traces,
     )

@@ -57,6 +57,7 @@ def _given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 @click.option("--arena-total", "arena_total_bytes", help="Shared memory of all connections.")
 @click.option("--connection-limit", help="Connections that may be open.")
 @click.option("--drain-timeout", "drain_timeout_s", help="Seconds to finish accepted requests on SIGTERM.")
+@click.option("--watchdog", "watchdog_s", help="Seconds that one stage may take, if it was not seen to need longer; 0: any.")
 @click.option("--log-level", help="debug, info, warning or error.")
 @click.option("--log-format", help="human, or json: one object a line.")
 @click.option("--traces", help="auto, on or off: spans of requests, sent as OTEL_EXPORTER_OTLP_* say.")

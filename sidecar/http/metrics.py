@@ -53,6 +53,12 @@ METRICS: Final[Mapping[str, Kind]] = {
     "trunkline_up": _gauge("1 while the engine answers; with 0, nothing else is told but the build"),
     "trunkline_build_info": _gauge("1; which release of the sidecar this is, on which Python", "version", "python"),
     "trunkline_engine_generation": _gauge("Which engine of this sidecar it is: 1, and 1 more for each that was started again"),
+    "trunkline_watchdog_kills_total": _counter(
+        "Engines of this sidecar that were killed because a stage took longer than it may; not counted anew by the next engine"
+    ),
+    "trunkline_quarantines_total": _counter(
+        "Times that a tenant's requests for a model were refused from then on, because engines ended with them; counted likewise"
+    ),
     "trunkline_engine_uptime_seconds": _gauge("Seconds since this engine was started; all counters count since then"),
     "trunkline_draining": _gauge("1 once the sidecar is shutting down and takes no requests"),
     "trunkline_device_info": _gauge("1; what chooses evictions on a device, and the torch it runs", "device", "policy", "torch"),
@@ -342,6 +348,8 @@ def _version() -> str:
 
 def _put_engine(sheet: _Sheet, engine: Mapping[str, Any]) -> None:
     sheet.put("trunkline_engine_generation", engine["generation"])
+    sheet.put("trunkline_watchdog_kills_total", engine.get("watchdog_kills"))
+    sheet.put("trunkline_quarantines_total", engine.get("quarantines"))
     sheet.put("trunkline_engine_uptime_seconds", engine["uptime_s"])
     sheet.put("trunkline_draining", engine["draining"])
 

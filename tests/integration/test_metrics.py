@@ -116,7 +116,17 @@ def device_document() -> dict[str, Any]:
         "lru_age_s": 12.5,
     }
     return {
-        "engine": {"pid": 1, "uptime_s": 9.0, "draining": False, "generation": 3, "device": "a", "torch": "2", "threads": 2},
+        "engine": {
+            "pid": 1,
+            "uptime_s": 9.0,
+            "draining": False,
+            "generation": 3,
+            "watchdog_kills": 2,
+            "quarantines": 1,
+            "device": "a",
+            "torch": "2",
+            "threads": 2,
+        },
         "memory": {**memory, "residency": residency},
         "requests": dict.fromkeys(("answered", "failed", "expired", "waiting", "running", "fetched_bytes", "evicted_bytes"), 6),
         "streams": {"runs": 1, "predicted_s": 2.0, "actual_s": 3.0, "starved": 4},
@@ -230,6 +240,8 @@ def test_values_are_those_of_the_snapshot(http: flask.testing.FlaskClient) -> No
     scrape = read(http)
     assert scrape("up") == 1
     assert scrape("engine_generation") == 3
+    assert scrape("watchdog_kills_total") == 2
+    assert scrape("quarantines_total") == 1
     assert scrape("draining") == 0
     assert scrape("device_info", device="a", policy="adaptive", torch="2") == 1
     for device in "ab":

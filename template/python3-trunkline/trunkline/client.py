@@ -27,6 +27,7 @@ from trunkline.errors import (
     ConnectionLost,
     Draining,
     InvalidInput,
+    Quarantined,
     SignatureMismatch,
     TrunklineError,
 )
@@ -39,6 +40,10 @@ T = TypeVar("T")
 
 # A request that has cost its sidecar the connection so often is not offered again.
 _MAX_LOST = 5
+# Nor is it where that was twice, and the sidecar is certain that it was such a request. Others wait to be let through, so long at
+# most.
+_MAX_LOST_IN_QUARANTINE: Final = 1
+_LONGEST_QUARANTINE_S: Final = 1.0
 _READY_DEADLINE_S = 2.0
 # A version of a model is named with its label behind a colon.
 _NAME: Final = re.compile(rf"(?=.{{1,{protocol.MAX_NAME}}}$)[A-Za-z0-9._-]+(:[A-Za-z0-9._-]+)?")
@@ -394,6 +399,15 @@ class Request:
                 self._known = fresh
                 _counters.repeats += 1
                 continue
+            except Quarantined as error:
+                if lost > _MAX_LOST_IN_QUARANTINE and error.details.get("certain"):
+                    raise
+                wait_s = error.details.get("retry_after_s")
+                if not isinstance(wait_s, (int, float)) or not self._can_wait(wait_s):
+                    raise
+                time.sleep(wait_s)
+                _counters.repeats += 1
+                continue
             _counters.repeats += 1
             connection.close()
             self._connection = None
@@ -401,6 +415,9 @@ class Request:
         if len(found) == 1:
             return found[0][1].copy()
         return {name: array.copy() for name, array in found}
+
+    def _can_wait(self, seconds: float) -> bool:
+        return 0 <= seconds <= min(_LONGEST_QUARANTINE_S, self._deadline - time.monotonic())
 
     def _ask(self, connection: AnyConnection) -> tuple[tuple[str, Array], ...]:
         if connection.request is not self._memory:

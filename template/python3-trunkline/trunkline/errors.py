@@ -204,6 +204,16 @@ class Draining(CapacityError):
     retryable = True
 
 
+class Quarantined(CapacityError):
+    """The sidecar's engine ended twice while it computed this tenant's requests for this model; for a while they are refused.
+
+    ``details`` say after how many seconds to try again: then one is let through.
+    """
+
+    code = "quarantined"
+    retryable = True
+
+
 class SidecarFault(TrunklineError):
     """Something broke inside the sidecar. The cause is in its log, under the incident id."""
 
