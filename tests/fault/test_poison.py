@@ -1,0 +1,156 @@
+"""Rows of the matrix: requests that kill their engine, or never end. Each costs two engines, and others nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trunkline.client import Model
+from trunkline.errors import Quarantined, TrunklineError
+from trunkline.pool import Pool
+
+from tests.fault import poisoned
+from tests.fault.matrix import EXPECTED, Neighbour, Row, pool_at, settled, write_scaled
+from tests.nodes import until
+from tests.sidecar_process import SidecarProcess
+
+WATCHDOG_S = 1.0
+# Each costs two engines, then it is refused, with its model.
+KILLERS = 5
+HANGERS = 5
+KILLS_BY_HAND = 12
+CLIENTS = 4
+DEADLINE_S = 90.0
+X = np.ones((1, 8), np.float32)
+
+
+class Poisoned(SidecarProcess):
+    """A sidecar for which some inputs are poison."""
+
+    def command(self) -> list[str]:
+        python, _, _, *words = super().command()
+        return [python, poisoned.__file__, *words]
+
+
+@pytest.fixture
+def box(tmp_path: Path, scaled: Path, row: Row) -> Iterator[Poisoned]:
+    made = Poisoned(tmp_path, "--watchdog", str(WATCHDOG_S))
+    try:
+        made.admin.push(scaled)
+        settled(made)
+        yield made
+    finally:
+        made.stop()
+        made.admin.close()
+
+
+@pytest.fixture
+def pool(box: Poisoned) -> Iterator[Pool]:
+    made = pool_at(box.socket)
+    yield made
+    made.close()
+
+
+def generation(box: Poisoned) -> int:
+    box.await_engine()
+    return int(box.admin.get("status")["engine"]["generation"])
+
+
+def told(box: Poisoned, name: str) -> int:
+    """Return a counter of the metrics."""
+    lines = [line for line in box.admin.metrics().splitlines() if line.startswith(f"trunkline_{name} ")]
+    return int(float(lines[0].split()[1]))
+
+
+def is_answered(name: str, pool: Pool) -> bool:
+    return np.array_equal(Model(name, pool).call({"x": X}, deadline_s=DEADLINE_S), X * EXPECTED)
+
+
+def check_poison(box: Poisoned, row: Row, pool: Pool, folder: Path, names: list[str], number: float) -> None:
+    """Ask each model with a number that is poison: it costs two engines; others, also of the same tenant, lose nothing."""
+    poison = X.copy()
+    poison[0, 3] = number
+    for name in names:
+        box.admin.push(write_scaled(folder, name))
+        settled(box, name)
+    with Neighbour(row, box.socket, threads=2) as neighbour:
+        for name in names:
+            before = generation(box)
+            row.attempts += 1
+            with pytest.raises(Quarantined) as refused:
+                Model(name, pool).call({"x": poison}, deadline_s=DEADLINE_S, call_id=f"poison of {name}")
+            assert 0 < float(refused.value.details["retry_after_s"]) <= 1.0
+            neighbour.await_answers()
+            assert generation(box) == before + 2
+            # The same tenant's other models; and with an input that is none, its client waits until one is let through.
+            row.answered += 2
+            row.wrong += not is_answered("scaled", pool)
+            row.wrong += not is_answered(name, pool)
+            assert generation(box) == before + 2
+    assert told(box, "quarantines_total") == len(names)
+    log = box.log.read_text()
+    for name in names:
+        assert f"while it computed {name} for anyone (call poison of {name})" in log
+
+
+@pytest.mark.row("T12")
+def test_a_request_that_kills_its_engine_costs_two_and_is_refused(box: Poisoned, row: Row, pool: Pool, tmp_path: Path) -> None:
+    names = [f"killer-{number}" for number in range(row.count(KILLERS))]
+    check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.KILLS)
+    assert told(box, "watchdog_kills_total") == 0
+
+
+@pytest.mark.row("F24")
+def test_a_request_that_does_not_end_is_ended_twice_and_is_refused(box: Poisoned, row: Row, pool: Pool, tmp_path: Path) -> None:
+    names = [f"hanger-{number}" for number in range(row.count(HANGERS))]
+    check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.HANGS)
+    assert told(box, "watchdog_kills_total") == 2 * len(names)
+    # As soon as it may: a stage that was tried has no ten times as long.
+    assert row.longest_stall_s < 10 * WATCHDOG_S
+    assert f"{WATCHDOG_S:.1f} s are allowed" in box.log.read_text()
+
+
+@pytest.mark.row("F4")
+def test_kills_by_hand_lose_nothing_however_slow_the_work(box: Poisoned, row: Row, pool: Pool) -> None:
+    """The device is busy nearly all the time: most kills meet a request that is run alone after the one before.
+
+    Three, one after the other, then everybody is answered: a client gives a request up that has cost it five connections.
+    """
+    stopping = threading.Event()
+    errors: list[TrunklineError] = []
+
+    def ask(seed: int) -> None:
+        model, x = Model("scaled", pool), X.copy()
+        x[0, :2] = seed, poisoned.IS_SLOW
+        while not stopping.is_set():
+            try:
+                row.wrong += not np.array_equal(model.call({"x": x}, deadline_s=DEADLINE_S), x * EXPECTED)
+                row.answered += 1
+            except TrunklineError as error:
+                errors.append(error)
+
+    moments = random.Random(11)
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        asking = [threads.submit(ask, seed) for seed in range(CLIENTS)]
+        for number in range(row.count(KILLS_BY_HAND)):
+            if number % 3 == 0:
+                before = row.answered
+                until(lambda before=before: row.answered > before + 2 * CLIENTS)
+            engine, row.attempts = box.await_engine(), row.attempts + 1
+            time.sleep(moments.uniform(0, 3 * poisoned.SLOW_S))
+            os.kill(engine, signal.SIGKILL)
+            until(lambda engine=engine: box.await_engine() != engine)
+        stopping.set()
+        for each in asking:
+            each.result(DEADLINE_S)
+    row.lost += len(errors)
+    assert not errors
+    assert "the next such request is run alone" in box.log.read_text()
