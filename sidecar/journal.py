@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgpack
@@ -69,29 +69,15 @@ class Journal:
 
     def page(self, device: int) -> Page:
         """Return where the engine of one device writes."""
-        return Page(self, range(device * _SLOTS, (device + 1) * _SLOTS))
+        places = range(device * _SLOTS, (device + 1) * _SLOTS)
+        return Page(self._memory, {place: (self._head(place), self._names(place)) for place in places})
 
     def close(self) -> None:
         """Let go of the memory. What the other process has of it stays."""
         self._memory.close()
 
-    # --- the engine --------------------------------------------------------------------------------------------------
-
-    def write(self, place: int, sequence: int, began_s: float, expected_s: float, calls: Iterable[Asked]) -> None:
-        """Write an entry; ``sequence`` is odd, and larger than that of the last entry here."""
-        found = list(calls)
-        count, names = len(found), _packed(found)
-        head, start = self._head(place), self._names_offset + place * _NAMES_BYTES
-        _WORD.pack_into(self._memory, head, sequence)
-        self._memory[start : start + len(names)] = names
-        _HEAD.pack_into(self._memory, head, sequence, began_s, expected_s, count, len(names), sequence)
-
-    def end(self, place: int, sequence: int) -> None:
-        """Have the entry of that sequence number count no more."""
-        _WORD.pack_into(self._memory, self._head(place), sequence + 1)
-
     def mark(self, number: int) -> None:
-        """Set a mark below MOST_MARKS. Any thread."""
+        """Set a mark below MOST_MARKS. For the engine, in any thread."""
         self._memory[number] = 1
 
     # --- the supervisor ----------------------------------------------------------------------------------------------
@@ -115,7 +101,7 @@ class Journal:
 
     def _calls(self, place: int) -> tuple[Asked, ...]:
         *_, length, _ = _HEAD.unpack_from(self._memory, self._head(place))
-        start = self._names_offset + place * _NAMES_BYTES
+        start = self._names(place)
         try:
             names = msgpack.unpackb(self._memory[start : start + min(length, _NAMES_BYTES)])
             return tuple(Asked(*map(_text, each)) for each in names)
@@ -126,41 +112,51 @@ class Journal:
     def _head(self, place: int) -> int:
         return MOST_MARKS + place * _HEAD.size
 
+    def _names(self, place: int) -> int:
+        return self._names_offset + place * _NAMES_BYTES
+
 
 class Page:
     """The part of a journal that is one device's. Belongs to its engine's thread."""
 
-    def __init__(self, journal: Journal, places: range) -> None:
-        self._journal = journal
+    def __init__(self, memory: mmap.mmap, places: Mapping[int, tuple[int, int]]) -> None:
+        """``places`` have the offsets of a head and of what is named."""
+        self._memory = memory
+        self._places = places
         # What was used last is used again: no more memory is touched than runs are under way.
         self._free = [*reversed(places)]
         self._sequences = dict.fromkeys(places, 1)
+        self._packer = msgpack.Packer()
 
-    def begin(self, began_s: float, expected_s: float, calls: Iterable[Asked]) -> int:
-        """Note that a run begins for some calls; return its place, for ``end``."""
+    def begin(self, began_s: float, expected_s: float, calls: Sequence[tuple[str, str, str]]) -> int:
+        """Note that a run begins for some calls, each as ``Asked`` has it; return its place, for ``end``."""
+        names = self._packed(calls)
         place = self._free.pop()
-        self._journal.write(place, self._sequences[place], began_s, expected_s, calls)
+        (head, start), sequence = self._places[place], self._sequences[place]
+        _WORD.pack_into(self._memory, head, sequence)
+        self._memory[start : start + len(names)] = names
+        _HEAD.pack_into(self._memory, head, sequence, began_s, expected_s, len(calls), len(names), sequence)
         return place
 
     def end(self, place: int) -> None:
         """Note that the run at that place is over."""
-        self._journal.end(place, self._sequences[place])
+        _WORD.pack_into(self._memory, self._places[place][0], self._sequences[place] + 1)
         self._sequences[place] += 2
         self._free.append(place)
+
+    def _packed(self, calls: Sequence[tuple[str, str, str]]) -> bytes:
+        """Return as many of the calls as there is room for, about."""
+        names: bytes = self._packer.pack(calls)
+        while len(names) > _NAMES_BYTES:
+            calls = calls[: len(calls) // 2]
+            names = self._packer.pack(calls)
+        return names
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError("a name is a text")
     return value
-
-
-def _packed(calls: list[Asked]) -> bytes:
-    names: bytes = msgpack.packb(calls)
-    while len(names) > _NAMES_BYTES:
-        calls = calls[: len(calls) // 2]
-        names = msgpack.packb(calls)
-    return names
 
 
 def _page_aligned(size_bytes: int) -> int:

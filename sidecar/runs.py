@@ -17,7 +17,7 @@ from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError, Val
 
 from sidecar.catalog import Step
 from sidecar.costs import BatchCosts
-from sidecar.journal import Asked, Page
+from sidecar.journal import Page
 from sidecar.lanecount import LaneChoice
 from sidecar.lanes import Lanes, Outcome, attempt
 from sidecar.loads import Loads
@@ -213,7 +213,7 @@ class Runs:
         """Note that the device is at a run, and for whom: until it is over, and those are answered whose last stage it is."""
         run.calls = tuple(dict.fromkeys(ticket.call for group in run.groups for ticket in group.tickets()))
         works = [call.work for call in run.calls]
-        asked = [Asked(work.tenant.name, work.model, work.call_id) for work in works]
+        asked = [(work.tenant.name, work.model, work.call_id) for work in works]
         run.place = self._page.begin(self._clock(), self._expected_s(run), asked)
 
     def _expected_s(self, run: _Run) -> float:
