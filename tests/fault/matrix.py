@@ -7,6 +7,7 @@ after the test it must have found nothing wrong, nothing lost and nothing left b
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from trunkline.pool import Pool
 
 from sidecar.bundle import write_bundle
 from sidecar.export import convert
-from sidecar.segment import segment_name
+from sidecar.segment import SHARED_MEMORY, segment_name
 from tests.nodes import until
 from tests.sidecar_process import SidecarProcess
 
@@ -29,11 +30,11 @@ from tests.sidecar_process import SidecarProcess
 NIGHTLY: Final = 20
 # Of a neighbour's call; it has to outlast a restart of everything on a busy machine.
 PATIENCE_S: Final = 60.0
+# Of a session with the engine: a socket, and what Python's mmap keeps of each arena.
+DESCRIPTORS_EACH: Final = 3
 _REST_S: Final = 0.002
 _SETTLE_S: Final = 20.0
-_SHARED_MEMORY: Final = Path("/dev/shm")
-# Of a session: a socket, and what Python's mmap keeps of each arena.
-DESCRIPTORS_EACH: Final = 3
+_SEGMENT: Final = re.compile(r"trunkline-\d+-[0-9a-f]{32}")
 
 
 class Scaled(torch.nn.Module):
@@ -182,22 +183,27 @@ def held_by(pid: int) -> tuple[int, int]:
     return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
 
 
+def names_of(box: SidecarProcess) -> set[str]:
+    """Return our names in shared memory, but for the segments of other sidecars that run beside this one."""
+    own = segment_name(box.run_dir.resolve())[1:]
+    names = {each.name for each in SHARED_MEMORY.iterdir() if each.name.startswith("trunkline")}
+    return {name for name in names if name == own or not _SEGMENT.fullmatch(name)}
+
+
 def held(box: SidecarProcess) -> dict[str, int]:
     """Return what a sidecar has of all that a test may have left with it: by its own books, and by the system's."""
     engine = box.await_engine()
-    descriptors, threads = held_by(engine)
-    segment = segment_name(box.run_dir.resolve())[1:]
     told = box.admin.get("sessions")
     functions = [each for each in told["sessions"] if not each["administrator"]]
-    # The endpoint's workers open theirs when they are asked for the first time.
-    descriptors -= DESCRIPTORS_EACH * (len(told["sessions"]) - len(functions))
     leases = [each for device in box.admin.get("leases")["devices"].values() for each in device["leases"]]
     tiers = [tier for device in box.admin.get("residency")["devices"].values() for tier in device["tiers"]]
+    descriptors, threads = held_by(engine)
     return {
-        "engine descriptors": descriptors,
+        # But for those of the admin endpoint, of whose workers each connects when it is first asked.
+        "engine descriptors": descriptors - DESCRIPTORS_EACH * (told["total"] - len(functions)),
         "engine threads": threads,
         "processes": len(descendants(box.process.pid)),
-        "names in /dev/shm": len([each for each in _SHARED_MEMORY.iterdir() if each.name.startswith(segment)]),
+        "names in /dev/shm": len(names_of(box)),
         "sessions": len(functions),
         "arena bytes": sum(each["arena_bytes"] for each in functions),
         "leases": sum(each["leases"] for each in leases),

@@ -10,12 +10,10 @@ from trunkline.client import Model
 
 from tests.fault import attacks
 from tests.fault.attacks import Clients
-from tests.fault.matrix import EXPECTED, PATIENCE_S, Neighbour, Row, held_by, pool_at
+from tests.fault.matrix import DESCRIPTORS_EACH, EXPECTED, PATIENCE_S, Neighbour, Row, held_by, pool_at
 from tests.nodes import until
 from tests.sidecar_process import SidecarProcess
 
-# A socket, and what Python's mmap keeps of each arena.
-DESCRIPTORS_EACH = 3
 # Far beyond what a victim of a flood waits for on a busy machine.
 FAR_S = 5.0
 

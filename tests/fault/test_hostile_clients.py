@@ -18,7 +18,7 @@ from tests.bundles import write_adding_bundle
 from tests.fault import attacks, circumstances
 from tests.fault.attacks import LARGEST, OFFSET, ask_without_reading, is_served, sessions
 from tests.fault.launching import through
-from tests.fault.matrix import Neighbour, Row, held_by, settled
+from tests.fault.matrix import Neighbour, Row, held_by, names_of, settled
 from tests.fault.wire import Wire, infer
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
@@ -127,12 +127,12 @@ def test_what_was_not_checked_is_not_computed(row: Row, steady: SidecarProcess) 
 
 @pytest.mark.row("T3")
 def test_what_is_shared_with_functions_has_no_name(row: Row, steady: SidecarProcess) -> None:
-    names = {path.name for path in Path("/dev/shm").iterdir()}
+    names = names_of(steady)
     with sessions(steady, row.count(100), "scaled") as opened:
         row.attempts += len(opened)
         for wire in opened:
             wire.ask(infer("scaled", "float32", (1, 8)))
-        assert {path.name for path in Path("/dev/shm").iterdir()} <= names
+        assert names_of(steady) <= names
         mapped = Path(f"/proc/{steady.await_engine()}/maps").read_text()
         arenas = [line for line in mapped.splitlines() if "memfd:trunkline-re" in line]
         assert len(arenas) >= 2 * len(opened)
@@ -177,10 +177,11 @@ def test_nothing_of_one_function_is_ever_in_the_memory_of_another(row: Row, stea
             row.wrong += bool(whole[3 * 8 :].any())
             assert isinstance(one.answer(), protocol.Result)
         assert (mine == canary.view(np.int32)).any()
+        # An arena that is looked at cannot be closed.
+        del whole, mine
         # A session that begins has none of it either, whose memory it may have got.
         for _ in range(row.count(50)):
             one.close()
             one = Wire(str(steady.socket), "scaled")
             row.wrong += any(one.reply[:]) or any(one.request[:])
         one.close()
-        del whole, mine
