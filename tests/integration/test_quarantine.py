@@ -15,7 +15,7 @@ from sidecar.journal import Asked, Journal
 from sidecar.quarantine import Kind, Suspects
 from sidecar.tenants import ANYONE, Tenant
 from tests.fakes import FakeSource, running_server
-from tests.integration.test_lanes import Asker, Gated, engine_on, expected, handled
+from tests.integration.test_lanes import Asker, Gated, engine_on, expected, handled, lanes_of
 
 X = np.ones((1, 3), np.float32)
 OTHER = Tenant(name="other", domain=ANYONE.domain)
@@ -49,11 +49,11 @@ def test_a_suspect_waits_until_it_is_alone_and_nobody_runs_beside_it(device: Gat
         askers["b"].ask("b")
         askers["c"].ask("c")
         handled(engine)
-        assert not b.entered.is_set()
+        assert lanes_of(engine) == (3, 1)
         a.leave.set()
         assert b.entered.wait(5)
         handled(engine)
-        assert not c.entered.is_set()
+        assert lanes_of(engine) == (3, 1)
         assert marks == []
         b.leave.set()
         assert (askers["b"].told()[0] == expected("b")).all()
@@ -91,7 +91,7 @@ def test_several_models_with_a_suspect_among_them_are_run_alone(device: Gated, m
         assert a.entered.wait(5)
         joint.ask(JOINT.join("bc"))
         handled(engine)
-        assert device.ran.qsize() == 1
+        assert lanes_of(engine) == (3, 1)
         a.leave.set()
         assert len(joint.told()) == 2
         assert len(alone.told()) == 1
