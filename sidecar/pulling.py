@@ -22,7 +22,7 @@ from sidecar.jobs import Watch
 from sidecar.origins import Policy, Reference, blob_file, graph_file, manifest_file, signature_file
 from sidecar.signers import SIGNATURE_BYTES, read_signers, verify
 from sidecar.store import Store
-from sidecar.versions import Versions
+from sidecar.versions import Versions, Vet
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Pulled:
     blob_bytes: int
 
 
-def pull(reference: Reference, store: Store, policy: Policy, watch: Watch, *, name: str | None = None) -> Pulled:
-    """Fetch a model and publish it in the store, as ``name`` where one is given.
+def pull(
+    reference: Reference, store: Store, policy: Policy, watch: Watch, *, name: str | None = None, vet: Vet | None = None
+) -> Pulled:
+    """Fetch a model and publish it in the store, as ``name`` where one is given; ``vet`` looks at its files first.
 
     Raises OriginRefused, OriginFailed, NotAtOrigin, NotTrusted, BlobCorrupt, BundleError, StoreError, ConfigError,
     InvalidInput.
@@ -61,6 +63,8 @@ def pull(reference: Reference, store: Store, policy: Policy, watch: Watch, *, na
             raise BundleError(f"the manifest is that of {named.name}, not of {reference.name}", model=reference.name)
         watch.advance(0, 0, "bytes", "graph")
         graph = _checked(files, graph_file(named.graph_digest), named.graph_digest, MAX_GRAPH_BYTES)
+        if vet is not None:
+            vet(manifest, graph)
         bundle = parse_bundle(manifest, graph)
         fetched_count, fetched_bytes = _fetch_blobs(files, bundle, store, policy, watch)
     if name is not None:

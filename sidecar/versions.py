@@ -8,7 +8,7 @@ replaced or removed, so that whoever is killed leaves what was before or what is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from trunkline.errors import InvalidInput, ModelCorrupt, SignatureMismatch, UnknownModel
@@ -21,12 +21,16 @@ from sidecar.store import Store
 # What the Open Inference Protocol has at the place of a model's name: /v2/models/stats.
 _TAKEN: Final = "stats"
 
+Vet = Callable[[bytes, bytes], None]
+
 
 class Versions:
     """Any thread, and several processes at a time."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, vet: Vet = lambda manifest, graph: None) -> None:
+        """``vet`` looks at the files of a bundle before anybody else does. Raises BundleError."""
         self._store = store
+        self._vet = vet
 
     def labels(self, name: str) -> dict[str, str]:
         """Return the versions of a model: what each is stored as, by its label.
@@ -58,6 +62,7 @@ class Versions:
 
         Raises BundleError, BlobMissing, SignatureMismatch, InvalidInput.
         """
+        self._vet(manifest_data, graph_data)
         bundle = parse_bundle(manifest_data, graph_data)
         if bundle.name == _TAKEN:
             raise InvalidInput(

@@ -131,7 +131,7 @@ def _serve(
         run,
         preload=_preload,
         engine=engine,
-        http=lambda: AdminServer(settings, [listen_unix(run.admin_socket), *tcp], tracer).run(),
+        http=lambda: _http_process(settings, [listen_unix(run.admin_socket), *tcp], tracer),
         drain_timeout_s=settings.drain_timeout_s,
         watchdog_s=settings.watchdog_s,
         segment_bytes=[settings.segment_bytes(device) for device in settings.devices],
@@ -142,6 +142,13 @@ def _serve(
     finally:
         for each in tcp:
             each.close()
+
+
+def _http_process(settings: Settings, listeners: Sequence[socket.socket], tracer: Tracer | None) -> None:
+    # Imported before the fork, as what engines need.
+    from sidecar.vetting import vet
+
+    AdminServer(settings, listeners, tracer, vet).run()
 
 
 def _tracer(settings: Settings) -> Tracer | None:
@@ -170,7 +177,8 @@ def _preload() -> None:
     import sidecar.memories
     import sidecar.server
     import sidecar.store
-    import sidecar.verdicts  # noqa: F401
+    import sidecar.verdicts
+    import sidecar.vetting  # noqa: F401
 
 
 def _engine_process(

@@ -44,7 +44,7 @@ from sidecar.origins import Policy
 from sidecar.store import DIGEST, Store
 from sidecar.strictjson import encode_json, load_json, members
 from sidecar.tenants import DEPLOYED_NAME
-from sidecar.versions import Versions
+from sidecar.versions import Versions, Vet
 
 log = logging.getLogger("trunkline.admin")
 
@@ -74,13 +74,14 @@ def create_app(
     jobs: Jobs | None = None,
     policy: Policy | None = None,
     spans: SpanCounts | None = None,
+    vet: Vet | None = None,
 ) -> Flask:
     """Return the endpoint's WSGI application. Blobs longer than ``blob_limit_bytes`` are refused before they are read.
 
     ``scraped`` is the engine as metrics and the page ask it, by a client that gives up before whoever looks does; ``patient`` as
     jobs do, by one that does not. ``gate`` lets requests in; by default, those from this machine. ``jobs`` are kept in the folder
     of the store unless it says where. ``policy`` says from where models may be pulled: from nowhere, unless it does. ``spans``
-    counts those of this process, where requests are traced.
+    counts those of this process, where requests are traced. ``vet`` looks at the files of bundles before anybody else does.
     """
     app = Flask("trunkline", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
@@ -95,8 +96,8 @@ def create_app(
     app.register_error_handler(Exception, _failed)
     add_openapi(app)
     long_work = LongWork(jobs or Jobs(store.root / "jobs"), engine.command, (patient or engine).command)
-    add_jobs(app, long_work, store, policy or Policy(), _json_object)
-    versions = Versions(store)
+    add_jobs(app, long_work, store, policy or Policy(), _json_object, vet)
+    versions = Versions(store) if vet is None else Versions(store, vet)
     releasing = Releasing(engine, versions)
     add_versions(app, releasing, versions, _name, _json_object)
 

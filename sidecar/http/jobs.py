@@ -18,6 +18,7 @@ from sidecar.http.audit import note
 from sidecar.jobs import Jobs, Unwatched, Watch
 from sidecar.origins import Policy, parse_reference
 from sidecar.store import Store
+from sidecar.versions import Vet
 
 Body = Callable[..., dict[str, Any]]
 Command = Callable[[str, dict[str, object]], Any]
@@ -47,8 +48,8 @@ class LongWork:
         return jsonify(job), 202, {"Location": f"/admin/v1/jobs/{job['id']}"}
 
 
-def add_jobs(app: Flask, long_work: LongWork, store: Store, policy: Policy, body: Body) -> None:
-    """Add the routes. ``body(required, optional)`` reads the JSON object that was sent."""
+def add_jobs(app: Flask, long_work: LongWork, store: Store, policy: Policy, body: Body, vet: Vet | None = None) -> None:
+    """Add the routes. ``body(required, optional)`` reads the JSON object that was sent; ``vet`` looks at bundles first."""
     jobs = long_work.jobs
 
     @app.get("/admin/v1/jobs")
@@ -89,7 +90,7 @@ def add_jobs(app: Flask, long_work: LongWork, store: Store, policy: Policy, body
             # Not before it is needed: what it fetches with takes half a second to be loaded.
             from sidecar.pulling import pull
 
-            pulled = pull(reference, store, policy, watch, name=name)
+            pulled = pull(reference, store, policy, watch, name=name, vet=vet)
             # Where the engine is away, the model is in the store nevertheless, and deployed when it starts.
             return {**dataclasses.asdict(pulled), "model": command("model_changed", {"name": pulled.name})}
 

@@ -43,6 +43,7 @@ from sidecar.openinference import MAX_JSON_BYTES
 from sidecar.rundirectory import RunDirectory
 from sidecar.store import Store
 from sidecar.tracing import Tracer
+from sidecar.versions import Vet
 
 log = logging.getLogger("trunkline.admin")
 
@@ -199,11 +200,14 @@ def listen_unix(path: Path) -> socket.socket:
 class AdminServer(BaseApplication):  # type: ignore[misc]
     """gunicorn with the settings given here instead of a command line."""
 
-    def __init__(self, settings: Settings, listeners: Sequence[socket.socket], tracer: Tracer | None = None) -> None:
-        """Serve on ``listeners``. Without ``tracer`` nothing is traced."""
+    def __init__(
+        self, settings: Settings, listeners: Sequence[socket.socket], tracer: Tracer | None = None, vet: Vet | None = None
+    ) -> None:
+        """Serve on ``listeners``. Without ``tracer`` nothing is traced; ``vet`` looks at bundles before workers do."""
         self._settings = settings
         self._listeners = listeners
         self._tracer = tracer
+        self._vet = vet
         super().__init__()
 
     def load_config(self) -> None:
@@ -268,6 +272,7 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
             jobs=Jobs(settings.run_dir / "jobs"),
             policy=settings.pull_policy,
             spans=None if self._tracer is None else self._tracer.counts,
+            vet=self._vet,
         )
         # What fits into an arena, and the JSON before it.
         limit_bytes = settings.arena_limit_bytes + MAX_JSON_BYTES

@@ -108,6 +108,7 @@ LAYERS = {
         "dryrun",
         "indices",
         "quotients",
+        "vetting",
         "export",
         "sources",
         "translate",
