@@ -1,6 +1,6 @@
 """A row of the matrix: random lives of a whole sidecar in one thread, in which things fail; and a broken one is found out.
 
-Two thousand lives at each push would take a quarter of an hour: one of 500 events takes about 0.4 s on a quiet core, most of it
+Two thousand lives at each push would take eight minutes: one of 500 events takes about 0.25 s of processor time, most of it
 in the engine itself. So 200 are lived with each push, and 4,000 in a night.
 """
 

@@ -154,6 +154,7 @@ def test_without_a_token_file_this_machine_may_do_all(serve: Callable[..., flask
         assert http.get("/me", headers={"Host": host}).json == ["loopback", OPERATE]
 
 
+@pytest.mark.row("T23")
 @pytest.mark.parametrize("gate", [Gate(), Gate(Known())])
 @pytest.mark.parametrize("path", ["/healthz", "/admin/v1/status", "/v2/health/live", "/nowhere"])
 def test_a_name_that_was_rebound_to_this_machine_is_refused(
@@ -251,6 +252,7 @@ def test_with_tenants_their_tokens_are_the_engines_to_know(
         assert http.get(path, headers=bearing("a-tenants")).status_code == 401
 
 
+@pytest.mark.row("T23")
 def test_those_who_try_on_and_on_are_told_to_wait(serve: Callable[..., flask.testing.FlaskClient]) -> None:
     http = serve(Gate(Known()))
     answers = [http.get("/me", headers=bearing(f"guess-{number}")) for number in range(2 * _ATTEMPTS)]
@@ -278,6 +280,7 @@ def test_a_bucket_fills_again() -> None:
 PAGE = "http://localhost:9470"
 
 
+@pytest.mark.row("T23")
 @pytest.mark.parametrize(
     ("origin", "host", "over", "status"),
     [

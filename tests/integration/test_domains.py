@@ -66,6 +66,7 @@ def memory(running: Running) -> tuple[int, int]:
 # --- what is shared ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("T17")
 @pytest.mark.parametrize(
     ("one", "other", "resident_bytes", "shared_stages"),
     [

@@ -441,6 +441,7 @@ def named(server: OriginServer, store: Store, reference: str, **policy: Any) -> 
     return pull(parse_reference(f"{url}/{reference}"), store, Policy(origins=(parse_origin(url),), **policy), Watched())
 
 
+@pytest.mark.row("T23")
 @pytest.mark.parametrize(
     "addresses",
     [["127.0.0.1"], ["169.254.169.254"], ["::ffff:127.0.0.1"], ["::1"], ["93.184.215.14", "127.0.0.1"], ["10.0.0.1"]],
@@ -455,6 +456,7 @@ def test_a_name_that_leads_inside_is_not_connected_to(
     assert server.asked == []
 
 
+@pytest.mark.row("T23")
 def test_what_was_checked_is_what_is_connected_to(
     tmp_path: Path, root: Path, server: OriginServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,6 +482,7 @@ def test_a_name_that_is_not_known_is_told(
         named(server, store, reference)
 
 
+@pytest.mark.row("T23")
 def test_an_origin_off_the_list_is_not_asked(tmp_path: Path, root: Path, server: OriginServer, store: Store) -> None:
     reference = published(tmp_path, root, "m", SMALL)
     with pytest.raises(OriginRefused, match="none of the 1 origins"):
@@ -490,6 +493,7 @@ def test_an_origin_off_the_list_is_not_asked(tmp_path: Path, root: Path, server:
 # --- signatures -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("T24")
 def test_a_model_must_be_signed_where_the_operator_wants_it(
     tmp_path: Path, root: Path, server: OriginServer, store: Store
 ) -> None:
@@ -523,6 +527,34 @@ def test_a_model_must_be_signed_where_the_operator_wants_it(
     trusted.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
         pulled(server, store, good, signers=trusted)
+
+
+@pytest.mark.row("T24")
+@pytest.mark.parametrize("what", ["manifest", "graph", "weights", "everything"])
+def test_an_older_version_is_not_taken_for_the_one_that_was_asked_for(
+    what: str, tmp_path: Path, root: Path, server: OriginServer, store: Store
+) -> None:
+    """An origin, or who has taken it over, gives a version from before, which is signed by the same key."""
+    trusted = tmp_path / "signers"
+    trusted.write_text(write_key(tmp_path / "ann", name="ann"))
+    older = published(tmp_path, root, "m", SMALL, key=tmp_path / "ann")
+    older_files = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    newer = published(tmp_path, root, "m", [4.0, 5.0], key=tmp_path / "ann")
+    newer_files = [
+        path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.relative_to(root) not in older_files
+    ]
+    # It has the model that is served, and is asked for the newer one.
+    assert pulled(server, store, older, signers=trusted).name == "m"
+    before = store.model("m")
+    wanted = {"manifest": ["manifests", "signatures"], "graph": ["graphs"], "weights": ["blobs"]}.get(what, [])
+    replaced = [path for path in newer_files if path.parts[0] in wanted or what == "everything"]
+    assert replaced
+    for path in replaced:
+        (root / path).write_bytes(next(content for old, content in older_files.items() if old.parts[0] == path.parts[0]))
+    with pytest.raises((BlobCorrupt, NotTrusted)):
+        pulled(server, store, newer, signers=trusted)
+    assert store.model("m") == before
+    assert partials(store) == {}
 
 
 # --- folders and buckets ----------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def test_an_origin_is_written_in_one_way(text: str, url: str) -> None:
     assert parse_origin(url) == parse_origin(text)
 
 
+@pytest.mark.row("T23")
 @pytest.mark.parametrize(
     "text",
     [
@@ -163,6 +164,7 @@ def test_without_a_list_nothing_may_be_pulled() -> None:
         Policy().check(parse_origin("https://models.example"))
 
 
+@pytest.mark.row("T23")
 @pytest.mark.parametrize(
     "address",
     [

@@ -41,6 +41,7 @@ def test_a_signature_tells_who_signed(tmp_path: Path) -> None:
         assert verify(MANIFEST, signature, signers) == name
 
 
+@pytest.mark.row("T24")
 def test_what_is_not_signed_by_a_trusted_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "signers").write_text(write_key(tmp_path / "ann", name="ann"))
     write_key(tmp_path / "eve", name="ann")
