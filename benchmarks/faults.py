@@ -38,6 +38,7 @@ QUICK_TEST_S: Final = 15.0
 QUICK_S: Final = 40.0
 # From being told to end until it is killed, with what it has started.
 _ENDING_S: Final = 15.0
+_WIDTH: Final = 150
 
 HEADINGS: Final = ("row", "what", "tests", "attempts", "answered", "wrong", "lost", "left behind", "stall, s", "seconds", "")
 
@@ -151,10 +152,14 @@ def renewed(document: str, written: str) -> str:
 
 
 def _show(rows: Mapping[str, Figures]) -> None:
-    table = Table(*HEADINGS, title="faults")
+    table = Table(title="faults")
+    for heading in HEADINGS:
+        table.add_column(heading, no_wrap=True)
     for row, figures in rows.items():
         table.add_row(*figures.cells(row))
-    Console().print(table)
+    console = Console()
+    # A file has no width.
+    Console(width=None if console.is_terminal else _WIDTH).print(table)
 
 
 def measure(report: Report, *, nightly: bool) -> dict[str, Figures]:
