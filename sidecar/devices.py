@@ -479,6 +479,20 @@ class TorchDevice:
         if hasattr(LIBC, "malloc_trim"):
             LIBC.malloc_trim(0)
 
+    def is_lost(self) -> bool:
+        """Say, after a fault, whether this process can compute on the device no more; waits for what is under way there.
+
+        A failed assertion or a bad address in a kernel ends a process's use of a GPU: all that follows fails. A CPU has no such
+        state.
+        """
+        if self._is_cpu:
+            return False
+        try:
+            torch.cuda.synchronize(self._device)
+        except FAILURES:
+            return True
+        return False
+
     def memory(self) -> dict[str, int]:
         """Return bytes: of weights held one by one, of the span if there is one, allocated by torch (CUDA), and in all.
 

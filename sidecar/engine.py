@@ -102,13 +102,18 @@ class Engine:
         generation: int = 0,
         page: Page | None = None,
         suspects: Suspects | None = None,
+        device_lost: Callable[[], None] = lambda: None,
         facts: dict[str, object] | None = None,
         tracing: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``page`` is where it is noted what the device is at, ``suspects`` whose requests are run alone, or refused."""
+        """``page`` is where it is noted what the device is at, ``suspects`` whose requests are run alone, or refused.
+
+        ``device_lost`` ends this process, in which nothing can be computed on the device any more.
+        """
         self.budget_bytes = budget_bytes
         self._device = device
+        self._device_lost = device_lost
         self._suspects = suspects = nobody() if suspects is None else suspects
         self._clock = clock
         self._batch_limit = batch_limit
@@ -137,6 +142,7 @@ class Engine:
             self._request_costs,
             self._outcomes,
             suspects,
+            self._lost,
             clock,
             compute_once=compute_once,
             describe=lambda deployed: self._commands.describe(deployed),
@@ -601,6 +607,10 @@ class Engine:
         gone = [parked for parked in self._loads.parked if parked.work.session in sessions]
         self._loads.parked = [parked for parked in self._loads.parked if parked not in gone]
         self._under_way.forget(sessions, gone, session.released)
+
+    def _lost(self, error: Exception) -> None:
+        log.critical("%s can be used no more after this (%s); the engine ends, and another begins", self._device.name, error)
+        self._device_lost()
 
     def _start_drain(self, drained: Callable[[], None], stays: bool) -> None:
         self._draining = True

@@ -124,7 +124,7 @@ class Page:
         self._memory = memory
         self._places = places
         # What was used last is used again: no more memory is touched than runs are under way.
-        self._free = [*reversed(places)]
+        self._free = list(places)[::-1]
         self._sequences = dict.fromkeys(places, 1)
         self._packer = msgpack.Packer()
 

@@ -356,6 +356,8 @@ class Runs:
     def _ran(self, run: _Run, outcome: Outcome, device_s: float) -> None:
         """Go on after a run that took so much device time, with what it gave or without."""
         group, error = run.groups[0], outcome.error
+        if error is not None:
+            self._under_way.look_at_device(error)
         if self._tracing:
             self._note(run, outcome.seconds)
         self._shortage.ran(group if error is None else None, run.splits)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trunkline.errors import TrunklineError
+from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError
 from trunkline.signature import Signature
 
 from sidecar.catalog import Catalog, Deployed, Joint
@@ -41,8 +41,8 @@ class Call:
 
 
 class UnderWay:
-    """The calls. ``describe`` says what is told of a model that was loaded, ``drop`` forgets evicted weights, and ``unblock`` is
-    called when something was given back.
+    """The calls. ``describe`` says what is told of a model that was loaded, ``drop`` forgets evicted weights, ``unblock`` is
+    called when something was given back, and ``device_lost`` when nothing can be computed any more.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class UnderWay:
         costs: RequestCosts,
         outcomes: Outcomes,
         suspects: Suspects,
+        device_lost: Callable[[Exception], None],
         clock: Callable[[], float],
         *,
         compute_once: bool,
@@ -72,6 +73,7 @@ class UnderWay:
         self._costs = costs
         self._outcomes = outcomes
         self._suspects = suspects
+        self._device_lost = device_lost
         self._clock = clock
         self._compute_once = compute_once
         self._describe = describe
@@ -183,6 +185,11 @@ class UnderWay:
             self._suspects.clear(work.tenant.name, work.model)
             self.when_ended((call,), functools.partial(self._refuse, work, call.parts, as_told(work, error)))
 
+    def look_at_device(self, error: Exception) -> None:
+        """After an error of the device's, see whether it can still be used; an engine whose device is lost has to end."""
+        if isinstance(error, DeviceFault) and not isinstance(error, DeviceOutOfMemory) and self._device.is_lost():
+            self._device_lost(error)
+
     def load_failed(self, deployed: Deployed, concerned: Sequence[Parked], error: TrunklineError) -> None:
         """End what needs weights that cannot be loaded: the requests that wait for them, and calls about their model."""
         for parked in concerned:
@@ -239,6 +246,7 @@ class UnderWay:
         try:
             tell()
         except Exception as error:  # noqa: BLE001 - what is not ours is logged
+            self.look_at_device(error)
             self._refusals.fail(work, as_told(work, error))
         finally:
             # What was told of it is told: an error is no measure of how long an answer takes.

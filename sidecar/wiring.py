@@ -44,6 +44,8 @@ log = logging.getLogger("trunkline")
 # A socket, and what Python's mmap keeps of each arena.
 _DESCRIPTORS_PER_SESSION = 3
 _OTHER_DESCRIPTORS = 64
+# How an engine ends whose device is lost: with the system's code for errors of software.
+_DEVICE_LOST = os.EX_SOFTWARE
 # How long a process that ends waits for its last spans to be exported.
 _LAST_SPANS_S = 1.0
 
@@ -266,6 +268,12 @@ def _engine_process(
         tracer.close(_LAST_SPANS_S)
 
 
+def _end_at_once() -> None:
+    # Nothing is told to anybody: clients come back, and ask the next engine.
+    logging.shutdown()
+    os._exit(_DEVICE_LOST)
+
+
 def _engine(
     settings: Settings,
     run: RunDirectory,
@@ -313,6 +321,7 @@ def _engine(
         generation=generation,
         page=deaths.page(number),
         suspects=suspects,
+        device_lost=_end_at_once,
         facts={**deaths.facts(), **device.facts()},
         tracing=settings.traces,
     )

@@ -198,6 +198,9 @@ class FakeDevice:
     def trim(self) -> None:
         self.trim_count += 1
 
+    def is_lost(self) -> bool:
+        return False
+
     def memory(self) -> dict[str, int]:
         return {"allocated_bytes": self.allocated_bytes}
 

@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
+from trunkline.errors import DeviceFault
 
 from sidecar.cli.main import main
 from sidecar.devices import TorchDevice
 
-# An input with this number somewhere makes a kernel fail; the next keeps the engine busy, for longer than any test lasts; the
-# last for so long.
+# An input with this number somewhere makes a kernel fail; the next keeps the engine busy, for longer than any test lasts; after
+# the third the device is of no use any more, as a GPU after a failed assertion; the last keeps it busy for so long.
 KILLS: Final = -666.0
 HANGS: Final = -777.0
+LOSES: Final = -888.0
 IS_SLOW: Final = -555.0
 SLOW_S: Final = 0.05
 
@@ -35,6 +37,11 @@ def poisoned(run: Callable[..., Any]) -> Callable[..., Any]:
                 signal.raise_signal(signal.SIGSEGV)
             if torch.any(tensor == HANGS):
                 time.sleep(3600)
+            if torch.any(tensor == LOSES):
+                # Whatever is asked next fails, too; the first to be told is the one whose answer is read.
+                device.is_lost = lambda: True  # type: ignore[method-assign]
+            if device.is_lost():
+                raise DeviceFault("device-side assert triggered")
             if torch.any(tensor == IS_SLOW):
                 time.sleep(SLOW_S)
         return run(device, program, weights, inputs)

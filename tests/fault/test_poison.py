@@ -25,6 +25,7 @@ from tests.sidecar_process import SidecarProcess
 WATCHDOG_S = 1.0
 # Each costs two engines, then it is refused, with its model.
 KILLERS = 5
+LOSERS = 2
 HANGERS = 5
 KILLS_BY_HAND = 12
 CLIENTS = 4
@@ -106,6 +107,15 @@ def test_a_request_that_kills_its_engine_costs_two_and_is_refused(box: Poisoned,
     names = [f"killer-{number}" for number in range(row.count(KILLERS))]
     check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.KILLS)
     assert told(box, "watchdog_kills_total") == 0
+
+
+@pytest.mark.row("T12")
+def test_a_request_that_loses_the_device_costs_two_engines_and_is_refused(
+    box: Poisoned, row: Row, pool: Pool, tmp_path: Path
+) -> None:
+    names = [f"loser-{number}" for number in range(row.count(LOSERS))]
+    check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.LOSES)
+    assert "cpu can be used no more after this (device-side assert triggered)" in box.log.read_text()
 
 
 @pytest.mark.row("F24")

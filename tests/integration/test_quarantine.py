@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from trunkline import client
-from trunkline.errors import DeviceFault, Quarantined
+from trunkline.errors import DeviceFault, DeviceOutOfMemory, Quarantined
 from trunkline.protocol import JOINT
 
 from sidecar.journal import Asked, Journal
@@ -203,3 +203,46 @@ def test_what_is_at_work_stands_in_the_journal_until_it_is_answered(device: Gate
         handled(engine)
         assert journal.entries() == []
     journal.close()
+
+
+# --- a device that is lost --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [DeviceFault("assert triggered"), DeviceOutOfMemory("no room"), ValueError("a bug")], ids=repr)
+@pytest.mark.parametrize("when", ["run", "read"])
+def test_an_engine_whose_device_is_lost_ends_while_it_is_noted_for_whom_it_computed(
+    device: Gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, when: str
+) -> None:
+    """Not after other errors. Where nobody ends it the request is told like any other."""
+    journal, found = Journal(), []
+
+    def lost() -> None:
+        found.extend(journal.entries())
+
+    def fails(session: Asker, *answer: object) -> None:
+        raise error
+
+    device.is_lost = lambda: True  # type: ignore[method-assign]
+    with engine_on(device, tmp_path, "a", lanes=1, page=journal.page(0), device_lost=lost) as engine:
+        asker = Asker(engine)
+        if when == "run":
+            device.errors["a"] = [error]
+        else:
+            # On a GPU what a run did wrong shows when its outputs are read.
+            monkeypatch.setattr(Asker, "answer", fails)
+        asker.ask("a")
+        asker.told()
+        assert [each.calls for each in found] == ([(Asked(ANYONE.name, "a", ""),)] if type(error) is DeviceFault else [])
+    journal.close()
+
+
+def test_a_fault_that_leaves_the_device_in_order_ends_nothing(device: Gated, tmp_path: Path) -> None:
+    ended: list[int] = []
+    device.errors["a"] = [DeviceFault("no such kernel")]
+    with engine_on(device, tmp_path, "a", device_lost=lambda: ended.append(1)) as engine:
+        asker = Asker(engine)
+        asker.ask("a")
+        assert isinstance(asker.told(), DeviceFault)
+        asker.ask("a")
+        assert (asker.told()[0] == expected("a")).all()
+    assert not ended
