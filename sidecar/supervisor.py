@@ -124,6 +124,9 @@ class Supervisor:
         return 0
 
     def _listen(self) -> Listeners:
+        for path in (self._run.socket, self._run.relay):
+            # Of one that was to take over, and was killed.
+            aside(path).unlink(missing_ok=True)
         listeners = Listeners(listen_at(self._run.socket, 0o666), listen_at(self._run.relay, 0o600))
         self._own = self._run.socket.stat()
         return listeners

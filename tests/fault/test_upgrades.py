@@ -6,15 +6,21 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from trunkline import client
+from trunkline.errors import TrunklineError
+from trunkline.pool import Pool
 
 from sidecar.segment import SHARED_MEMORY, segment_name
-from tests.fault.matrix import Neighbour, Row, descendants, pool_at, write_scaled
+from sidecar.tenants import hash_of
+from tests.fault.matrix import EXPECTED, Neighbour, Row, descendants, pool_at, write_scaled
+from tests.integration.test_admin_http import free_port
 from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
@@ -24,7 +30,7 @@ pytestmark = pytest.mark.timeout(900)
 # Of an upgrade on a busy machine.
 PATIENCE_S = 120
 UPGRADES = 20
-KILLS = 5
+KILLS = 3
 
 
 @contextlib.contextmanager
@@ -106,7 +112,7 @@ def test_one_that_is_killed_while_it_gets_ready_is_not_noticed(row: Row, mortal:
 @pytest.mark.row("F6")
 def test_one_that_is_killed_in_place_gives_the_place_back(row: Row, mortal: SidecarProcess) -> None:
     with Neighbour(row, mortal.socket, threads=2) as neighbour:
-        for _ in range(row.count(2)):
+        for _ in range(row.count(1)):
             row.attempts += 1
             before = inode(mortal.socket)
             # It does not look before the other is dead.
@@ -189,21 +195,21 @@ def test_where_none_runs_it_starts_as_any(mortal_box: SidecarProcess) -> None:
     assert not list(mortal_box.run_dir.rglob("*.sock"))
 
 
+TOKEN = b"vision's token"
 TENANTS = """
 [tenants.vision]
-token = "sha256:{digest}"
+models = ["scaled"]
+tokens = ["sha256:{digest}"]
 socket = true
 """
 
 
 def test_sockets_of_tenants_are_taken_over_too(tmp_path: Path, scaled: Path) -> None:
-    import hashlib
-
-    (tmp_path / "quotas.toml").write_text(TENANTS.format(digest=hashlib.sha256(b"vision-token").hexdigest()))
+    (tmp_path / "quotas.toml").write_text(TENANTS.format(digest=hash_of(TOKEN)))
     with sidecar_process(tmp_path, "--quotas", str(tmp_path / "quotas.toml")) as box:
         box.admin.push(scaled)
         path = box.run_dir / "tenants" / "vision" / "trunkline.sock"
-        before, pool = inode(path), pool_at(path, b"vision-token")
+        before, pool = inode(path), pool_at(path, TOKEN)
         model = client.Model("scaled", pool)
         for _ in range(2):
             upgrade(box)
@@ -212,6 +218,39 @@ def test_sockets_of_tenants_are_taken_over_too(tmp_path: Path, scaled: Path) -> 
             before = inode(path)
         pool.close()
         assert not path.with_suffix(".next").exists()
+
+
+@pytest.mark.row("F6")
+def test_functions_without_a_socket_go_on_over_http(
+    row: Row, tmp_path: Path, scaled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, port = threading.Event(), free_port()
+    monkeypatch.setenv("TRUNKLINE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.delenv("TRUNKLINE_SOCKET", raising=False)
+
+    def ask() -> None:
+        pool = Pool()
+        model = client.Model("scaled", pool)
+        while not stop.is_set():
+            x = np.full((2, 8), row.answered % 100, np.float32)
+            try:
+                row.wrong += not np.array_equal(model.call({"x": x}, deadline_s=PATIENCE_S), x * EXPECTED)
+                row.answered += 1
+            except TrunklineError:
+                row.lost += 1
+        pool.close()
+
+    with sidecar_process(tmp_path, "--admin-port", str(port)) as box, ThreadPoolExecutor(1) as threads:
+        box.admin.push(scaled)
+        asking = threads.submit(ask)
+        try:
+            row.attempts += 1
+            upgrade(box)
+            reached = row.answered + 20
+            until(lambda: row.answered > reached or row.lost > 0)
+        finally:
+            stop.set()
+        asking.result(2 * PATIENCE_S)
 
 
 @pytest.fixture
