@@ -28,7 +28,8 @@ from tests.nodes import until
 from tests.origin_server import write_chained_bundle
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
-PULL_KILLS, SWAP_KILLS = 35, 15
+# With those between any two instructions of what keeps weights in memory (test_hosttier), far more than fifty.
+PULL_KILLS, SWAP_KILLS = 40, 10
 # Some chunks each.
 WEIGHTS = [[number + 0.5] * 600_001 for number in range(4)]
 # What of the system is called that changes the store.
