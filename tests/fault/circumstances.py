@@ -16,6 +16,8 @@ FEW = 128
 DAY_S = 86400.0
 # The environment names a file with this; while it is there, memory is short.
 SHORT = "MEMORY_IS_SHORT"
+# For the two arenas of a session: a descriptor and pages for each.
+CALLS = 4
 
 
 def few_descriptors() -> None:
@@ -29,25 +31,27 @@ def older_kernel() -> None:
 
 
 def memory_runs_out() -> None:
-    """Shared memory that is not to be had, by turns as a descriptor, its pages, and as a mapping."""
-    tries = 0
+    """Shared memory that runs out at the first call for a session's arenas, the next time at the second, and so on in turns."""
     short = Path(os.environ[SHORT])
+    times, calls = 0, 0
 
-    def failing(name: str, error: int, turn: int) -> Callable[..., object]:
+    def failing(name: str, error: int) -> Callable[..., object]:
         original = getattr(os, name)
 
         def fail(*arguments: object) -> object:
-            nonlocal tries
-            if short.exists():
-                tries += 1
-                if tries % 2 == turn:
-                    raise OSError(error, os.strerror(error))
+            nonlocal times, calls
+            if not short.exists():
+                times, calls = times + bool(calls), 0
+                return original(*arguments)
+            calls += 1
+            if calls > times % CALLS:
+                raise OSError(error, os.strerror(error))
             return original(*arguments)
 
         return fail
 
-    os.memfd_create = failing("memfd_create", errno.ENOMEM, 0)  # type: ignore[assignment]
-    os.posix_fallocate = failing("posix_fallocate", errno.ENOSPC, 1)  # type: ignore[assignment]
+    os.memfd_create = failing("memfd_create", errno.ENOMEM)  # type: ignore[assignment]
+    os.posix_fallocate = failing("posix_fallocate", errno.ENOSPC)  # type: ignore[assignment]
 
 
 def jumping_clock() -> None:

@@ -225,7 +225,7 @@ def changes(socket: str, count: int, seed: int) -> dict[str, Any]:
             for name, change in tries:
                 try:
                     change()
-                except OSError:
+                except (OSError, ValueError):
                     refused[name] += 1
                 else:
                     took[name] += 1
