@@ -386,14 +386,14 @@ def _asked(model: client.Model, x: NDArray[np.float32], choose: random.Random, *
 # --- more than their share --------------------------------------------------------------------------------------------
 
 
-def hammers(socket: str, sessions: int) -> dict[str, Any]:
+def hammers(socket: str, sessions: int, token: str) -> dict[str, Any]:
     """Ask in so many sessions at once, each again as soon as it is answered, until a line comes. Return the answers."""
     frame = infer("scaled", "float32", (1, _WIDTH))
     waiting = select.poll()
     waiting.register(sys.stdin, select.POLLIN)
     wires = {}
     for _ in range(sessions):
-        wire = Wire(socket, "scaled")
+        wire = Wire(socket, "scaled", token=token.encode())
         wires[wire.sock.fileno()] = wire
         waiting.register(wire.sock, select.POLLIN)
         wire.sock.send(frame)

@@ -12,6 +12,14 @@ from tests.fault.matrix import Row, held, left, settled, write_scaled
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give a night's rows the time they need."""
+    if config.getoption("--nightly"):
+        for item in items:
+            if item.get_closest_marker("row") is not None:
+                item.add_marker(pytest.mark.timeout(4 * 3600), append=False)
+
+
 @pytest.fixture
 def row(request: pytest.FixtureRequest, nothing_leaks: None) -> Iterator[Row]:
     """What the test finds of the rows that it is marked with. Checked after everything else that the test was given."""

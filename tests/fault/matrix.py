@@ -101,12 +101,13 @@ class Neighbour:
     What it found goes into the row: answers, wrong ones, lost requests, and the longest time without an answer.
     """
 
-    def __init__(self, row: Row, socket: Path, *, threads: int = 1, model: str = "scaled") -> None:
+    def __init__(self, row: Row, socket: Path, *, threads: int = 1, model: str = "scaled", token: bytes = b"") -> None:
         self.errors: list[BaseException] = []
         self.answered = 0
         self._row = row
         self._socket = socket
         self._model = model
+        self._token = token
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(seed,), daemon=True) for seed in range(threads)]
@@ -133,7 +134,7 @@ class Neighbour:
             time.sleep(_REST_S)
 
     def _ask(self, seed: int) -> None:
-        pool = pool_at(self._socket)
+        pool = pool_at(self._socket, self._token)
         model = client.Model(self._model, pool)
         random = np.random.default_rng(seed)
         while not self._stopping.is_set():

@@ -47,9 +47,9 @@ def connected(path: str) -> socket.socket:
     return sock
 
 
-def hello(*models: str, token: bytes = b"", request_bytes: int = 0, reply_bytes: int = 0) -> bytes:
+def hello(*models: str, token: bytes = b"") -> bytes:
     """Return the first frame of a well-behaved client."""
-    return protocol.encode(Hello(1, protocol.VERSION, token, "test", request_bytes, reply_bytes, models))
+    return protocol.encode(Hello(1, protocol.VERSION, token, "test", 0, 0, models))
 
 
 def infer(model: str, dtype: str, shape: tuple[int, ...], *, request_id: int = 1, deadline_us: int = 30_000_000) -> bytes:
@@ -60,11 +60,11 @@ def infer(model: str, dtype: str, shape: tuple[int, ...], *, request_id: int = 1
 class Wire:
     """A session with its descriptors and both arenas, and no rules."""
 
-    def __init__(self, path: str, *models: str, request_bytes: int = 0, reply_bytes: int = 0) -> None:
+    def __init__(self, path: str, *models: str, token: bytes = b"") -> None:
         """Raises Refused, and OSError where the sidecar went away."""
         self.sock = connected(path)
         try:
-            self.sock.send(hello(*models, request_bytes=request_bytes, reply_bytes=reply_bytes))
+            self.sock.send(hello(*models, token=token))
             frame, fds, _, _ = socket.recv_fds(self.sock, protocol.MAX_FRAME_BYTES, 2)
             if not frame:
                 raise ConnectionResetError("the sidecar ended the connection")
