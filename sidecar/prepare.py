@@ -264,7 +264,7 @@ class _Preparation:
         if node.op in operators.RECURRENT:
             function = checked(node.op, function)
         if node.op in quotients.OPERATORS:
-            function = quotients.safe(function)
+            function = quotients.safe(node.op, function)
         if index in self.guards:
             function = indices.guarded(node.op, function, [parameter.name for parameter in schema.arguments])
         fixed = {key: _constant(argument) for key, argument in node.kwargs if not any(values_in(argument))}

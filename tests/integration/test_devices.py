@@ -462,6 +462,7 @@ def test_a_size_is_no_output(device: TorchDevice) -> None:
         device.prepare(graph(Node("aten.sym_size.int", (X, 0))))
 
 
+@pytest.mark.row("T8")
 def test_every_registered_operator_outside_the_list_is_refused(device: TorchDevice) -> None:
     refused = 0
     for name in torch._C._dispatch_get_all_op_names():

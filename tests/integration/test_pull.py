@@ -176,6 +176,7 @@ def test_environment_and_cookies_are_not_used(
         (origin.silent_in_the_middle, OriginFailed, "sent nothing for 0.2 s"),
     ],
 )
+@pytest.mark.row("F21")
 def test_whatever_an_origin_does_is_told_and_nothing_bad_is_kept(
     kind: str,
     act: Callable[[Handler, bytes], None],
@@ -373,6 +374,7 @@ def test_a_pull_that_is_cancelled_stops_although_nothing_comes(
     server.release.set()
 
 
+@pytest.mark.row("F21")
 def test_a_pull_that_takes_too_long_is_ended(tmp_path: Path, root: Path, server: OriginServer, store: Store) -> None:
     reference = published(tmp_path, root, "m", LARGE)
     server.misbehave["/blobs"] = origin.silent_in_the_middle
@@ -380,6 +382,7 @@ def test_a_pull_that_takes_too_long_is_ended(tmp_path: Path, root: Path, server:
         pulled(server, store, reference, timeout_s=0.5)
 
 
+@pytest.mark.row("F20")
 def test_a_full_disk_is_told_and_given_back(
     tmp_path: Path, root: Path, server: OriginServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +402,7 @@ def test_a_full_disk_is_told_and_given_back(
     pulled(server, store, reference)
 
 
+@pytest.mark.row("F20")
 def test_what_has_no_room_is_not_begun(
     tmp_path: Path, root: Path, server: OriginServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,6 +577,7 @@ def test_a_folder_is_an_origin(tmp_path: Path, root: Path, store: Store) -> None
         from_folder(root, store, f"m@sha256:{'0' * 64}")
 
 
+@pytest.mark.row("T10")
 def test_what_is_no_plain_file_is_not_read(tmp_path: Path, root: Path, store: Store) -> None:
     reference = published(tmp_path, root, "m", SMALL)
     path = root / manifest_file(reference.partition("sha256:")[2])

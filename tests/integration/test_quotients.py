@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from trunkline.errors import DeviceFault
 
 from sidecar.devices import TorchDevice
 from sidecar.ir import Argument, Enum, Graph, Node, Value
@@ -68,3 +69,16 @@ def test_dtypes_are_mixed_as_torch_mixes_them() -> None:
     # Without rounding, and by something that is no tensor.
     (given,) = device.run(device.prepare(graph(Node("aten.div.Scalar_mode", (FIRST, 2.5), TRUNC), 1)), (), (dividend,))
     assert given.tolist() == [-2.0, 2.0, 3.0]
+
+
+@pytest.mark.row("T8")
+@pytest.mark.parametrize(
+    "bounds", [(0, -(1 << 63), -1), (0, -(1 << 63), 1), ((1 << 63) - 1, -(1 << 63), -1), (-(1 << 63), 0, -1)]
+)
+def test_a_range_that_ends_too_far_out_ends_nothing(bounds: tuple[int, int, int]) -> None:
+    assert outcome(graph(Node("aten.arange.start_step", bounds), 0)) == 0
+    device = TorchDevice(torch.device("cpu"))
+    with pytest.raises(DeviceFault, match="OverflowError"):
+        device.run(device.prepare(graph(Node("aten.arange.start_step", bounds), 0)), (), ())
+    given = device.run(device.prepare(graph(Node("aten.arange.start_step", (-3, (1 << 62) - 1, 1 << 61)), 0)), (), ())
+    assert given[0].tolist() == [-3, (1 << 61) - 3, (1 << 62) - 3]

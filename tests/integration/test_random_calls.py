@@ -208,6 +208,7 @@ def test_memory_that_is_given_out_or_let_go_is_poisoned(node: Node, watch: Watch
     assert watch.most_bytes == 4096
 
 
+@pytest.mark.row("F26")
 def test_twenty_thousand_random_calls_of_six_functions_in_memory_for_two(
     node: Node, watch: Watch, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

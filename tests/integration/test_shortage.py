@@ -139,6 +139,7 @@ def test_one_call_of_many_rows_is_run_in_halves_down_to_single_ones(running: Run
 
 
 @pytest.mark.parametrize("kind", ["resnet", "densenet", "vit", "minilm", "pair", "unet"])
+@pytest.mark.row("F17")
 def test_what_halves_give_is_what_the_whole_gives(kind: str, running: Running) -> None:
     """Wherever rows lie in what passes from stage to stage: room for two of them."""
     made = network(kind)
@@ -199,6 +200,7 @@ def test_a_model_whose_rows_touch_each_other_is_not_run_in_halves(running: Runni
 # --- one by itself ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("F17")
 def test_only_the_request_that_has_no_room_by_itself_is_refused(running: Running) -> None:
     made = network("mlp")
     deploy(running, made)
@@ -460,6 +462,7 @@ def check_in_the_engine(running: Running) -> None:
     checked.result(60)
 
 
+@pytest.mark.row("F17")
 def test_books_balance_whichever_runs_have_no_room(running: Running) -> None:
     nets = [network(kind) for kind in ("mlp", "resnet", "pair")]
     deploy(running, *nets)
@@ -468,7 +471,8 @@ def test_books_balance_whichever_runs_have_no_room(running: Running) -> None:
     device.lacks = lambda program, inputs: bool(chance.random() < 0.3)
     expected = {(each.name, seed): each.eager(each.inputs(2, seed)) for each in nets for seed in range(3)}
     refused = answered = 0
-    for _ in range(20):
+    # Six calls each.
+    for _ in range(34):
         calls = [(each, int(chance.integers(3))) for each in nets for _ in range(2)]
         answers = asked_at_once(running, *((each.name, each.inputs(2, seed)) for each, seed in calls))
         for (each, seed), given in zip(calls, answers, strict=True):

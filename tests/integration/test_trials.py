@@ -67,6 +67,7 @@ def judge(bundle: Bundle, staged: Staged, blobs: Blobs, folder: Path, device: To
 
 
 @pytest.mark.parametrize("kind", ["resnet", "mlp", "unet", "vit", "bert", "pair"])
+@pytest.mark.row("T13")
 def test_rows_of_ordinary_networks_are_independent(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
     blobs = Blobs()
@@ -115,6 +116,7 @@ def dynamic_int8(x: torch.Tensor) -> torch.Tensor:
     ],
     ids=["softmax", "maximum", "norm", "int8", "flip", "cumsum", "sum", "place", "square"],
 )
+@pytest.mark.row("T13")
 def test_rows_that_touch_each_other_are_found_out(mix: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
     blobs = Blobs()
     bundle, staged = deployed(Source(Mixing(mix).eval(), (torch.randn(2, 4),)), blobs)

@@ -637,6 +637,7 @@ def test_leftovers_are_swept_and_what_is_being_written_is_not(files: BlockFiles,
 
 
 @pytest.mark.parametrize("source", [BUFFERED, DIRECT], ids=["buffered", "direct"])
+@pytest.mark.row("F19")
 def test_scrubbing_finds_what_is_altered(folder: Path, source: Source) -> None:
     entries, others = several([100, 2 * CHUNK_BYTES + 5, 0, PAGE_BYTES]), several([10], "other")
     files = BlockFiles(folder, *FACTS, source=source)

@@ -103,6 +103,7 @@ def test_bytes_that_are_not_the_blob_are_refused_and_forgotten(store: Store, sen
 
 
 @pytest.mark.parametrize("digest", ["", "..", "../../etc/passwd", DIGEST.upper(), DIGEST + "0", DIGEST[:-1] + "/"])
+@pytest.mark.row("T10")
 def test_only_digests_become_paths(store: Store, digest: str) -> None:
     with pytest.raises(BlobMissing):
         store.blob_path(digest)
@@ -167,6 +168,7 @@ class NthFailure:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.row("F16")
 def test_whatever_call_fails_nothing_is_half_done(tmp_path: Path, code: int) -> None:
     """SQLite's method: fail the first call, then the second, and so on, until nothing fails any more."""
     old, old_blobs = adding_bundle("m", [1.0, 2.0])
@@ -236,6 +238,7 @@ def test_wherever_a_writer_dies_the_store_is_whole(tmp_path: Path) -> None:
         pytest.fail("there is no end of calls")
 
 
+@pytest.mark.row("F20")
 def test_a_real_full_disk(tmp_path: Path) -> None:
     """A tmpfs of 64 KiB, where this process may mount one; a limit on the size of files does the same elsewhere."""
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True, check=False)
