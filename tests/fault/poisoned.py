@@ -1,7 +1,6 @@
-"""A sidecar for which some inputs are poison: the command line, with a device that two numbers do something to.
+"""A sidecar for which some inputs are poison: a device that some numbers do something to (``tests.fault.launching``).
 
-Run as a program in place of ``-m sidecar``. Nothing of this is in the product: what kills a real engine is a fault of a kernel or
-a driver, which no test can order.
+Nothing of this is in the product: what kills a real engine is a fault of a kernel or a driver, which no test can order.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any, Final
 import torch
 from trunkline.errors import DeviceFault
 
-from sidecar.cli.main import main
 from sidecar.devices import TorchDevice
 
 # An input with this number somewhere makes a kernel fail; the next keeps the engine busy, for longer than any test lasts; after
@@ -38,7 +36,7 @@ def poisoned(run: Callable[..., Any]) -> Callable[..., Any]:
             if torch.any(tensor == HANGS):
                 time.sleep(3600)
             if torch.any(tensor == LOSES):
-                # Whatever is asked next fails, too; the first to be told is the one whose answer is read.
+                # Whatever is asked next fails, too.
                 device.is_lost = lambda: True  # type: ignore[method-assign]
             if device.is_lost():
                 raise DeviceFault("device-side assert triggered")
@@ -49,7 +47,7 @@ def poisoned(run: Callable[..., Any]) -> Callable[..., Any]:
     return looks_first
 
 
-if __name__ == "__main__":
+def sidecar() -> None:
+    """Have a device look at its inputs first."""
     TorchDevice.run = poisoned(TorchDevice.run)  # type: ignore[method-assign]
     TorchDevice.run_stacked = poisoned(TorchDevice.run_stacked)  # type: ignore[method-assign]
-    main()

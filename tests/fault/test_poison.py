@@ -18,9 +18,10 @@ from trunkline.errors import Quarantined, TrunklineError
 from trunkline.pool import Pool
 
 from tests.fault import poisoned
+from tests.fault.launching import through
 from tests.fault.matrix import EXPECTED, Neighbour, Row, pool_at, settled, write_scaled
 from tests.nodes import until
-from tests.sidecar_process import SidecarProcess
+from tests.sidecar_process import SidecarProcess, sidecar_process
 
 WATCHDOG_S = 1.0
 # Each costs two engines, then it is refused, with its model.
@@ -33,39 +34,28 @@ DEADLINE_S = 90.0
 X = np.ones((1, 8), np.float32)
 
 
-class Poisoned(SidecarProcess):
-    """A sidecar for which some inputs are poison."""
-
-    def command(self) -> list[str]:
-        python, _, _, *words = super().command()
-        return [python, poisoned.__file__, *words]
-
-
 @pytest.fixture
-def box(tmp_path: Path, scaled: Path, row: Row) -> Iterator[Poisoned]:
-    made = Poisoned(tmp_path, "--watchdog", str(WATCHDOG_S))
-    try:
+def box(tmp_path: Path, scaled: Path, row: Row) -> Iterator[SidecarProcess]:
+    """Give a sidecar for which some inputs are poison."""
+    with sidecar_process(tmp_path, "--watchdog", str(WATCHDOG_S), through=through(poisoned.sidecar)) as made:
         made.admin.push(scaled)
         settled(made)
         yield made
-    finally:
-        made.stop()
-        made.admin.close()
 
 
 @pytest.fixture
-def pool(box: Poisoned) -> Iterator[Pool]:
+def pool(box: SidecarProcess) -> Iterator[Pool]:
     made = pool_at(box.socket)
     yield made
     made.close()
 
 
-def generation(box: Poisoned) -> int:
+def generation(box: SidecarProcess) -> int:
     box.await_engine()
     return int(box.admin.get("status")["engine"]["generation"])
 
 
-def told(box: Poisoned, name: str) -> int:
+def told(box: SidecarProcess, name: str) -> int:
     """Return a counter of the metrics."""
     lines = [line for line in box.admin.metrics().splitlines() if line.startswith(f"trunkline_{name} ")]
     return int(float(lines[0].split()[1]))
@@ -75,7 +65,7 @@ def is_answered(name: str, pool: Pool) -> bool:
     return np.array_equal(Model(name, pool).call({"x": X}, deadline_s=DEADLINE_S), X * EXPECTED)
 
 
-def check_poison(box: Poisoned, row: Row, pool: Pool, folder: Path, names: list[str], number: float) -> None:
+def check_poison(box: SidecarProcess, row: Row, pool: Pool, folder: Path, names: list[str], number: float) -> None:
     """Ask each model with a number that is poison: it costs two engines; others, also of the same tenant, lose nothing."""
     poison = X.copy()
     poison[0, 3] = number
@@ -103,7 +93,9 @@ def check_poison(box: Poisoned, row: Row, pool: Pool, folder: Path, names: list[
 
 
 @pytest.mark.row("T12")
-def test_a_request_that_kills_its_engine_costs_two_and_is_refused(box: Poisoned, row: Row, pool: Pool, tmp_path: Path) -> None:
+def test_a_request_that_kills_its_engine_costs_two_and_is_refused(
+    box: SidecarProcess, row: Row, pool: Pool, tmp_path: Path
+) -> None:
     names = [f"killer-{number}" for number in range(row.count(KILLERS))]
     check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.KILLS)
     assert told(box, "watchdog_kills_total") == 0
@@ -111,7 +103,7 @@ def test_a_request_that_kills_its_engine_costs_two_and_is_refused(box: Poisoned,
 
 @pytest.mark.row("T12")
 def test_a_request_that_loses_the_device_costs_two_engines_and_is_refused(
-    box: Poisoned, row: Row, pool: Pool, tmp_path: Path
+    box: SidecarProcess, row: Row, pool: Pool, tmp_path: Path
 ) -> None:
     names = [f"loser-{number}" for number in range(row.count(LOSERS))]
     check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.LOSES)
@@ -119,7 +111,9 @@ def test_a_request_that_loses_the_device_costs_two_engines_and_is_refused(
 
 
 @pytest.mark.row("F24")
-def test_a_request_that_does_not_end_is_ended_twice_and_is_refused(box: Poisoned, row: Row, pool: Pool, tmp_path: Path) -> None:
+def test_a_request_that_does_not_end_is_ended_twice_and_is_refused(
+    box: SidecarProcess, row: Row, pool: Pool, tmp_path: Path
+) -> None:
     names = [f"hanger-{number}" for number in range(row.count(HANGERS))]
     check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.HANGS)
     assert told(box, "watchdog_kills_total") == 2 * len(names)
@@ -129,7 +123,7 @@ def test_a_request_that_does_not_end_is_ended_twice_and_is_refused(box: Poisoned
 
 
 @pytest.mark.row("F4")
-def test_kills_by_hand_lose_nothing_however_slow_the_work(box: Poisoned, row: Row, pool: Pool) -> None:
+def test_kills_by_hand_lose_nothing_however_slow_the_work(box: SidecarProcess, row: Row, pool: Pool) -> None:
     """The device is busy nearly all the time: most kills meet a request that is run alone after the one before.
 
     Three, one after the other, then everybody is answered: a client gives a request up that has cost it five connections.
