@@ -17,6 +17,7 @@ from trunkline.client import Model
 from trunkline.errors import Quarantined, TrunklineError
 from trunkline.pool import Pool
 
+from sidecar.tenants import hash_of
 from tests.fault import poisoned
 from tests.fault.launching import through
 from tests.fault.matrix import EXPECTED, Neighbour, Row, pool_at, settled, write_scaled
@@ -30,6 +31,18 @@ LOSERS = 2
 HANGERS = 5
 KILLS_BY_HAND = 12
 CLIENTS = 4
+TENANT_KILLS = 3
+QUOTAS = """
+[tenants.hostile]
+tokens = ["{hostile}"]
+models = ["scaled"]
+domain = "all"
+
+[tenants.good]
+tokens = ["{good}"]
+models = ["scaled"]
+domain = "all"
+"""
 DEADLINE_S = 90.0
 X = np.ones((1, 8), np.float32)
 
@@ -108,6 +121,28 @@ def test_a_request_that_loses_the_device_costs_two_engines_and_is_refused(
     names = [f"loser-{number}" for number in range(row.count(LOSERS))]
     check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.LOSES)
     assert "cpu can be used no more after this (device-side assert triggered)" in box.log.read_text()
+
+
+@pytest.mark.row("T12")
+def test_the_poison_of_one_tenant_is_none_of_another_that_asks_the_same_model(row: Row, scaled: Path, tmp_path: Path) -> None:
+    """They share a domain, so that their requests are run as one batch while nothing speaks against it."""
+    quotas = tmp_path / "quotas.toml"
+    quotas.write_text(QUOTAS.format(**{name: f"sha256:{hash_of(name.encode())}" for name in ("hostile", "good")}))
+    quotas.chmod(0o600)
+    poison = X.copy()
+    poison[0, 3] = poisoned.KILLS
+    with sidecar_process(tmp_path, "--quotas", str(quotas), through=through(poisoned.sidecar)) as box:
+        box.admin.push(scaled)
+        pool = pool_at(box.socket, b"hostile")
+        with Neighbour(row, box.socket, threads=3, token=b"good") as neighbour:
+            for _ in range(row.count(TENANT_KILLS)):
+                row.attempts += 1
+                with pytest.raises(Quarantined):
+                    Model("scaled", pool).call({"x": poison}, deadline_s=DEADLINE_S)
+                neighbour.await_answers(20)
+            # Two engines for the first time that it is refused, and one for each time that it was let through again.
+            assert generation(box) == 2 + told(box, "quarantines_total")
+        pool.close()
 
 
 @pytest.mark.row("F24")
