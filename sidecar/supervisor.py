@@ -133,14 +133,13 @@ class Supervisor:
 
     def _is_replaced(self) -> bool:
         """Say whether another's socket is where functions look for this one's."""
-        try:
-            return not self._is_in_place()
-        except OSError:
-            # None at all: that is nobody who takes over.
-            return False
+        return self._run.socket.exists() and not self._is_in_place()
 
     def _is_in_place(self) -> bool:
-        return self._own is not None and os.path.samestat(self._run.socket.stat(), self._own)
+        try:
+            return self._own is not None and os.path.samestat(self._run.socket.stat(), self._own)
+        except OSError:
+            return False
 
     def _open_segments(self) -> None:
         """Make or adopt a segment for each device."""
@@ -174,7 +173,7 @@ class Supervisor:
                 # It reads the quota file anew, as one that is started does anyway.
                 os.kill(self._engine_pid, signal.SIGHUP)
             if self._take_over is not None:
-                self._go_on_taking_over(self._take_over)
+                listeners = self._go_on_taking_over(self._take_over, listeners)
             elif self._is_replaced():
                 if self._run.has_successor():
                     log.info("another sidecar has taken over; this one drains, and ends")
@@ -193,8 +192,11 @@ class Supervisor:
             return min(look_s, self._deaths.due_s(time.monotonic()))
         return min(look_s, max(0.0, self._engine_started_s + self._pause_s - time.monotonic()))
 
-    def _go_on_taking_over(self, taking_over: TakeOver) -> None:
-        """Take the next step, if it is time. Raises ConfigError when the engine has ended before it was asked anything."""
+    def _go_on_taking_over(self, taking_over: TakeOver, listeners: Listeners) -> Listeners:
+        """Take the next step, if it is time; return the sockets, which may be others then.
+
+        Raises ConfigError when the engine has ended before it was asked anything.
+        """
         if not taking_over.is_in_place:
             if not self._engine_pid:
                 raise ConfigError(
@@ -212,10 +214,14 @@ class Supervisor:
                 log.info("models or settings were changed meanwhile; an engine that knows all of it is started")
                 os.kill(self._engine_pid, signal.SIGTERM)
             self._take_over = None
+            if not self._is_in_place():
+                # Removed by one that knows of no successor: it is of an older version.
+                return self._listen_again(listeners)
+        return listeners
 
     def _listen_again(self, listeners: Listeners) -> Listeners:
-        """Take the place back from one that has died while it took over."""
-        log.error("whoever has taken over %s has died; this sidecar listens there again", self._run.socket)
+        """Take the place back from one that has died while it took over, or that has removed what was not its own."""
+        log.error("%s is not this sidecar's any more, and nobody is about to take over; it listens there again", self._run.socket)
         try:
             found = self._listen()
         except ConfigError as error:

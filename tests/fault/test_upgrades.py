@@ -124,7 +124,7 @@ def test_one_that_is_killed_in_place_gives_the_place_back(row: Row, mortal: Side
             until(lambda taken=taken: inode(mortal.socket) != taken)  # type: ignore[misc]
             neighbour.await_answers()
             assert mortal.await_engine() in descendants(mortal.process.pid)
-    assert "has died; this sidecar listens there again" in mortal.log.read_text()
+    assert "nobody is about to take over; it listens there again" in mortal.log.read_text()
 
 
 @pytest.mark.row("F6")
@@ -161,6 +161,25 @@ def test_what_operators_do_meanwhile_is_known_afterwards(row: Row, mortal: Sidec
             finish(mortal, new)
         assert answers(mortal, "later")
         until(lambda: bool(mortal.admin.get("models/later")["pinned"]))
+
+
+@pytest.mark.row("F6")
+def test_what_an_older_version_removes_at_its_end_is_made_again(row: Row, mortal: SidecarProcess) -> None:
+    with Neighbour(row, mortal.socket, threads=2) as neighbour:
+        row.attempts += 1
+        before, old = inode(mortal.socket), mortal.process
+        os.kill(old.pid, signal.SIGSTOP)
+        with upgrading(mortal) as new:
+            until(lambda: inode(mortal.socket) != before)
+            for path in (mortal.socket, mortal.run_dir / "relay.sock", mortal.run_dir / "admin.token"):
+                path.unlink()
+            mortal.process = new
+            os.kill(old.pid, signal.SIGKILL)
+            old.wait(PATIENCE_S)
+            until(mortal.socket.exists)
+        assert answers(mortal, "scaled")
+        neighbour.await_answers()
+        assert mortal.await_engine() in descendants(new.pid)
 
 
 def test_one_that_cannot_serve_takes_nothing_over(mortal_box: SidecarProcess) -> None:
