@@ -85,7 +85,7 @@ class Deaths:
     def engine_died(self, pid: int, status: int, now: float) -> bool:
         """Read what an engine left behind, tell whom it concerns, and have a new journal for the next one.
 
-        ``status`` is how it ended, as ``os.wait`` has it. Return whether it was computing something.
+        ``status`` is how it ended, as ``os.wait`` has it. Return whether it has computed anything for anybody.
         """
         entries = self._journal.entries()
         # What else it was at had nothing to do with it.
@@ -109,9 +109,10 @@ class Deaths:
             else:
                 log.warning("engine %d ended while it computed %s for %s (call %s); the next such request is run alone", *told)
         self._overdue = None
+        has_served = self._journal.was_used()
         self.close()
         self._journal = Journal(self._device_count)
-        return bool(entries)
+        return has_served
 
     def close(self) -> None:
         """Let go of the journal, in a process that has nothing to do with it."""

@@ -95,6 +95,10 @@ class Journal:
         """Return what was under way when the engine died."""
         return [Entry(running, self._calls(running.place)) for running in self.running()]
 
+    def was_used(self) -> bool:
+        """Say whether the engine has computed anything for anybody."""
+        return any(_WORD.unpack_from(self._memory, self._head(place))[0] for place in range(self._slot_count))
+
     def marked(self) -> list[int]:
         """Return the marks that were set."""
         return [number for number, mark in enumerate(self._memory[:MOST_MARKS]) if mark]

@@ -33,7 +33,7 @@ log = logging.getLogger("trunkline.supervisor")
 _LOOK_S: Final = 1.0
 _TAKING_OVER_LOOK_S: Final = 0.05
 _SIGNALS: Final = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, HANDED_OVER}
-# An engine that lived longer than this was healthy, as is one that computes; the next one is started at once.
+# An engine that lived longer than this was healthy, as is one that has computed; the next one is started at once.
 _HEALTHY_S: Final = 1.0
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
@@ -273,8 +273,8 @@ class Supervisor:
         lived_s = time.monotonic() - self._engine_started_s
         log.error("engine %d ended with %d after %.1f s; starting another", pid, os.waitstatus_to_exitcode(status), lived_s)
         self._engine_pid = 0
-        was_at_work = self._deaths.engine_died(pid, status, time.monotonic())
-        if was_at_work or lived_s >= _HEALTHY_S:
+        has_served = self._deaths.engine_died(pid, status, time.monotonic())
+        if has_served or lived_s >= _HEALTHY_S:
             self._pause_s = 0.0
         else:
             self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)

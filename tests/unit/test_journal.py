@@ -27,6 +27,7 @@ def made() -> Iterator[Journal]:
 def test_what_has_begun_is_there_until_it_ends(made: Journal) -> None:
     page = made.page(1)
     assert made.entries() == []
+    assert not made.was_used()
     place = page.begin(12.5, 0.25, [ONE, OTHER])
     (entry,) = made.entries()
     assert entry.calls == (ONE, OTHER)
@@ -34,6 +35,7 @@ def test_what_has_begun_is_there_until_it_ends(made: Journal) -> None:
     assert made.running() == [entry.running]
     page.end(place)
     assert made.entries() == []
+    assert made.was_used()
 
 
 def test_runs_side_by_side_have_places_of_their_own(made: Journal) -> None:
