@@ -161,6 +161,13 @@ def settled(box: SidecarProcess, model: str = "scaled") -> None:
     client.Model(model, pool).call({"x": np.ones((1, 8), np.float32)})
     pool.close()
     until(lambda: bool(box.admin.get(f"models/{model}")["tried"]))
+    # Its block file is written when nobody waits.
+    until(lambda: all(tier["used_bytes"] for tier in tiers_of(box)))
+
+
+def tiers_of(box: SidecarProcess) -> list[dict[str, Any]]:
+    """Return all tiers of a sidecar's devices."""
+    return [tier for device in box.admin.get("residency")["devices"].values() for tier in device["tiers"]]
 
 
 def descendants(pid: int) -> list[int]:
@@ -197,7 +204,6 @@ def held(box: SidecarProcess) -> dict[str, int]:
     told = box.admin.get("sessions")
     functions = [each for each in told["sessions"] if not each["administrator"]]
     leases = [each for device in box.admin.get("leases")["devices"].values() for each in device["leases"]]
-    tiers = [tier for device in box.admin.get("residency")["devices"].values() for tier in device["tiers"]]
     descriptors, threads = held_by(engine)
     return {
         # But for those of the admin endpoint, of whose workers each connects when it is first asked.
@@ -208,7 +214,7 @@ def held(box: SidecarProcess) -> dict[str, int]:
         "sessions": len(functions),
         "arena bytes": sum(each["arena_bytes"] for each in functions),
         "leases": sum(each["leases"] for each in leases),
-        "bytes in tiers": sum(tier["used_bytes"] for tier in tiers),
+        "bytes in tiers": sum(tier["used_bytes"] for tier in tiers_of(box)),
     }
 
 

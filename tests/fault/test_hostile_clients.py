@@ -19,8 +19,9 @@ from tests.bundles import write_adding_bundle
 from tests.fault import attacks, circumstances
 from tests.fault.attacks import LARGEST, OFFSET, ask_without_reading, is_served, sessions
 from tests.fault.launching import through
-from tests.fault.matrix import Neighbour, Row, held_by, names_of, settled
+from tests.fault.matrix import Neighbour, Row, held_by, names_of, settled, tiers_of
 from tests.fault.wire import Wire, infer
+from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 
@@ -31,10 +32,13 @@ def steady_box(tmp_path_factory: pytest.TempPathFactory, scaled: Path) -> Iterat
     write_adding_bundle(folder / "bounded", "bounded", [OFFSET], dtype="int64", bounds=(0, LARGEST))
     with sidecar_process(folder) as box:
         box.admin.push(scaled)
-        box.admin.push(folder / "bounded")
         settled(box)
+        before = [tier["used_bytes"] for tier in tiers_of(box)]
+        box.admin.push(folder / "bounded")
         with sessions(box, 1, "bounded") as (wire,):
             assert isinstance(wire.ask(infer("bounded", "int64", (1, 1))), protocol.Result)
+        until(lambda: all(tier["used_bytes"] > one for tier, one in zip(tiers_of(box), before, strict=True)))
+        until(lambda: bool(box.admin.get("models/bounded")["tried"]))
         yield box
 
 
