@@ -34,6 +34,7 @@ from sidecar.ledger import Ledger
 from sidecar.segment import SHARED_MEMORY, segment_name
 from sidecar.unixhttp import SCHEME, mount_unix
 from tests.fault.matrix import EXPECTED, Neighbour, Row, descendants, pool_at
+from tests.nodes import until
 from tests.sidecar_process import SidecarProcess
 
 Plain = dict[str, Any]
@@ -456,3 +457,46 @@ def test_no_process_of_a_sidecar_leaves_a_core(row: Row, steady: SidecarProcess)
         row.attempts += 1
         # As much as makes no file, and is handed to no program.
         assert resource.prlimit(pid, resource.RLIMIT_CORE)[0] in (0, 1)
+
+
+class Infected(SidecarProcess):
+    """A sidecar with a stranger's code in every process that it forks: when it is told to, that starts a process."""
+
+    def command(self) -> list[str]:
+        python, _, _, *rest = super().command()
+        return [python, "-c", INFECTION.format(folder=str(self.run_dir.parent)), *rest]
+
+
+INFECTION = """
+import os, runpy, threading, time
+def wait():
+    while not os.path.exists("{folder}/now"):
+        time.sleep(0.01)
+    try:
+        os.system("touch {folder}/ran.%d" % os.getpid())
+    except BaseException as error:
+        with open("{folder}/refused.%d" % os.getpid(), "w") as file:
+            file.write(str(error))
+os.register_at_fork(after_in_child=lambda: threading.Thread(target=wait, daemon=True).start())
+runpy.run_module("sidecar", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.row("T7")
+def test_code_that_got_into_the_engine_starts_no_process(row: Row, scaled: Path, tmp_path: Path) -> None:
+    """The second wall, in the process that it is for."""
+    box = Infected(tmp_path)
+    try:
+        box.admin.push(scaled)
+        engine = box.await_engine()
+        with Neighbour(row, box.socket) as neighbour:
+            (tmp_path / "now").touch()
+            row.attempts += 1
+            until(lambda: (tmp_path / f"refused.{engine}").exists() and any(tmp_path.glob("ran.*")))
+            neighbour.await_answers()
+        assert (tmp_path / f"refused.{engine}").read_text() == "os.system is refused in the engine"
+        assert not (tmp_path / f"ran.{engine}").exists()
+        assert box.log.read_text().count("os.system was tried in the engine") == 1
+    finally:
+        box.stop()
+        box.admin.close()

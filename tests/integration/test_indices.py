@@ -297,6 +297,7 @@ class Looked(nn.Module):
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("bad", [-1, 25, 1 << 31, (1 << 62) - 1])
+@pytest.mark.row("T12")
 def test_a_bad_index_is_its_caller_s_error_and_nobody_else_s(
     device: TorchDevice, bad: int, packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def spin() -> None:
     ],
     ids=["spins", "sleeps", "takes much at once", "takes much bit by bit", "crashes", "ends"],
 )
+@pytest.mark.row("T9")
 def test_what_takes_too_much_is_refused(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vetting, "_CPU_S", 1)
     monkeypatch.setattr(vetting, "_PATIENCE_S", 3.0)

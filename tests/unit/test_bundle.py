@@ -147,6 +147,7 @@ def reformat_graph(folder: Path) -> None:
         (lambda folder: (folder / "manifest.json").write_bytes(b" " * (2 << 20)), "the limit is"),
     ],
 )
+@pytest.mark.row("T11", "F18")
 def test_a_damaged_folder_is_refused(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
     write_bundle(tmp_path, bundle(), blobs())
     damage(tmp_path)
@@ -310,6 +311,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("path", "value", "message"), REFUSED, ids=[f"{row[0]}-{row[2]}" for row in REFUSED])
+@pytest.mark.row("T11", "T9")
 def test_a_bad_graph_is_refused_by_place(path: str, value: object, message: str) -> None:
     root = plain()
     change(path, value)(root)
@@ -355,6 +357,7 @@ def test_the_number_of_nodes_is_limited(monkeypatch: pytest.MonkeyPatch) -> None
     ],
     ids=lambda value: str(value[:20]) if isinstance(value, bytes) else value,
 )
+@pytest.mark.row("T9")
 def test_a_hostile_text_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         parse_graph(text)

@@ -96,6 +96,7 @@ def test_a_blob_is_stored_once(store: Store) -> None:
         (CONTENT, 10, "longer than the 10"),
     ],
 )
+@pytest.mark.row("T11")
 def test_bytes_that_are_not_the_blob_are_refused_and_forgotten(store: Store, sent: bytes, announced: int, message: str) -> None:
     with pytest.raises(BlobCorrupt, match=message):
         store.put_blob(DIGEST, [sent], announced)
