@@ -237,6 +237,7 @@ class World:
         self.callers: list[Caller] = []
         self._connected = 0
         self._due: dict[str, int] = {}
+        self._folder = folder
         self._path = str(folder / "s")
         self.versions: dict[str, list[Version]] = {}
         self.source = FakeSource()
@@ -408,10 +409,14 @@ class World:
         self.callers.remove(caller)
         caller.close()
 
-    def ask(self, caller: Caller) -> None:
-        """Ask for a model, or for two at once."""
-        assert caller.request is not None
+    def ask(self, *callers: Caller) -> None:
+        """Ask for a model, or for two at once; several callers ask for the same."""
         names = tuple(self.random.sample(sorted(self.versions), self.random.choice((1, 1, 1, 2))))
+        for caller in callers:
+            self._ask(caller, names)
+
+    def _ask(self, caller: Caller, names: tuple[str, ...]) -> None:
+        assert caller.request is not None
         x = np.full((self.random.randint(1, 3), 3), self.random.randint(0, 5), np.float32)
         caller.request[: x.nbytes] = x.tobytes()
         patience_s = self.random.choice((0.02, 1.0, 1000.0, 1000.0))
@@ -504,7 +509,7 @@ class World:
         assert caller.reply is not None
         assert len(result.outputs) == len(asked.names)
         for name, output in zip(asked.names, result.outputs, strict=True):
-            y = np.frombuffer(caller.reply, np.float32, asked.x.size, output.offset).reshape(asked.x.shape)
+            y = np.frombuffer(caller.reply[output.offset : output.offset + asked.x.nbytes], np.float32).reshape(asked.x.shape)
             could = [
                 version.total
                 for version in self.versions[name]
@@ -552,6 +557,8 @@ class World:
             self.order("resume" if self.engine._paused or self.random.random() < 0.9 else "drain")
         elif chance < 0.26:
             self.clock.now += self.random.choice((0.1, 2.0))
+        elif chance < 0.4 and idle:
+            self.ask(*idle)
         elif idle:
             self.ask(self.random.choice(idle))
         for _ in range(self.random.choice((0, 1, 2, 4, 8))):
@@ -601,6 +608,8 @@ class World:
         assert engine._session_count == 0
         leases = sum(engine._residency.lease_count(each.plan) for each in engine._catalog.all())
         assert leases == 0, f"{leases} leases are left"
+        counts = engine._runs.counts
+        self.outcomes["stages for several"] += counts.stage_requests - counts.stages
         assert self.device.allocated_bytes == engine._residency.committed_bytes, "the books say otherwise than the device"
         self.check()
 
@@ -610,7 +619,8 @@ class World:
         for caller in self.callers:
             caller.close()
         self._listener.close()
-        os.unlink(self._path)
+        for each in self._folder.iterdir():
+            each.unlink()
         try:
             self.server._shut_down()
         finally:
@@ -658,11 +668,19 @@ def life(seed: int, folder: Path) -> Iterator[World]:
         worlds.append(world)
         handler = _Bugs(world)
         log.addHandler(handler)
+        # Whoever keeps records keeps the frames of errors in them, and so weights in memory.
+        patches.enter_context(mock.patch.object(log, "propagate", False))
         try:
             yield world
+        except BaseException:
+            # Frames of the error may still look into shared memory.
+            with contextlib.suppress(BufferError):
+                world.close()
+            raise
+        else:
+            world.close()
         finally:
             log.removeHandler(handler)
-            world.close()
 
 
 def main() -> None:

@@ -51,7 +51,17 @@ def test_random_lives(block: int, row: Row, tmp_path: Path) -> None:
         outcomes += told
         injected += failed
     # A simulation in which nothing goes wrong would prove nothing.
-    expected = ("answered", "told", "left", "ended", "deadline_exceeded", "budget_exceeded", "device_fault", "sidecar_fault")
+    expected = (
+        "answered",
+        "told",
+        "left",
+        "ended",
+        "deadline_exceeded",
+        "budget_exceeded",
+        "device_fault",
+        "sidecar_fault",
+        "stages for several",
+    )
     assert min(outcomes[name] for name in expected) > 0, outcomes
     assert min(injected[seam] for seam in SEAMS) > 5, injected
 
@@ -72,11 +82,7 @@ MUTANTS: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
     "an answer has another's number": (Session, "answer", lambda real: lambda self, number, *rest: real(self, number + 1, *rest)),
     "an answer comes twice": (Session, "answer", lambda real: lambda *given: (real(*given), real(*given))),
     "arenas are not given back": (Server, "arenas_closed", lambda real: lambda *_: None),
-    "rows of a batch are mixed up": (
-        FakeDevice,
-        "part",
-        lambda real: lambda self, it, axis, at, more: real(self, it, axis, 0, more),
-    ),
+    "rows of a batch are mixed up": (FakeDevice, "join", lambda real: lambda self, rows, axis: real(self, rows[::-1], axis)),
 }
 
 
