@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from trunkline.protocol import JOINT
 from sidecar.journal import Asked, Journal
 from sidecar.quarantine import Kind, Suspects
 from sidecar.tenants import ANYONE, Tenant
+from sidecar.verdicts import Verdicts
 from tests.fakes import FakeSource, running_server
-from tests.integration.test_lanes import Asker, Gated, engine_on, expected, handled, lanes_of
+from tests.integration.test_lanes import Asker, Gate, Gated, engine_on, expected, handled, lanes_of
 
 X = np.ones((1, 3), np.float32)
 OTHER = Tenant(name="other", domain=ANYONE.domain)
@@ -202,6 +204,26 @@ def test_what_is_at_work_stands_in_the_journal_until_it_is_answered(device: Gate
         askers["a"].told()
         handled(engine)
         assert journal.entries() == []
+    journal.close()
+
+
+def test_a_trial_may_take_as_long_as_it_likes(device: Gated, tmp_path: Path) -> None:
+    """Nobody waits for it: the watchdog is not told of it."""
+    journal, gate = Journal(), Gate()
+
+    def hold() -> None:
+        if threading.current_thread().name == "trials":
+            gate.pass_through()
+
+    device.on_run = hold
+    with engine_on(device, tmp_path, "a", verdicts=Verdicts(tmp_path / "verdicts", "test"), page=journal.page(0)) as engine:
+        asker = Asker(engine)
+        asker.ask("a")
+        assert (asker.told()[0] == expected("a")).all()
+        assert gate.entered.wait(5)
+        handled(engine)
+        assert journal.running() == []
+        gate.leave.set()
     journal.close()
 
 
