@@ -211,9 +211,10 @@ class Runs:
 
     def _begin(self, run: _Run) -> None:
         """Note that the device is at a run, and for whom: until it is over, and those are answered whose last stage it is."""
-        run.calls = tuple(dict.fromkeys(ticket.call for group in run.groups for ticket in group.tickets()))
-        works = [call.work for call in run.calls]
-        asked = [(work.tenant.name, work.model, work.call_id) for work in works]
+        calls = [ticket.call for group in run.groups for row in group.rows for ticket in row.tickets]
+        # One, mostly.
+        run.calls = tuple(calls) if len(calls) == 1 else tuple(dict.fromkeys(calls))
+        asked = [(work.tenant.name, work.model, work.call_id) for work in [call.work for call in run.calls]]
         run.place = self._page.begin(self._clock(), self._expected_s(run), asked)
 
     def _expected_s(self, run: _Run) -> float:
