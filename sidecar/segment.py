@@ -110,6 +110,8 @@ class Segment:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(SHARED_MEMORY / self.name[1:], SHARED_MEMORY / name[1:])
             self.name = name
+            # Of devices that the other had, if it was killed.
+            _remove_abandoned(name)
 
     def unlink(self) -> None:
         """Give the memory back to the system once the last process that maps it is gone. For a clean stop."""

@@ -101,9 +101,11 @@ class Supervisor:
             listeners, token = taking_over.listen(self._keeper)
             self._own = aside(run.socket).stat()
         try:
+            if taking_over is None:
+                # Before the segments: those of folders that are gone go with the next that is made.
+                self._tidy_devices()
             self._open_segments()
             if taking_over is None:
-                self._tidy_devices()
                 self._start_http(listeners)
             self._start_engine(listeners, token)
             log.info("listening on %s", run.socket if taking_over is None else aside(run.socket))
@@ -207,9 +209,9 @@ class Supervisor:
             if taking_over.is_ready():
                 taking_over.put_in_place(self._keeper)
         elif taking_over.is_alone():
+            self._tidy_devices()
             for segment in self._segments:
                 segment.take_place()
-            self._tidy_devices()
             if taking_over.finish() and self._engine_pid:
                 log.info("models or settings were changed meanwhile; an engine that knows all of it is started")
                 os.kill(self._engine_pid, signal.SIGTERM)
