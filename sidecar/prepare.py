@@ -17,6 +17,7 @@ import torch
 
 from sidecar import indices, operators, packed, quotients
 from sidecar.errors import BundleError
+from sidecar.graphfile import MAX_LISTED_INTEGER
 from sidecar.ir import Argument, Dtype, Enum, Graph, Node, Value, node_values, values_in
 from sidecar.lowering import OPERATORS as PACKED
 from sidecar.programs import Program, Step
@@ -94,6 +95,20 @@ def _bounded(function: Callable[..., int]) -> Callable[..., int]:
         if not -_SIZE_LIMIT <= result < _SIZE_LIMIT:
             raise OverflowError("a size does not fit into 64 bits")
         return result
+
+    return checked
+
+
+def _within_reach(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep sizes that an operator gets in lists, as windows or steps, to what it multiplies without leaving 64 bits."""
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **named: Any) -> Any:
+        for argument in (*arguments, *named.values()):
+            for each in argument if isinstance(argument, (list, tuple)) else (argument,):
+                if isinstance(each, int) and abs(each) > MAX_LISTED_INTEGER:
+                    raise OverflowError(f"{each} is beyond {MAX_LISTED_INTEGER}")
+        return function(*arguments, **named)
 
     return checked
 
@@ -259,12 +274,14 @@ class _Preparation:
         schema = overload._schema
         if schema.is_mutable:
             raise BundleError(f"{where}: the operator changes its arguments", node=index, operator=node.op)
-        self._match(schema, node, where)
+        takes_sizes = self._match(schema, node, where)
         function = _BINDINGS.get(node.op, overload._op)
         if node.op in operators.RECURRENT:
             function = checked(node.op, function)
         if node.op in quotients.OPERATORS:
             function = quotients.safe(node.op, function)
+        if takes_sizes:
+            function = _within_reach(function)
         if index in self.guards:
             function = indices.guarded(node.op, function, [parameter.name for parameter in schema.arguments])
         fixed = {key: _constant(argument) for key, argument in node.kwargs if not any(values_in(argument))}
@@ -296,8 +313,12 @@ class _Preparation:
 
     # --- the operator's schema --------------------------------------------------------------------------------------
 
-    def _match(self, schema: Any, node: Node, where: str) -> None:
-        """Check number, names and types of a node's arguments against the operator's schema."""
+    def _match(self, schema: Any, node: Node, where: str) -> bool:
+        """Check number, names and types of a node's arguments against the operator's schema.
+
+        Return whether a list of known length, of steps or paddings, say, has sizes in it that only a run knows.
+        """
+        takes_sizes = False
         parameters = list(schema.arguments)
         ordinary = sum(not parameter.kwarg_only for parameter in parameters)
         if len(node.args) > ordinary:
@@ -312,12 +333,17 @@ class _Preparation:
                 kind = str(parameter.real_type)
                 argument = given.pop(parameter.name)
                 if parameter.N is not None and isinstance(argument, int):
+                    if abs(argument) > MAX_LISTED_INTEGER:
+                        raise BundleError(f"{where}: argument {parameter.name} is beyond {MAX_LISTED_INTEGER}")
                     argument = (argument,)  # one number may stand for a list of known length
+                elif parameter.N is not None and any(values_in(argument)):
+                    takes_sizes = takes_sizes or "int" in kind
                 self._check(argument, kind, f"{where}, argument {parameter.name}")
             elif not parameter.has_default_value():
                 raise BundleError(f"{where}: argument {parameter.name} is missing")
         if given:
             raise BundleError(f"{where}: the operator has no argument {min(given)}")
+        return takes_sizes
 
     def _check(self, argument: Argument, kind: str, where: str) -> None:
         if optional := _OPTIONAL.fullmatch(kind):

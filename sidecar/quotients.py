@@ -36,16 +36,13 @@ def _within_reach(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cut_off(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(dividend: Any, divisor: Any, *, rounding_mode: str | None = None) -> Any:
-        if rounding_mode != "trunc" or _is_float(dividend) or _is_float(divisor):
+        dtype = torch.result_type(dividend, divisor)
+        if rounding_mode != "trunc" or dtype.is_floating_point or dtype is torch.bool:
             return function(dividend, divisor, rounding_mode=rounding_mode)
-        if not isinstance(divisor, torch.Tensor):
-            return torch.neg(dividend) if divisor == -1 else function(dividend, divisor, rounding_mode=rounding_mode)
-        is_turned = divisor == -1
-        quotient = function(dividend, divisor.masked_fill(is_turned, 1), rounding_mode=rounding_mode)
+        # As it is divided by: the largest integer of 64 bits is -1 in 32.
+        by = torch.as_tensor(divisor).to(dtype)
+        is_turned = by == -1
+        quotient = torch.div(torch.as_tensor(dividend), by.masked_fill(is_turned, 1), rounding_mode=rounding_mode)
         return torch.where(is_turned, -quotient, quotient)
 
     return call
-
-
-def _is_float(value: Any) -> bool:
-    return value.is_floating_point() if isinstance(value, torch.Tensor) else isinstance(value, float)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from trunkline.errors import DeviceFault
 
 from sidecar.devices import TorchDevice
+from sidecar.errors import BundleError
 from sidecar.ir import Argument, Enum, Graph, Node, Value
 from tests.integration.test_indices import graph
 
@@ -38,6 +40,35 @@ def test_the_smallest_integer_by_minus_one_ends_nothing(op: str, dtype: torch.dt
     kwargs = TRUNC if "div." in op else ()
     inputs = (smallest,) if by == -1 else (smallest, torch.full((70,), -1, dtype=dtype))
     assert outcome(graph(Node(f"aten.{op}", (FIRST, by), kwargs), len(inputs)), *inputs) == 0
+
+
+@pytest.mark.row("T8")
+@pytest.mark.parametrize("by", [(1 << 63) - 1, (1 << 32) - 1, -1])
+def test_what_is_minus_one_in_fewer_bits_ends_nothing(by: int) -> None:
+    smallest = torch.full((70,), -(1 << 31), dtype=torch.int32)
+    assert outcome(graph(Node("aten.div.Scalar_mode", (FIRST, by), TRUNC), 1), smallest) == 0
+    assert outcome(graph(Node("aten.div.Tensor_mode", (FIRST, SECOND), TRUNC), 2), smallest, torch.tensor(by)) == 0
+    assert outcome(graph(Node("aten.div.Tensor_mode", (FIRST, by), TRUNC), 1), smallest) == 0
+
+
+@pytest.mark.row("T8")
+@pytest.mark.parametrize("window", [(1 << 63) - 1, 1 << 62, -(1 << 63), 1 << 31])
+def test_a_window_beyond_all_measure_ends_nothing(window: int) -> None:
+    device, x = TorchDevice(torch.device("cpu")), torch.randn(4, 1, 1)
+    with pytest.raises(BundleError, match="argument kernel_size is beyond 2147483647"):
+        device.prepare(graph(Node("aten.max_pool1d.default", (FIRST, window)), 1))
+    # As a size that only a run knows.
+    for argument in (Value("node", 0), (Value("node", 0),)):
+        made = replace(
+            graph(Node("aten.relu.default", (FIRST,)), 1),
+            nodes=(Node("sym.add", (window, 0)), Node("aten.max_pool1d.default", (FIRST, argument))),
+            results=(Value("node", 1),),
+        )
+        assert outcome(made, x) == 0
+        if isinstance(argument, tuple):
+            with pytest.raises(DeviceFault, match="OverflowError"):
+                device.run(device.prepare(made), (), (x,))
+    assert outcome(graph(Node("aten.max_pool1d.default", (FIRST, ((1 << 31) - 1,), (1,), (0,), ((1 << 31) - 1,))), 1), x) == 0
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8, torch.float32])
