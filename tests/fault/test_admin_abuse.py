@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -19,7 +20,8 @@ from sidecar.http.callers import Callers, Room
 from sidecar.http.oip import add_open_inference
 from sidecar.ratelimit import Bucket
 from sidecar.store import Store
-from sidecar.tenants import hash_of
+from sidecar.tenants import Quotas, Tenant, hash_of
+from tests.fakes import ADMIN_TOKEN, FakeSource, bundle_of, running_server
 from tests.fault.matrix import Row
 from tests.integration.test_access import Engine, Known, bearing
 
@@ -29,7 +31,8 @@ ELSEWHERE = ("/", "/nowhere", "/admin", "/admin/v1/../v1/status", "/admin/v1/mod
 # The role of who may be told what is no secret: health, which routes of tenants there are, that there is no shared memory here.
 TOLD = "told"
 NO_SECRET = re.compile(r"/v2/(health/.*|(system|cuda)sharedmemory/.*)")
-# Routes of tenants that are for the administrator of functions.
+# Routes of tenants that are for the administrator of functions alone.
+ADMINISTRATOR = "administrator"
 ADMINISTRATORS = re.compile(r"/v2/(models/(m/(versions/m/)?)?stats|repository/models/m/(un)?load)")
 
 # Who asks, by what they have; and what that is enough for.
@@ -39,7 +42,6 @@ STRANGERS: dict[str, dict[str, Any]] = {
     "a token in the address": {"query_string": {"token": "changes", "access_token": "changes"}},
     "a token as a cookie": {"headers": {"Cookie": "token=changes; Authorization=Bearer changes"}},
     "a token in another scheme": {"headers": {"Authorization": "Basic Y2hhbmdlczpjaGFuZ2Vz"}},
-    "a token of the functions' administrator": {"headers": bearing("administrator")},
     "two tokens": {"headers": bearing("changes, Bearer changes")},
     "what a proxy may add": {"headers": {"X-Forwarded-For": "127.0.0.1", "X-Remote-User": "bob", "Forwarded": "for=127.0.0.1"}},
 }
@@ -47,17 +49,23 @@ KNOWN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "looks": ({"headers": bearing("looks")}, (READ,)),
     "changes": ({"headers": bearing("changes")}, (READ, OPERATE)),
     "tenant": ({"headers": bearing("tenants")}, (TENANT,)),
+    # Of functions, which is nobody to the operators' routes.
+    "administrator": ({"headers": bearing(ADMIN_TOKEN.decode())}, (TENANT, ADMINISTRATOR)),
 }
 WHO = {name: (how, ()) for name, how in STRANGERS.items()} | KNOWN
 
 
 class Tenants(Engine):
-    """Knows one tenant, and refuses everybody else as the real one does."""
+    """Knows one tenant and the administrator, and refuses everybody else as the real one does."""
 
     def command(self, name: str, arguments: dict[str, object] | None = None) -> Any:
-        if name == "identify" and (arguments or {}).get("token_hash") != hash_of(b"tenants"):
+        found = super().command(name, arguments)
+        if name != "identify":
+            return found
+        token_hash = (arguments or {}).get("token_hash")
+        if token_hash not in (hash_of(b"tenants"), hash_of(ADMIN_TOKEN)):
             raise Unauthorized("no such token")
-        return super().command(name, arguments)
+        return found | {"administrator": token_hash == hash_of(ADMIN_TOKEN)}
 
 
 @pytest.fixture
@@ -66,13 +74,20 @@ def engine() -> Tenants:
 
 
 @pytest.fixture
-def app(engine: Tenants, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flask:
+def app(engine: Tenants, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row) -> Iterator[Flask]:
+    """Return the application. Operators' commands are the stand-in's; what tenants ask goes to a real server."""
     gate = Gate(Known(), has_tenants=True)
     # Strangers are told what is wrong, each time, instead of being told to wait.
     monkeypatch.setattr(gate, "_attempts", Bucket(1 << 30, 1.0))
-    made = create_app(engine, Store(tmp_path / "store"), gate=gate)
-    add_open_inference(made, engine, Callers(str(tmp_path / "none")), Room(4, 1 << 20), body_limit_bytes=1 << 20)
-    return made
+    source = FakeSource()
+    source.put(bundle_of("m", [b"m"]), [b"m"])
+    known = Tenant(name="t", domain="t", token_hashes=(hash_of(b"tenants"),), models=("*",))
+    with running_server(tmp_path, source, quotas=Quotas({known.name: known})) as running:
+        callers = Callers(running.relay)
+        made = create_app(engine, Store(tmp_path / "store"), gate=gate)
+        add_open_inference(made, engine, callers, Room(4, 1 << 20), body_limit_bytes=1 << 20)
+        yield made
+        callers.close()
 
 
 def paths(app: Flask) -> list[str]:
@@ -112,7 +127,7 @@ def test_nobody_comes_further_than_their_credential(who: str, row: Row, app: Fla
             # Of a route that goes on for ever, the beginning is enough.
             answer.close()
             what = f"{method} {path} with {who}: {answer.status_code}, it needs {role}"
-            if ADMINISTRATORS.fullmatch(path) and (role, role in enough_for) == (TENANT, True):
+            if ADMINISTRATORS.fullmatch(path) and role == TENANT and enough_for == (TENANT,):
                 assert answer.status_code == 403, what
                 continue
             if role == OPEN or role in enough_for:
