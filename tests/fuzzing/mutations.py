@@ -34,7 +34,7 @@ def mutants(corpus: Sequence[bytes], count: int, seed: int) -> Iterator[bytes]:
 def _change(data: bytearray, chance: random.Random, corpus: Sequence[bytes], tokens: Sequence[bytes]) -> None:
     at = chance.randrange(len(data) + 1)
     end = min(len(data), at + chance.randrange(_SPAN))
-    match chance.randrange(9):
+    match chance.randrange(10):
         case 0 if data:
             data[at % len(data)] ^= 1 << chance.randrange(8)
         case 1 if data:
@@ -53,6 +53,10 @@ def _change(data: bytearray, chance: random.Random, corpus: Sequence[bytes], tok
             del data[at:]
         case 7:
             data[at:end] = chance.choice(_ODD)
+        case 8 if data and 0x90 <= data[0] < 0x9F:
+            # An array of msgpack that says it has one element more, and has.
+            data[0] += 1
+            data.append(chance.randrange(128))
         case _:
             # The next token from here on becomes another one.
             if found := _TOKEN.search(data, at):
