@@ -202,20 +202,25 @@ def held(box: SidecarProcess) -> dict[str, int]:
     """Return what a sidecar has of all that a test may have left with it: by its own books, and by the system's."""
     engine = box.await_engine()
     told = box.admin.get("sessions")
-    functions = [each for each in told["sessions"] if not each["administrator"]]
+    administrators = [each for each in told["sessions"] if each["administrator"]]
+    counted = box.admin.metrics()
     leases = [each for device in box.admin.get("leases")["devices"].values() for each in device["leases"]]
     descriptors, threads = held_by(engine)
     return {
         # But for those of the admin endpoint, of whose workers each connects when it is first asked.
-        "engine descriptors": descriptors - DESCRIPTORS_EACH * (told["total"] - len(functions)),
+        "engine descriptors": descriptors - DESCRIPTORS_EACH * len(administrators),
         "engine threads": threads,
         "processes": len(descendants(box.process.pid)),
         "names in /dev/shm": len(names_of(box)),
-        "sessions": len(functions),
-        "arena bytes": sum(each["arena_bytes"] for each in functions),
+        "connections": _total(counted, "trunkline_clients") - len(administrators),
+        "arena bytes": _total(counted, "trunkline_arena_bytes") - sum(each["arena_bytes"] for each in administrators),
         "leases": sum(each["leases"] for each in leases),
         "bytes in tiers": sum(tier["used_bytes"] for tier in tiers_of(box)),
     }
+
+
+def _total(counted: str, name: str) -> int:
+    return sum(int(float(value)) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", counted, re.MULTILINE))
 
 
 def left(box: SidecarProcess, before: dict[str, int], settle_s: float = _SETTLE_S) -> dict[str, int]:

@@ -54,7 +54,7 @@ def serve(box: SidecarProcess, models: list[Path]) -> None:
         (mutants.forgives_broken_frames, lambda row, box: attacks.frames(row, box, 200), "wrong"),
         (mutants.takes_descriptors, lambda row, box: attacks.frames(row, box, 200), "engine descriptors"),
         (mutants.takes_descriptors, lambda row, box: attacks.descriptors(row, box, 20), "engine descriptors"),
-        (mutants.keeps_what_has_ended, lambda row, box: attacks.deaths(row, box, 40), "arena bytes|engine descriptors"),
+        (mutants.keeps_what_has_ended, lambda row, box: attacks.deaths(row, box, 40), "arena bytes"),
         (mutants.unsealed, lambda row, box: attacks.changes(row, box, 2), "shrink"),
         (mutants.no_private_copy, lambda row, box: attacks.flips(row, box, 5000), "wrong answers"),
         (mutants.answers_without_ids, lambda row, box: attacks.canaries(row, box, 4, 50), "requests lost|failed clients"),
