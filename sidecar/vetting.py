@@ -40,19 +40,21 @@ def vet(manifest: bytes, graph: bytes) -> None:
     reader, writer = os.pipe()
     try:
         parent = os.getpid()
-        pid = os.fork()
-        if not pid:
-            _child(parent, writer, lambda: _look(manifest, graph))
-    finally:
-        os.close(writer)
-    try:
-        told = _told(reader, time.monotonic() + _PATIENCE_S)
+        try:
+            pid = os.fork()
+            if not pid:
+                _child(parent, writer, lambda: _look(manifest, graph))
+        finally:
+            os.close(writer)
+        try:
+            told = _told(reader, time.monotonic() + _PATIENCE_S)
+        finally:
+            # It has ended, or is to.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     finally:
         os.close(reader)
-        # It has ended, or is to.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
     if told is None:
         raise BundleError(
             f"reading the bundle takes more than {_CPU_S} s or {_MEMORY_BYTES >> 20} MiB, or ends its reader; "

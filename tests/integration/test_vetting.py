@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -109,3 +110,14 @@ def test_nothing_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(os.listdir("/proc/self/fd")) == descriptors
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_where_no_process_can_be_made_nothing_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    descriptors = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("sidecar.vetting.os.fork", refuse)
+    with pytest.raises(BlockingIOError):
+        vetting.vet(b"", b"")
+    assert len(os.listdir("/proc/self/fd")) == descriptors
