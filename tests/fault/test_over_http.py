@@ -9,27 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from trunkline import client
 from trunkline.pool import Pool
 
-from sidecar.bundle import write_bundle
-from sidecar.export import convert
-from tests.fault.test_processes import Load, Scaled, check_restarts, eventually, gone
+from tests.fault.test_processes import Load, check_restarts, eventually, gone
 from tests.integration.test_admin_http import free_port
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 
 @pytest.fixture
-def sidecar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SidecarProcess]:
+def sidecar(tmp_path: Path, scaled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SidecarProcess]:
     """A sidecar whose URL is known, and its socket is not."""
-    packed = convert(Scaled(), (torch.ones(2, 8),), name="scaled")
-    write_bundle(tmp_path / "scaled", packed.bundle, packed.blobs)
     port = free_port()
     monkeypatch.setenv("TRUNKLINE_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("TRUNKLINE_SOCKET", str(tmp_path / "mounted.sock"))
     with sidecar_process(tmp_path, "--admin-port", str(port)) as running:
-        running.admin.push(tmp_path / "scaled")
+        running.admin.push(scaled)
         yield running
 
 

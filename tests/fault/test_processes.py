@@ -15,12 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from trunkline import client, errors
 from trunkline.pool import Pool
 
-from sidecar.bundle import write_bundle
-from sidecar.export import convert
 from sidecar.segment import SHARED_MEMORY, segment_name
 from tests.fault.matrix import Neighbour, Row
 from tests.segments import PAGE
@@ -35,29 +32,10 @@ LATE_S = 900
 PATIENCE_S = 120.0
 
 
-class Scaled(torch.nn.Module):
-    """y = x * weight, small enough that its answers can be checked by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.arange(8.0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.weight
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "scaled"
-    packed = convert(Scaled(), (torch.ones(2, 8),), name="scaled")
-    write_bundle(folder, packed.bundle, packed.blobs)
-    return folder
-
-
 @pytest.fixture
-def sidecar(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SidecarProcess]:
+def sidecar(tmp_path: Path, scaled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SidecarProcess]:
     with sidecar_process(tmp_path) as running:
-        running.admin.push(bundle)
+        running.admin.push(scaled)
         monkeypatch.setenv("TRUNKLINE_SOCKET", str(running.socket))
         yield running
 

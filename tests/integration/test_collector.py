@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 from requests_unixsocket import Session
 from trunkline import context
@@ -28,10 +27,8 @@ from trunkline.endpoint import Endpoint
 from trunkline.errors import SignatureMismatch, UnknownModel
 from trunkline.pool import Pool
 
-from sidecar.bundle import write_bundle
-from sidecar.export import convert
 from tests.collector import Collector, Got, collector
-from tests.fault.test_processes import Scaled
+from tests.fault.matrix import write_scaled
 from tests.nodes import until
 from tests.sidecar_process import ROOT, SidecarProcess, sidecar_process
 from tests.template.test_template import TEMPLATE
@@ -113,10 +110,7 @@ def tracing(folder: Path, bundle: Path, got: Collector, **environment: str) -> I
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "scaled"
-    packed = convert(Scaled(), (torch.ones(2, 8),), name="scaled")
-    write_bundle(folder, packed.bundle, packed.blobs)
-    return folder
+    return write_scaled(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture(scope="module")
