@@ -299,7 +299,7 @@ def test_a_command_that_takes_long_holds_up_no_other() -> None:
 
 def test_inferences_that_wait_leave_threads_to_others(folder: Path) -> None:
     server = HttpServer(folder, admin_workers=1)
-    path = server.run_dir / "public" / "trunkline.sock"
+    path = server.run_dir / "relay.sock"
     engine = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     engine.bind(str(path))
     # Connects, and never says welcome.

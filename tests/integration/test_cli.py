@@ -356,7 +356,7 @@ def test_placement_tells_where_models_are_and_why(answers: Answers) -> None:
 
 def test_every_setting_has_the_flag_it_is_documented_with() -> None:
     flags = {name for option in serve.params for name in option.opts if isinstance(option, click.Option)}
-    assert flags == {flag_of(field.name) for field in fields(Settings)} | {"--config"}
+    assert flags == {flag_of(field.name) for field in fields(Settings)} | {"--config", "--take-over"}
 
 
 def test_a_disk_that_refuses_a_bundle_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

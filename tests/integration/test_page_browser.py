@@ -362,7 +362,7 @@ def test_it_is_worked_by_keyboard(browser: Browser, url: str) -> None:
     browser.press(Keys.ENTER)
     assert browser.one("#models th.c-bytes").get_attribute("aria-sort") == "descending"
     assert browser.one("#models th.c-name").get_attribute("aria-sort") == "none"
-    assert len(heads) == 10
+    assert len(heads) == 11
     browser.run("arguments[0].click()", browser.one("#models th.c-name button"))
     names = [row.get_attribute("data-key") for row in browser.all("#model-rows tr")]
     assert names == sorted(NAMES)

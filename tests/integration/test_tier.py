@@ -354,7 +354,7 @@ def deploy_unloaded(running: Running, made: Network) -> None:
 
 def test_block_files_are_read_through_by_and_by(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network("mlp")
-    monkeypatch.setattr("sidecar.engine._SCRUB_EVERY_S", 0.01)
+    monkeypatch.setattr("sidecar.upkeep._SCRUB_EVERY_S", 0.01)
     with node.serve() as running:
         deploy(running, made)
         until_on_disk(node, running, made.name)
