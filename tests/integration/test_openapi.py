@@ -40,6 +40,7 @@ _BY_MEANING = {
     ("POST", "/admin/v1/pull"),
     ("PUT", "/admin/v1/models/{name}/release"),
     ("POST", "/admin/v1/models/{name}/keep"),
+    ("POST", "/admin/v1/models/{name}/{action}"),
     ("POST", "/admin/v1/models/{name}/place"),
     ("POST", "/admin/v1/quotas/reload"),
     ("POST", "/v2/models/{name}/infer"),

@@ -86,7 +86,8 @@ def spin() -> None:
         spin,
         lambda: time.sleep(3600),
         lambda: bytearray(512 * MIB),
-        lambda: [bytearray(MIB) for _ in range(512)],
+        # More than the parent may have to spare of what it was given once.
+        lambda: [bytearray(MIB) for _ in range(8192)],
         lambda: os.kill(os.getpid(), signal.SIGSEGV),
         lambda: os._exit(0),
     ],
