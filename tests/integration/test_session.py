@@ -336,6 +336,18 @@ def test_commands_of_the_administrator(running: Running) -> None:
     connection.close()
 
 
+def test_an_answer_longer_than_most_has_a_session_of_its_own(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"long": "x" * (3 << 20)}
+    monkeypatch.setattr(running.server, "connections", lambda: said)
+    with contextlib.closing(AdminConnection(running.path, ADMIN_TOKEN)) as admin:
+        assert admin.command("connections") == said
+        until(lambda: admin.command("sessions")["total"] == 1)
+        said["long"] = "x" * running.server.arena_limit_bytes
+        with pytest.raises(errors.ArenaFull, match="ask for less|one arena may have"):
+            admin.command("connections")
+        assert admin.command("sessions")["total"] == 1
+
+
 def test_commands_need_the_token(running: Running) -> None:
     with pytest.raises(errors.Unauthorized):
         AdminConnection(running.path, b"").command("status")

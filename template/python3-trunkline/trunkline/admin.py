@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 from trunkline.connection import Connection
-from trunkline.errors import ConnectionLost
+from trunkline.errors import ArenaFull, ConnectionLost
 
-# Room for the answer to any command; longer listings come in pages.
+# Room for the answer to most commands; longer listings come in pages.
 _REPLY_BYTES = 1 << 20
 _DEADLINE_S = 30.0
 
@@ -42,10 +42,22 @@ class AdminConnection:
 
     def _send(self, name: str, arguments: dict[str, object], deadline: float) -> Any:
         if self._connection is None or self._connection.closed:
-            self._connection = Connection(
-                self._path, token=self._token, request_bytes=1 << 16, reply_bytes=_REPLY_BYTES, deadline=deadline
-            )
-        return self._connection.command(name, arguments, deadline)
+            self._connection = self._opened(_REPLY_BYTES, deadline)
+        try:
+            return self._connection.command(name, arguments, deadline)
+        except ArenaFull as error:
+            needed_bytes = error.details.get("needed_reply_bytes")
+            if not isinstance(needed_bytes, int) or needed_bytes <= _REPLY_BYTES:
+                raise
+        # So long an answer, of a graph of ten thousand blocks for one, has a session of its own, whose memory is not kept.
+        connection = self._opened(needed_bytes, deadline)
+        try:
+            return connection.command(name, arguments, deadline)
+        finally:
+            connection.close()
+
+    def _opened(self, reply_bytes: int, deadline: float) -> Connection:
+        return Connection(self._path, token=self._token, request_bytes=1 << 16, reply_bytes=reply_bytes, deadline=deadline)
 
     def close(self) -> None:
         """End the session; the next command opens another."""
