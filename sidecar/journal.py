@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgpack
+from trunkline.arena import page_aligned
 
 MOST_MARKS: Final = 1024
 # One for each lane there can be, and one for the engine's own thread.
@@ -63,7 +64,7 @@ class Journal:
 
     def __init__(self, device_count: int = 1) -> None:
         self._slot_count = device_count * _SLOTS
-        self._names_offset = _page_aligned(MOST_MARKS + self._slot_count * _HEAD.size)
+        self._names_offset = page_aligned(MOST_MARKS + self._slot_count * _HEAD.size)
         # Addresses; memory only where something is written.
         self._memory = mmap.mmap(-1, self._names_offset + self._slot_count * _NAMES_BYTES)
 
@@ -161,7 +162,3 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError("a name is a text")
     return value
-
-
-def _page_aligned(size_bytes: int) -> int:
-    return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -184,14 +184,15 @@ class TierMemory:
             log.error("weights in shared memory and their ledger do not agree: %s; restart the sidecar, and report it", error)
 
     def compare(self, limit_bytes: int) -> Sequence[str]:
-        keys = sorted(self._tier.keys())
+        sizes = self._tier.keys()
+        keys = sorted(sizes)
         first = bisect.bisect_right(keys, self._compared)
         altered, done_bytes = [], 0
         for key in keys[first:] + keys[:first]:
             if done_bytes >= limit_bytes:
                 break
             self._compared = key
-            done_bytes += self._tier.keys()[key]
+            done_bytes += sizes[key]
             if not self._tier.is_whole(key):
                 altered.append(key)
         return altered
