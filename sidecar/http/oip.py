@@ -407,8 +407,16 @@ def _readiness(is_ready: bool, **told: object) -> tuple[Response, int]:
 
 
 def _body(announced_bytes: int) -> bytes:
-    """Return the body. Raises InvalidInput when the client left in the middle of it."""
-    body = request.get_data(cache=False)
+    """Return the body. Raises InvalidInput when the client left in the middle of it, or says nothing more."""
+    if not announced_bytes:
+        # There is none, or it comes in chunks: then its length is not known before it is read, and it is refused.
+        body = request.get_data(cache=False)
+    else:
+        try:
+            # Of gunicorn itself, and in one piece: werkzeug asks for pieces of 64 KiB, and copies them once more.
+            body = request.environ["wsgi.input"].read(announced_bytes)
+        except OSError as error:
+            raise InvalidInput(f"nothing came for long of a body of {announced_bytes} bytes") from error
     if len(body) != announced_bytes:
         raise InvalidInput(f"the body ended after {len(body)} of {announced_bytes} bytes")
     return body

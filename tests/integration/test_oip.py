@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -315,9 +316,18 @@ def test_a_bug_shows_an_incident_and_no_trace(open_one: Endpoint, monkeypatch: p
     assert "secret" not in str(told)
 
 
-def test_a_body_that_ends_early_is_refused(open_one: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flask.Request.get_data", lambda self, **_: b"{")
-    refused(open_one.infer(), 400, "invalid_input", r"ended after 1 of \d+ bytes")
+class Stalls(io.BytesIO):
+    """What is read of a client that says nothing for longer than is waited for."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise BlockingIOError("the silence is over")
+
+
+def test_a_body_that_ends_early_is_refused(open_one: Endpoint) -> None:
+    for stream, told in ((io.BytesIO(b"{"), "ended after 1 of 100 bytes"), (Stalls(), "nothing came for long of a body of 100")):
+        asked = {"CONTENT_LENGTH": "100", "wsgi.input": stream}
+        answer = open_one.http.post("/v2/models/age/infer", environ_overrides=asked)
+        refused(answer, 400, "invalid_input", told)
 
 
 def test_a_deadline_travels(open_one: Endpoint) -> None:
