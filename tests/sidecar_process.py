@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from trunkline.errors import TrunklineError
 
 from sidecar.admin_client import AdminClient
 from sidecar.segment import SHARED_MEMORY, segment_name
+from tests.forks import Forked, fork
 
 ROOT = Path(__file__).parent.parent
 START_S = 120.0
@@ -42,13 +42,14 @@ class SidecarProcess:
             *self._flags,
         ]
 
-    def spawn(self, *flags: str) -> subprocess.Popen[bytes]:
+    def spawn(self, *flags: str) -> Forked:
         """Start a sidecar in this one's folder, with further flags; it is not waited for."""
         with self.log.open("ab") as log:
             environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline"}
-            return subprocess.Popen([*self.command(), *flags], stdout=log, stderr=log, env=environment)
+            # Without the interpreter, and the flag before the module.
+            return fork([*self.command()[2:], *flags], environment, log)
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Forked:
         self.process = self.spawn()
         self.await_engine()
         return self.process
@@ -78,7 +79,9 @@ def sidecar_process(folder: Path, *flags: str, through: Sequence[str] = ()) -> I
     try:
         yield running
     finally:
-        running.stop()
+        # Before the end: a connection that may be asked again is waited for.
         running.admin.close()
+        running.stop()
         # A supervisor that was killed leaves its segment to the next one.
-        (SHARED_MEMORY / segment_name(running.run_dir.resolve())[1:]).unlink(missing_ok=True)
+        for path in SHARED_MEMORY.glob(f"{segment_name(running.run_dir.resolve())[1:]}*"):
+            path.unlink()

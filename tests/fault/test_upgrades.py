@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +16,11 @@ from trunkline import client
 from trunkline.errors import TrunklineError
 from trunkline.pool import Pool
 
+from sidecar.rundirectory import RunDirectory
 from sidecar.segment import SHARED_MEMORY, segment_name
 from sidecar.tenants import hash_of
 from tests.fault.matrix import EXPECTED, Neighbour, Row, descendants, pool_at, write_scaled
+from tests.forks import Forked
 from tests.integration.test_admin_http import free_port
 from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
@@ -34,7 +35,7 @@ KILLS = 3
 
 
 @contextlib.contextmanager
-def upgrading(box: SidecarProcess) -> Iterator[subprocess.Popen[bytes]]:
+def upgrading(box: SidecarProcess) -> Iterator[Forked]:
     """Start a sidecar that takes over; in the end it is killed, unless it has become that of the box."""
     new = box.spawn("--take-over")
     try:
@@ -51,10 +52,17 @@ def upgrade(box: SidecarProcess) -> None:
         finish(box, new)
 
 
-def finish(box: SidecarProcess, new: subprocess.Popen[bytes]) -> None:
+def finish(box: SidecarProcess, new: Forked) -> None:
     assert box.process.wait(PATIENCE_S) == 0
     box.process = new
     assert box.await_engine() in descendants(new.pid)
+    await_owner(box)
+
+
+def await_owner(box: SidecarProcess) -> None:
+    """Wait until the one that has taken over knows that it is alone: until then, no other may."""
+    run = RunDirectory(box.run_dir)
+    until(lambda: not run.has_successor())
 
 
 def inode(path: Path) -> int:
@@ -143,6 +151,7 @@ def test_whoever_runs_may_be_killed_while_another_takes_over(row: Row, mortal: S
                 mortal.process = new
             neighbour.await_answers()
             until(lambda new=new: mortal.await_engine() in descendants(new.pid))  # type: ignore[misc]
+            await_owner(mortal)
 
 
 @pytest.mark.row("F6")
