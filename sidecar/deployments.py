@@ -177,6 +177,9 @@ class Deployments:
 
     def _adopt(self, deployed: Deployed, verdict: Verdict, *, is_new: bool) -> None:
         assert self._trials is not None
+        if not self._catalog.is_deployed(deployed):
+            # Removed during its trial: what was to be forgotten of it has been by now, and must not be written again.
+            return
         self._drop(self._catalog.adopt(deployed, verdict))
         # After a restart what is on disk stays there: else each would make room for itself at the cost of the next.
         self._trials.keep(deployed.bundle, deployed.staged, verdict.forms, evicts=is_new)

@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 from trunkline import client, context
 
+# Tests run side by side, with more threads than cores: those that spin for work keep off those that have some. As sidecars have
+# it; read when torch is imported, which nothing above does.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))

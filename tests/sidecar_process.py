@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from tests.forks import Forked, fork
 
 ROOT = Path(__file__).parent.parent
 START_S = 120.0
+Process = Forked | subprocess.Popen[bytes]
 
 
 class SidecarProcess:
@@ -42,14 +44,16 @@ class SidecarProcess:
             *self._flags,
         ]
 
-    def spawn(self, *flags: str) -> Forked:
+    def spawn(self, *flags: str) -> Process:
         """Start a sidecar in this one's folder, with further flags; it is not waited for."""
+        command = [*self.command(), *flags]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline"}
         with self.log.open("ab") as log:
-            environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline"}
-            # Without the interpreter, and the flag before the module.
-            return fork([*self.command()[2:], *flags], environment, log)
+            if command[:2] == [sys.executable, "-m"]:
+                return fork(command[2:], environment, log)
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
-    def start(self) -> Forked:
+    def start(self) -> Process:
         self.process = self.spawn()
         self.await_engine()
         return self.process

@@ -20,10 +20,9 @@ from sidecar.rundirectory import RunDirectory
 from sidecar.segment import SHARED_MEMORY, segment_name
 from sidecar.tenants import hash_of
 from tests.fault.matrix import EXPECTED, Neighbour, Row, descendants, pool_at, write_scaled
-from tests.forks import Forked
 from tests.integration.test_admin_http import free_port
 from tests.nodes import until
-from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.sidecar_process import Process, SidecarProcess, sidecar_process
 
 # Starts of real sidecars, one after the other, on a machine that may have others at work.
 pytestmark = pytest.mark.timeout(900)
@@ -35,7 +34,7 @@ KILLS = 3
 
 
 @contextlib.contextmanager
-def upgrading(box: SidecarProcess) -> Iterator[Forked]:
+def upgrading(box: SidecarProcess) -> Iterator[Process]:
     """Start a sidecar that takes over; in the end it is killed, unless it has become that of the box."""
     new = box.spawn("--take-over")
     try:
@@ -52,7 +51,7 @@ def upgrade(box: SidecarProcess) -> None:
         finish(box, new)
 
 
-def finish(box: SidecarProcess, new: Forked) -> None:
+def finish(box: SidecarProcess, new: Process) -> None:
     assert box.process.wait(PATIENCE_S) == 0
     box.process = new
     assert box.await_engine() in descendants(new.pid)

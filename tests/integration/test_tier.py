@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import random
+import threading
 import zlib
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from trunkline import client, model, models
 from trunkline.errors import DeviceFault, SidecarFault
 
 from sidecar.blockfiles import BlockFiles, Entry
+from sidecar.bundle import Bundle
 from sidecar.devicememory import DeviceMemory
 from sidecar.devices import open_device
 from sidecar.errors import NoRoom
@@ -22,7 +24,9 @@ from sidecar.ir import Graph, Weight
 from sidecar.memories import memory_of
 from sidecar.memory import Wanted
 from sidecar.mover import Mover, _Fetch
+from sidecar.stages import Staged
 from sidecar.tiermemory import TierMemory
+from sidecar.trials import Trials, Verdict
 from sidecar.verdicts import Verdicts
 from tests.fakes import Running
 from tests.integration.test_sharing import ask, deploy
@@ -58,6 +62,32 @@ def test_a_model_answers_from_the_store_from_block_files_and_from_what_was_kept(
         found = moved(running)
         assert found["store_bytes"] == found["block_file_bytes"] == 0
         assert 0 < found["kept_bytes"] <= resident_bytes
+
+
+def test_a_model_that_is_removed_during_its_trial_leaves_nothing_on_disk(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, other = network("mlp"), network("resnet")
+    is_trying, may_end = threading.Event(), threading.Event()
+    verdict_of = Trials._verdict
+
+    def slow(self: Trials, bundle: Bundle, staged: Staged) -> Verdict:
+        is_trying.set()
+        assert may_end.wait(60)
+        return verdict_of(self, bundle, staged)
+
+    monkeypatch.setattr(Trials, "_verdict", slow)
+    with node.serve() as running:
+        made.put(running.source)
+        ask(running, "model_changed", name=made.name)
+        assert is_trying.wait(60)
+        del running.source.bundles[made.name]
+        ask(running, "model_removed", name=made.name)
+        may_end.set()
+        # Tried after it, as all are in turn.
+        deploy(running, other)
+        until_on_disk(node, running, other.name)
+        running.engine._memory._files.discard(running.engine._catalog.deployed[other.name].weights)  # type: ignore[attr-defined]
+        assert ask(running, "memory")["block_files_taken_bytes"] == 0
+        client._pool.close()
 
 
 def test_an_eviction_is_taken_back_while_nothing_was_written_over_it(node: Node) -> None:
