@@ -6,8 +6,6 @@ else for anything, runs nothing that does not come from here, and stands in no f
 
 from __future__ import annotations
 
-import socket
-import struct
 from collections.abc import Callable
 from typing import Final
 
@@ -19,8 +17,6 @@ from sidecar.modelrows import MODEL_COLUMNS
 from sidecar.view import TENANT_COLUMNS
 
 ROLE_HEADER: Final = "Trunkline-Role"
-# A viewer that takes nothing for so long has gone.
-_SILENCE_S: Final = 10
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -68,9 +64,6 @@ def add_page(app: Flask, feed: Feed, role: Callable[[], str]) -> None:
         response.headers["X-Accel-Buffering"] = "no"
         if request.method == "HEAD":
             return response
-        connection = request.environ.get("gunicorn.socket")
-        if connection is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SILENCE_S, 0))
         response.response = feed.open(request.headers.get("Last-Event-ID", ""))
         return response
 

@@ -7,7 +7,6 @@ Functions use none of it, and a worker that dies costs those who ask here the re
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import gc
 import logging
@@ -15,17 +14,11 @@ import os
 import queue
 import socket
 import ssl
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flask import Flask
 from gunicorn.app.base import BaseApplication
-from gunicorn.config import make_settings
-from gunicorn.glogging import Logger
-from gunicorn.workers.gthread import ThreadWorker
-from trunkline import logs
 from trunkline.admin import AdminConnection
 
 from sidecar.config import Settings
@@ -38,9 +31,9 @@ from sidecar.http.correlation import Correlation
 from sidecar.http.events import MOST_VIEWERS
 from sidecar.http.oip import add_open_inference
 from sidecar.http.tokenfile import TokenFile
+from sidecar.http.worker import ImpatientWorker, PlainLogger, impatient_tls
 from sidecar.jobs import Jobs
 from sidecar.libc import LIBC
-from sidecar.logs import RateLimit
 from sidecar.openinference import MAX_JSON_BYTES
 from sidecar.rundirectory import RunDirectory
 from sidecar.store import Store
@@ -66,13 +59,9 @@ _ROOM_BYTES = 1 << 30
 _IDLE_SESSIONS = 4
 # A push of a large blob, or the verification of a large store, may take this long.
 _TIMEOUT_S = 600
-# Whoever sends nothing for so long in the middle of a request is not waited for.
-_SILENCE_S = 10
 _BACKLOG = 64
 # An engine that does not answer a scrape for so long is away; Prometheus waits for 10 s unless told otherwise.
 _SCRAPE_S = 4.0
-# Of requests that cannot be read, so many are told a second, by each worker.
-_TOLD_PER_S = 5
 # Nobody waits for a job, so it may wait for the engine.
 _JOB_S = 3600.0
 # How long a worker that ends waits for its last spans to be exported.
@@ -115,43 +104,6 @@ class EnginePool:
             return client.command(name, arguments)
         finally:
             self._free.put(client)
-
-
-class PlainLogger(Logger):  # type: ignore[misc]
-    """Writes gunicorn's own lines as all others are written, with the call they belong to."""
-
-    def setup(self, cfg: object) -> None:
-        super().setup(cfg)
-        logs.adopt(self.error_log)
-        # With a warning it tells of each request that cannot be read, and whoever reaches the port can send them without end.
-        strangers = RateLimit(_TOLD_PER_S)
-        self.error_log.addFilter(lambda record: record.levelno != logging.WARNING or strangers.filter(record))
-
-
-class ImpatientWorker(ThreadWorker):  # type: ignore[misc]
-    """Gives a thread back from whoever stops in the middle of a request, which gunicorn's own waits for without end.
-
-    And leaves TLS to TCP: gunicorn has it on every listener or on none.
-    """
-
-    def init_process(self) -> None:
-        self._plain = copy.copy(self.cfg)
-        self._plain.settings = {**self.cfg.settings, **{key: make_settings()[key] for key in ("certfile", "keyfile")}}
-        super().init_process()
-
-    def enqueue_req(self, conn: Any) -> None:
-        if conn.sock.family == socket.AF_UNIX:
-            conn.cfg = self._plain
-        conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", _SILENCE_S, 0))
-        super().enqueue_req(conn)
-
-    def handle_exit(self, sig: int, frame: object) -> None:
-        """End the streams of events, too, which would not end by themselves."""
-        super().handle_exit(sig, frame)
-        # It may be told to end before it has loaded the application.
-        app = getattr(self, "wsgi", None)
-        if isinstance(app, Flask):
-            app.extensions["feed"].close()
 
 
 def listen_tcp(settings: Settings) -> socket.socket | None:
@@ -251,6 +203,7 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
         }
         if self._settings.admin_tls_certificate is not None:
             chosen |= {"certfile": str(self._settings.admin_tls_certificate), "keyfile": str(self._settings.admin_tls_key)}
+            chosen["ssl_context"] = impatient_tls
         if os.access("/dev/shm", os.W_OK):  # noqa: S108 - gunicorn's heartbeat file, not ours
             chosen["worker_tmp_dir"] = "/dev/shm"  # noqa: S108
         for key, value in chosen.items():

@@ -51,10 +51,10 @@ AdminServer(settings, [listen_unix(settings.run_dir / "admin.sock"), listen_tcp(
 class HttpServer:
     """The admin endpoint alone, without a supervisor. Files beyond ``file_limit_bytes`` are refused by the system.
 
-    ``settings`` are its settings, as the environment has them.
+    ``before`` is Python that its process begins with; ``settings`` are its settings, as the environment has them.
     """
 
-    def __init__(self, folder: Path, file_limit_bytes: int = 0, **settings: object) -> None:
+    def __init__(self, folder: Path, file_limit_bytes: int = 0, before: str = "", **settings: object) -> None:
         port = free_port()
         self.run_dir = folder / "run"
         (self.run_dir / "public").mkdir(parents=True)
@@ -71,7 +71,7 @@ class HttpServer:
             **{f"TRUNKLINE_{key.upper()}": str(value) for key, value in settings.items()},
         }
         limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({file_limit_bytes}, {file_limit_bytes}));"
-        code = (limited if file_limit_bytes else "") + SERVE
+        code = (limited if file_limit_bytes else "") + before + SERVE
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 60

@@ -177,6 +177,7 @@ LAYERS = {
         "http.server",
         "http.versions",
         "http.watch",
+        "http.worker",
     },
     6: {"__main__", "wiring", "packing", "publishing", "drawing", "local", "cli"},
 }
@@ -188,6 +189,7 @@ BUILDERS = {
     ("http.server", "http.oip"),
     ("http.admin", "http.openapi"),
     ("http.server", "http.callers"),
+    ("http.server", "http.worker"),
     ("http.server", "http.correlation"),
     ("http.admin", "http.metrics"),
     ("http.admin", "http.jobs"),
