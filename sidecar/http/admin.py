@@ -9,6 +9,7 @@ state between requests, so any thread may serve one. Must not import torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -112,7 +113,8 @@ def create_app(
     def readyz() -> Response:
         """Say whether the engine answers and takes work."""
         try:
-            draining = engine.command("status")["engine"]["draining"]
+            # Not its status: that lists all models, and whoever probes, be it a stranger, must not have them deployed.
+            draining = engine.command("intake")["draining"]
         except TrunklineError as error:
             # Whatever the reason, a probe hears 503 and nothing about the machine.
             log.info("not ready: %s", error.message)
@@ -425,9 +427,14 @@ def _json_object(required: Iterable[str] = (), optional: Iterable[str] = ()) -> 
     """Return the body; an empty one is an empty object. A misspelt field must not be taken for one that was left out."""
     data = request.get_data(cache=False) or b"{}"
     try:
-        return members(load_json(data, "the body", MAX_MODEL_BYTES), "the body", required, optional)
+        body = members(load_json(data, "the body", MAX_MODEL_BYTES), "the body", required, optional)
+        if b"\\ud" in data or b"\\uD" in data:
+            json.dumps(body, ensure_ascii=False).encode()
     except BundleError as error:
         raise InvalidInput(error.message) from error
+    except UnicodeEncodeError as error:
+        raise InvalidInput("the body: a text in it has half of a surrogate pair, which cannot be sent on; correct it") from error
+    return body
 
 
 def _chunks() -> Iterator[bytes]:

@@ -7,6 +7,7 @@ without one they are who needs no token, if anybody. Only health is told to all.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import time
@@ -16,6 +17,7 @@ from importlib.metadata import version as version_of
 from typing import Any, Final, NamedTuple, Protocol
 
 from flask import Blueprint, Flask, Response, jsonify, request
+from trunkline.arguments import sendable
 from trunkline.client import Model
 from trunkline.errors import (
     BodyTooLarge,
@@ -136,7 +138,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     def ready() -> tuple[Response, int]:
         """Say whether the engine answers and takes work."""
         try:
-            is_ready = not engine.command("status")["engine"]["draining"]
+            is_ready = not engine.command("intake")["draining"]
         except TrunklineError as error:
             failures.log.info("not ready: %s", error.message)
             is_ready = False
@@ -222,7 +224,8 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         began_s = time.monotonic()
         token, body_bytes = _token(), request.content_length or 0
         json_bytes = openinference.json_length(request.headers.get(HEADER_LENGTH), body_bytes)
-        with room.taken(token, body_bytes + MOST_PARSED_BYTES * json_bytes), callers.pool(token) as pool:
+        with contextlib.ExitStack() as held, callers.pool(token) as pool:
+            held.enter_context(room.taken(token, body_bytes + MOST_PARSED_BYTES * json_bytes))
             found = _current(name, version, pool)
             signature = found.signature
             # Who asks, and for what, is known before a byte of the body is read.
@@ -240,14 +243,16 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
                 deadline_s = asked.timeout_us / 1_000_000 - (time.monotonic() - began_s)
             call_id = request.headers.get("X-Call-Id") or asked.id or ""
             answered, signature = _called(
-                found, lambda: pool.model(routed(name, call_id=call_id)["model"]), asked.inputs, deadline_s, call_id
+                found, lambda: pool.model(routed(name, call_id=sendable(call_id))["model"]), asked.inputs, deadline_s, call_id
             )
             if version not in (None, signature.version):
                 raise _no_version(name, str(version))
             # A call that meets a new version goes on with it, which not everybody wants.
             found.signature.check_current(asked.signature_id, name)
             content, length = openinference.encode(signature, name, asked, answered)
-        response = Response(content, mimetype="application/json" if length is None else "application/octet-stream")
+            response = Response(content, mimetype="application/json" if length is None else "application/octet-stream")
+            # Until it has been sent: whoever does not take it holds memory, and a thread.
+            response.call_on_close(held.pop_all().close)
         if length is not None:
             response.headers[HEADER_LENGTH] = str(length)
         return response

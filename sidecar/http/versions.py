@@ -6,6 +6,7 @@ started reads the store. Must not import torch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -88,6 +89,10 @@ class Releasing:
         self._engine.command("release", {"name": name})
         for each in stored:
             self._engine.command("model_removed", {"name": each})
+        # Somebody may have pushed it meanwhile, and have told the engine before it was told this.
+        for each in set(stored).intersection(self._versions.labels(name).values()):
+            with contextlib.suppress(UnknownModel):
+                self._engine.command("model_changed", {"name": each})
         return {"name": name}
 
 

@@ -136,7 +136,7 @@ def test_nobody_comes_further_than_their_credential(who: str, row: Row, app: Fla
                 continue
             denied = 403 if role == OPERATE and READ in enough_for else 401
             is_denied = role == TOLD or answer.status_code == denied
-            is_quiet = set(engine.asked) <= ({"identify", "status"} if path == "/v2/health/ready" else {"identify"})
+            is_quiet = set(engine.asked) <= ({"identify", "intake"} if path == "/v2/health/ready" else {"identify"})
             row.wrong += not (is_denied and is_quiet)
             assert is_denied, what
             assert is_quiet, f"{what}; the engine was asked for {engine.asked}"

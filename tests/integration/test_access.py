@@ -45,7 +45,7 @@ class Engine:
         self.asked.append(name)
         if name == "identify":
             return {"name": "t", "domain": "t", "models": ["*"], "administrator": False}
-        return {"engine": {"draining": False}, "models": []}
+        return {"engine": {}, "draining": False, "models": []}
 
 
 class Known:

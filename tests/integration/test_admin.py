@@ -25,6 +25,7 @@ from sidecar.admin_client import AdminClient
 from sidecar.bundle import canonical_graph, manifest_bytes
 from sidecar.cli.main import main
 from sidecar.cli.printing import size
+from sidecar.commands import LOOKS_ONLY
 from sidecar.errors import ConfigError
 from sidecar.http.access import MAX_BODY_BYTES
 from sidecar.http.admin import admin_token, create_app
@@ -41,7 +42,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, object]]] = []
-        self.answers: dict[str, Any] = {"status": {"engine": {"draining": False}}}
+        self.answers: dict[str, Any] = {"intake": {"draining": False}}
 
     def command(self, name: str, arguments: dict[str, object] | None = None) -> Any:
         self.asked.append((name, arguments or {}))
@@ -79,12 +80,12 @@ def test_health_and_readiness(http: flask.testing.FlaskClient, engine: FakeEngin
     assert http.get("/healthz").json == {"status": "ok"}
     assert http.get("/readyz").status_code == 200
     for state in (
-        {"engine": {"draining": True}},
+        {"draining": True},
         SidecarUnavailable("no sidecar listens at /tmp/secret"),
         DeadlineExceeded("too late"),
         Unauthorized("another sidecar's token"),
     ):
-        engine.answers["status"] = state
+        engine.answers["intake"] = state
         answer = http.get("/readyz")
         assert answer.status_code == 503
         assert answer.headers["Retry-After"] == "1"
@@ -92,6 +93,8 @@ def test_health_and_readiness(http: flask.testing.FlaskClient, engine: FakeEngin
         assert answer.json["error"]["retryable"]
         assert "secret" not in answer.text
     assert http.get("/healthz").status_code == 200
+    # A probe, which anybody may send, has nothing deployed, and no list of models made.
+    assert {name for name, _ in engine.asked} <= LOOKS_ONLY
 
 
 @pytest.mark.parametrize("kind", [SidecarUnavailable, ConnectionLost])
@@ -255,6 +258,7 @@ def test_upkeep_of_the_store(http: flask.testing.FlaskClient) -> None:
         ("DELETE", "/admin/v1/models/m", {"json": {"gc": True}}, 400, "invalid_input"),
         ("POST", "/admin/v1/store/gc", {"json": {"dryrun": True}}, 400, "invalid_input"),
         ("POST", "/admin/v1/store/verify", {"json": {"x": 1}}, 400, "invalid_input"),
+        ("POST", "/admin/v1/evict", {"json": {"bytes": 1, "device": "\ud800"}}, 400, "invalid_input"),
         ("POST", "/admin/v1/blobs/missing", {"json": {"digests": [], "x": 1}}, 400, "invalid_input"),
         ("GET", "/admin/v1/models/..%2f..%2fetc", {}, 404, "not_found"),
         ("GET", "/admin/v1/models/A..b", {}, 404, "unknown_model"),

@@ -22,7 +22,9 @@ from trunkline.client import Model
 from trunkline.errors import InvalidInput, QueueFull, SidecarUnavailable, TrunklineError, Unauthorized
 from trunkline.protocol import TensorSpec
 from trunkline.signature import Signature
+from werkzeug.test import Client
 
+from sidecar.commands import LOOKS_ONLY
 from sidecar.errors import BlobCorrupt
 from sidecar.http.admin import create_app
 from sidecar.http.callers import Callers, Room
@@ -52,7 +54,14 @@ class Endpoint:
         self.admin = AdminConnection(running.path, ADMIN_TOKEN)
         self.app = create_app(self.admin, Store(folder / "store"))
         add_open_inference(self.app, self.admin, self.callers, room or Room(8, 1 << 30), body_limit_bytes=BODY_LIMIT_BYTES)
+        self.unsent = self.app.wsgi_app
+        self.app.wsgi_app = self._sent  # type: ignore[method-assign]
         self.http: flask.testing.FlaskClient = self.app.test_client()
+
+    def _sent(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        """Take answers to their end, as a server does that sends them."""
+        with contextlib.closing(self.unsent(environ, start_response)) as answer:  # type: ignore[type-var]
+            return list(answer)
 
     def infer(self, name: str = "age", headers: dict[str, str] | None = None, **body: Any) -> Any:
         return self.http.post(f"/v2/models/{name}/infer", json={"inputs": [X]} | body, headers=headers)
@@ -120,7 +129,8 @@ def test_health_needs_no_token_and_tells_nothing(tenanted: Endpoint) -> None:
 def test_an_engine_that_drains_is_not_ready(tmp_path: Path) -> None:
     class Drains:
         def command(self, name: str, arguments: dict[str, object] | None = None) -> Any:
-            return {"engine": {"draining": True}}
+            assert name in LOOKS_ONLY
+            return {"draining": True}
 
     app = create_app(Drains(), Store(tmp_path / "store"))
     add_open_inference(app, Drains(), Callers("none"), Room(1, 1), body_limit_bytes=1)
@@ -625,6 +635,17 @@ def test_a_request_beyond_the_room_is_told_to_come_again(tmp_path: Path, source:
             refused(made.http.get("/v2/models/age"), 503, "queue_full")
             assert made.http.get("/v2/health/ready").status_code == 200
         assert made.infer().status_code == 200
+
+
+def test_an_answer_that_is_not_taken_has_its_part_of_the_room(tmp_path: Path, source: FakeSource) -> None:
+    with running_server(tmp_path, source) as running, endpoint(running, tmp_path, room := Room(4, 1 << 30)) as made:
+        waiting = [Client(made.unsent).post("/v2/models/age/infer", json={"inputs": [X]}) for _ in range(2)]
+        assert [answer.status_code for answer in waiting] == [200, 200]
+        refused(made.infer(), 503, "queue_full", "2 may be")
+        for answer in waiting:
+            answer.close()
+        assert made.infer().status_code == 200
+        assert not room._taken
 
 
 def test_every_route_is_documented(open_one: Endpoint) -> None:

@@ -434,7 +434,7 @@ def http(running: Running, served: Kept, tmp_path: Path) -> Iterator[flask.testi
 
 def infer(http: flask.testing.FlaskClient, path: str = "age/infer", **headers: str) -> Any:
     given = {name.replace("_", "-"): value for name, value in headers.items()}
-    return http.post(f"/v2/models/{path}", json={"inputs": [OIP_X]}, headers=given)
+    return http.post(f"/v2/models/{path}", json={"inputs": [OIP_X]}, headers=given, buffered=True)
 
 
 def test_an_inference_over_http_is_a_span_around_the_engines(http: flask.testing.FlaskClient, tracer: Kept, served: Kept) -> None:

@@ -31,6 +31,7 @@ from sidecar.http.oip import add_open_inference
 from sidecar.releases import Release
 from sidecar.store import Store
 from sidecar.tenants import Quotas, Tenant, hash_of
+from sidecar.versions import Versions
 from tests.bundles import adding_bundle
 from tests.fakes import ADMIN_TOKEN, FakeDevice, Running, running_server
 from tests.nodes import until
@@ -89,7 +90,7 @@ class Node:
     def infer(self, path: str, token: str = "", **body: Any) -> Any:
         data = {"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1, 1]}]} | body
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return self.http.post(f"/v2/models/{path}/infer", json=data, headers=headers)
+        return self.http.post(f"/v2/models/{path}/infer", json=data, headers=headers, buffered=True)
 
     def close(self) -> None:
         self.callers.close()
@@ -261,6 +262,9 @@ def test_a_split_is_exact_over_many_clients(split: Node) -> None:
 
 def test_calls_of_one_id_stay_with_one_version(split: Node) -> None:
     done(split.release({"split": {"1": 1, "2": 1}, "sticky": True}))
+    # An id that no UTF-8 can say, and one that is cut on its way, are ids as well.
+    assert done(split.infer("m", id="\ud800"))["id"] == "\ud800"
+    assert len({done(split.infer("m", id="x" * 200))["model_version"] for _ in range(4)}) == 1
     own = model("m")
     of = {call_id: kind_of(own.call({"x": X}, call_id=call_id)) for call_id in map(str, range(40))}
     assert set(of.values()) == {"1", "2"}
@@ -462,6 +466,21 @@ def test_what_answers_is_not_removed(split: Node) -> None:
     # Its label may stand for something else then.
     done(split.put("3", version="1"))
     assert asked("m:1") == "3"
+
+
+def test_what_is_pushed_while_a_model_is_being_removed_is_deployed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    done(node.put("1"))
+    remove = Versions.remove
+
+    def removed_and_pushed(self: Versions, name: str) -> list[str]:
+        """Remove a model from the store, and have another push it before the engine is told."""
+        stored = remove(self, name)
+        done(node.put("2"))
+        return stored
+
+    monkeypatch.setattr(Versions, "remove", removed_and_pushed)
+    done(node.http.delete("/admin/v1/models/m", json={}))
+    assert kind_of(np.array([done(node.infer("m"))["outputs"][0]["data"]])) == "2"
 
 
 def test_a_model_is_removed_with_all_its_versions(split: Node) -> None:
