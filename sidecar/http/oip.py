@@ -421,9 +421,11 @@ def _body(announced_bytes: int) -> bytes:
             # Of gunicorn itself, and in one piece: werkzeug asks for pieces of 64 KiB, and copies them once more.
             body = request.environ["wsgi.input"].read(announced_bytes)
         except OSError as error:
-            raise InvalidInput(f"nothing came for long of a body of {announced_bytes} bytes") from error
+            raise InvalidInput(
+                f"nothing came for long of a body of {announced_bytes} bytes; send all that Content-Length says, without a pause"
+            ) from error
     if len(body) != announced_bytes:
-        raise InvalidInput(f"the body ended after {len(body)} of {announced_bytes} bytes")
+        raise InvalidInput(f"the body ended after {len(body)} of {announced_bytes} bytes; send all that Content-Length says")
     return body
 
 
