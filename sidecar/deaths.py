@@ -44,7 +44,7 @@ class Deaths:
 
     def suspects(self, clock: Callable[[], float]) -> Suspects:
         """Return whose requests are to be run alone, or refused."""
-        return self._quarantine.suspects(self._journal.mark, clock)
+        return self._quarantine.suspects(self._journal.mark, clock, self._journal.mark_lifted)
 
     def facts(self) -> dict[str, object]:
         """Return how often what has happened, in this sidecar's life."""
@@ -97,6 +97,7 @@ class Deaths:
             and self._overdue is None
             and _killed_for_memory() == self._out_of_memory_count
         )
+        self._quarantine.lift(self._journal.lifted())
         marked = self._journal.marked()
         for kind, call, refused_s in self._quarantine.engine_died(guilty or entries, marked, now, by_hand=by_hand):
             told = pid, kind.model, kind.tenant, call.call_id or "-"

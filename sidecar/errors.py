@@ -99,6 +99,13 @@ class UnknownJob(TrunklineError):
     http_status = 404
 
 
+class NotQuarantined(TrunklineError):
+    """Nothing is held against requests of this id, or not any more."""
+
+    code = "not_quarantined"
+    http_status = 404
+
+
 class JobLost(TrunklineError):
     """The process that worked on the job ended before the job did."""
 

@@ -6,7 +6,8 @@ memory that both have. It has no name, and ends with the last of the two.
 
 A device has *slots*, one for each run that is under way on it. A slot's head is written with a sequence number first and the
 same one last: an entry counts while both are equal and odd. Where they differ it is being written, or is over. Beside the slots
-are *marks*, a byte each, by which an engine tells the supervisor which of its suspects are none (``sidecar.quarantine``).
+are *marks*, a byte each, by which an engine tells the supervisor which of its suspects are none, and of which an operator wants
+nothing to be remembered (``sidecar.quarantine``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _WORD: Final = struct.Struct("Q")
 _HEAD: Final = struct.Struct("QddQQQ")
 # What does not fit is left out: of a batch for hundreds, some are known.
 _NAMES_BYTES: Final = 16384
+_CLEARED, _LIFTED = 1, 2
 
 
 class Asked(NamedTuple):
@@ -79,7 +81,11 @@ class Journal:
 
     def mark(self, number: int) -> None:
         """Set a mark below MOST_MARKS. For the engine, in any thread."""
-        self._memory[number] = 1
+        self._memory[number] = _CLEARED
+
+    def mark_lifted(self, number: int) -> None:
+        """Set a mark that says that nothing is to be remembered. For the engine, in any thread."""
+        self._memory[number] = _LIFTED
 
     # --- the supervisor ----------------------------------------------------------------------------------------------
 
@@ -101,8 +107,15 @@ class Journal:
         return any(_WORD.unpack_from(self._memory, self._head(place))[0] for place in range(self._slot_count))
 
     def marked(self) -> list[int]:
-        """Return the marks that were set."""
-        return [number for number, mark in enumerate(self._memory[:MOST_MARKS]) if mark]
+        """Return the marks that were set by ``mark``."""
+        return self._marks(_CLEARED)
+
+    def lifted(self) -> list[int]:
+        """Return those that were set by ``mark_lifted``."""
+        return self._marks(_LIFTED)
+
+    def _marks(self, wanted: int) -> list[int]:
+        return [number for number, mark in enumerate(self._memory[:MOST_MARKS]) if mark == wanted]
 
     def _calls(self, place: int) -> tuple[Asked, ...]:
         *_, length, _ = _HEAD.unpack_from(self._memory, self._head(place))

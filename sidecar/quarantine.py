@@ -10,11 +10,12 @@ something, too, or the engine looks as if it was killed by hand, nobody knows wh
 refusal says that it is not *certain*. A function's client waits out the first second of that.
 
 The supervisor has the books (``Quarantine``); an engine is forked with what they say (``Suspects``) and marks in its journal who
-is cleared. They end with the supervisor.
+is cleared. They end with the supervisor. An operator may look at them, and have what is held against somebody forgotten.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Final, NamedTuple
 from trunkline.errors import Quarantined
 from trunkline.protocol import JOINT
 
+from sidecar.errors import NotQuarantined
 from sidecar.journal import MOST_MARKS, Asked, Entry
 from sidecar.tenants import as_asked
 
@@ -35,6 +37,11 @@ class Kind(NamedTuple):
 
     tenant: str
     model: str
+
+    @property
+    def id(self) -> str:
+        """What operators call it by: the same for all engines, and 16 hexadecimal digits."""
+        return hashlib.sha256(f"{self.tenant}\n{self.model}".encode()).hexdigest()[:16]
 
 
 def kinds_of(tenant: str, models: str) -> list[Kind]:
@@ -89,11 +96,25 @@ class Quarantine:
             if record.is_new:
                 record.is_new, record.until_s = False, now + record.wait_s
 
-    def suspects(self, mark: Callable[[int], None], clock: Callable[[], float]) -> Suspects:
-        """Return what an engine has to know; it calls ``mark`` with the number of a suspect that it has cleared."""
+    def lift(self, numbers: Iterable[int]) -> None:
+        """Forget what an operator has lifted, by its number in the engine that has died. Call before ``engine_died``.
+
+        Marks of that engine go by the same numbers, so what is forgotten keeps its place as if it was cleared.
+        """
+        records = list(self._records)
+        for number in numbers:
+            if number < len(records):
+                self._records[records[number]] = _Record(is_suspect=False)
+
+    def suspects(
+        self, mark: Callable[[int], None], clock: Callable[[], float], lift: Callable[[int], None] = lambda number: None
+    ) -> Suspects:
+        """Return what an engine has to know; it calls ``mark`` with the number of a suspect that it has cleared, and ``lift``
+        with that of one that an operator wants nothing to be held against.
+        """
         numbers = {kind: number for number, (kind, record) in enumerate(self._records.items()) if record.is_suspect}
         refused = {kind: (record.until_s, record.is_certain) for kind, record in self._records.items()}
-        return Suspects(numbers, refused, mark, clock)
+        return Suspects(numbers, refused, mark, clock, lift)
 
     def _clear(self, marked: Iterable[int], now: float) -> None:
         records = list(self._records.values())
@@ -135,12 +156,14 @@ class Suspects:
         refused: dict[Kind, tuple[float, bool]],
         mark: Callable[[int], None],
         clock: Callable[[], float],
+        lift: Callable[[int], None] = lambda number: None,
     ) -> None:
-        """``numbers`` are the marks of those to be run alone, ``refused`` says until when others are, and whether for certain."""
+        """``numbers`` are the marks of those to be run alone, ``refused`` says until when they are, and whether for certain."""
         self._numbers = numbers
         self._refused = refused
         self._mark = mark
         self._clock = clock
+        self._lift = lift
 
     def __bool__(self) -> bool:
         return bool(self._numbers)
@@ -171,6 +194,42 @@ class Suspects:
             for kind in kinds_of(tenant, models):
                 if (number := self._numbers.pop(kind, None)) is not None:
                     self._mark(number)
+
+    def listed(self) -> list[dict[str, object]]:
+        """Return whose requests are refused or run alone, as an operator sees it."""
+        now = self._clock()
+        return [self._to_plain(kind, now) for kind in list(self._numbers)]
+
+    def lift(self, kind_id: str = "") -> list[dict[str, object]]:
+        """Forget what is held against the kind of this id, or against all where none is given; return what that was.
+
+        Raises NotQuarantined.
+        """
+        now = self._clock()
+        wanted = [kind for kind in list(self._numbers) if kind_id in ("", kind.id)]
+        if kind_id and not wanted:
+            raise NotQuarantined(f"nothing is held against requests of id {kind_id[:32]!r}; `trunkline quarantine ls` lists them")
+        lifted = []
+        for kind in wanted:
+            plain = self._to_plain(kind, now)
+            # One of them may just have been answered.
+            if (number := self._numbers.pop(kind, None)) is not None:
+                self._refused.pop(kind, None)
+                self._lift(number)
+                lifted.append(plain)
+        return lifted
+
+    def _to_plain(self, kind: Kind, now: float) -> dict[str, object]:
+        until_s, is_certain = self._refused.get(kind, (-math.inf, False))
+        left_s = max(0.0, until_s - now)
+        return {
+            "id": kind.id,
+            "tenant": kind.tenant,
+            "model": kind.model,
+            "state": "refused" if left_s else "alone",
+            "refused_for_s": round(left_s, 3),
+            "certain": is_certain,
+        }
 
 
 def nobody() -> Suspects:

@@ -67,6 +67,7 @@ from sidecar import loglevels
 from sidecar.logs import RateLimit
 from sidecar.peers import Peer, peer_of
 from sidecar.ports import OutputSpecs, Serving, Work
+from sidecar.quarantine import Suspects, nobody
 from sidecar.releases import Release
 from sidecar.routing import ReleaseFiles, Route, Routing
 from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant, as_asked, as_known_to, hash_of, qualified, unqualified
@@ -116,11 +117,13 @@ class Server:
         generation: int = 0,
         transport: str | None = None,
         tracer: Tracer | None = None,
+        suspects: Suspects | None = None,
     ) -> None:
         """``arena_limit_bytes`` bounds one arena, ``arena_total_bytes`` all arenas together, of all tenants.
 
         ``listener`` is for all but those who have one in ``tenant_sockets``, ``relay`` for who asks for others. ``reload`` is
         None where there is no quota file, ``releases`` where no name has versions, ``tracer`` where nothing is traced.
+        ``suspects`` are those that the engine goes by.
         """
         self.engine = engine
         self.routing = Routing(engine.signature, {} if releases is None else releases.table())
@@ -130,6 +133,7 @@ class Server:
             log.warning("this kernel does not seal shared memory: arenas are copied instead of mapped, which takes longer")
         self.generation = generation
         self.tracer = tracer
+        self.suspects = nobody() if suspects is None else suspects
         self.arena_limit_bytes = arena_limit_bytes
         self._admin_hash = hash_of(admin_token)
         self._quotas = quotas
@@ -931,8 +935,25 @@ class Session:
         called = (lambda name: name) if is_admin else as_asked
         return {"model": called(known_as), "models": list(map(called, names)), "versions": versions}
 
+    def _quarantine(self, arguments: dict[str, Any]) -> dict[str, object]:
+        return {"quarantine": self._server.suspects.listed()}
+
+    def _lift(self, arguments: dict[str, Any]) -> dict[str, object]:
+        """Return what was held against requests and is not any more: of one ``id``, or all. Raises NotQuarantined."""
+        lifted = self._server.suspects.lift(str(arguments.get("id", "")))
+        for each in lifted:
+            log.warning("an operator has lifted the quarantine of %s for %s", each["model"], each["tenant"])
+        return {"lifted": lifted}
+
     # Commands with arguments that no engine is needed for.
-    _OF_THE_SERVER: Final = {"identify": _identify, "route": _routed, "sessions": _listed, "log_level": _log_level}
+    _OF_THE_SERVER: Final = {
+        "identify": _identify,
+        "route": _routed,
+        "sessions": _listed,
+        "log_level": _log_level,
+        "quarantine": _quarantine,
+        "quarantine_lift": _lift,
+    }
 
     @property
     def arena_bytes(self) -> int:

@@ -237,6 +237,7 @@ def _engine_process(
         releases=releases,
         generation=generation,
         tracer=tracer,
+        suspects=suspects,
     )
     engine.deploy_stored()
 

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import click
 
-from sidecar.cli import completion, jobs, looking, models, operating, pulls, running, store, tenants, tokens, top, versions
+from sidecar.cli import (
+    completion,
+    jobs,
+    looking,
+    models,
+    operating,
+    pulls,
+    quarantine,
+    running,
+    store,
+    tenants,
+    tokens,
+    top,
+    versions,
+)
 from sidecar.cli.endpoint import endpoint_options
 from sidecar.cli.exits import Commands
 
@@ -41,6 +55,7 @@ main.add_command(operating.unpin)
 main.add_command(operating.drain)
 main.add_command(operating.resume)
 main.add_command(operating.log_level)
+main.add_command(quarantine.quarantine)
 main.add_command(jobs.job)
 main.add_command(store.store)
 main.add_command(tenants.tenant)

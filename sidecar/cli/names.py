@@ -47,6 +47,13 @@ def job_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+def kind_id(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Check the id of what is in quarantine."""
+    if value is not None and not (value.isalnum() and value.isascii()):
+        raise click.BadParameter(f"{value[:80]!r} is no id; `trunkline quarantine ls` lists them")
+    return value
+
+
 def models_beginning(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
     """Return deployed models that may be meant."""
     return [name for name in _names(ctx, "models") if name.startswith(begun)]
@@ -67,6 +74,11 @@ def jobs_beginning(ctx: click.Context, param: click.Parameter, begun: str) -> li
     return [job_id for job_id in _names(ctx, "jobs", "id") if job_id.startswith(begun)]
 
 
+def kinds_beginning(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
+    """Return what is in quarantine and may be meant."""
+    return [kind_id for kind_id in _names(ctx, "quarantine", "id") if kind_id.startswith(begun)]
+
+
 def _names(ctx: click.Context, kind: str, key: str = "name") -> list[str]:
     """Return what the sidecar has of a kind; nothing, and no word of it, where there is none to ask."""
     try:
@@ -81,3 +93,4 @@ deployed_argument = click.argument("name", callback=deployed_name, shell_complet
 model_argument = click.argument("name", callback=model_name, shell_complete=published_beginning)
 tenant_argument = click.argument("name", callback=tenant_name, shell_complete=tenants_beginning)
 job_argument = click.argument("job_id", metavar="ID", callback=job_id, shell_complete=jobs_beginning)
+kind_argument = click.argument("kind_id", metavar="[ID]", required=False, callback=kind_id, shell_complete=kinds_beginning)

@@ -29,7 +29,7 @@ from trunkline.errors import (
 from sidecar import failures, loglevels
 from sidecar.bundle import MODEL_NAME
 from sidecar.constraints import check as check_constraint
-from sidecar.errors import BundleError
+from sidecar.errors import BundleError, NotQuarantined
 from sidecar.http.access import OPEN, OPERATE, READ, Gate, needs
 from sidecar.http.audit import Audit, note
 from sidecar.http.events import Feed
@@ -56,6 +56,7 @@ _CHUNK_BYTES = 1 << 20
 # While it waits for the engine to have answered all, it looks so often; and no longer than that.
 _DRAIN_LOOK_S = 0.05
 _LONGEST_DRAIN_S = 600
+_KIND_ID = re.compile("[0-9a-f]{16}")
 
 
 class EngineClient(Protocol):
@@ -302,6 +303,28 @@ def create_app(
         """Take requests again."""
         _json_object()
         return jsonify(engine.command("resume"))
+
+    @app.get("/admin/v1/quarantine")
+    @needs(READ)
+    def quarantine() -> Response:
+        """Return whose requests are refused or run alone because engines died of such: tenant and model, not what was sent."""
+        return jsonify(engine.command("quarantine"))
+
+    @app.delete("/admin/v1/quarantine")
+    @needs(OPERATE)
+    def lift_all() -> Response:
+        """Forget what is held against anybody's requests."""
+        _json_object()
+        return jsonify(engine.command("quarantine_lift"))
+
+    @app.delete("/admin/v1/quarantine/<kind_id>")
+    @needs(OPERATE)
+    def lift(kind_id: str) -> Response:
+        """Forget what is held against the requests of a tenant for a model."""
+        _json_object()
+        if not _KIND_ID.fullmatch(kind_id):
+            raise NotQuarantined("an id has 16 hexadecimal digits; `trunkline quarantine ls` lists them")
+        return jsonify(engine.command("quarantine_lift", {"id": kind_id}))
 
     @app.get("/admin/v1/log-level")
     @needs(READ)

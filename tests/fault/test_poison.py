@@ -17,6 +17,7 @@ from trunkline.client import Model
 from trunkline.errors import Quarantined, TrunklineError
 from trunkline.pool import Pool
 
+from sidecar.errors import NotQuarantined
 from sidecar.tenants import hash_of
 from tests.fault import poisoned
 from tests.fault.launching import through
@@ -121,6 +122,36 @@ def test_a_request_that_loses_the_device_costs_two_engines_and_is_refused(
     names = [f"loser-{number}" for number in range(row.count(LOSERS))]
     check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.LOSES)
     assert "cpu can be used no more after this (device-side assert triggered)" in box.log.read_text()
+
+
+@pytest.mark.row("T12")
+def test_an_operator_sees_what_is_refused_and_has_it_forgotten(box: SidecarProcess, row: Row, pool: Pool) -> None:
+    """Also by the engines to come."""
+    poison = X.copy()
+    poison[0, 3] = poisoned.KILLS
+    row.attempts += 1
+    assert box.admin.get("quarantine") == {"quarantine": []}
+    for times in range(3):
+        # Each time it is refused for twice as long: for four seconds in the end, which no client waits out.
+        until(lambda: all(each["state"] == "alone" for each in box.admin.get("quarantine")["quarantine"]))
+        with pytest.raises(Quarantined):
+            Model("scaled", pool).call({"x": poison}, deadline_s=DEADLINE_S, call_id=f"poison {times}")
+    (found,) = box.admin.get("quarantine")["quarantine"]
+    assert (found["tenant"], found["model"], found["state"], found["certain"]) == ("anyone", "scaled", "refused", True)
+    assert 1 < found["refused_for_s"] <= 4
+    with pytest.raises(Quarantined):
+        Model("scaled", pool).call({"x": X})
+    assert box.admin.delete(f"quarantine/{found['id']}")["lifted"][0]["id"] == found["id"]
+    row.answered += 1
+    row.wrong += not is_answered("scaled", pool)
+    with pytest.raises(NotQuarantined):
+        box.admin.delete(f"quarantine/{found['id']}")
+    engine = box.await_engine()
+    os.kill(engine, signal.SIGKILL)
+    until(lambda: box.await_engine() != engine)
+    assert box.admin.get("quarantine") == {"quarantine": []}
+    row.answered += 1
+    row.wrong += not is_answered("scaled", pool)
 
 
 @pytest.mark.row("T12")

@@ -80,6 +80,14 @@ def done(result: Any) -> dict[str, Any]:
     }
 
 
+QUARANTINED = {
+    "id": "0a" * 8,
+    "tenant": "vision",
+    "model": "embed@vision",
+    "state": "refused",
+    "refused_for_s": 1.5,
+    "certain": True,
+}
 FREED = {"devices": {"cpu": {"freed_bytes": 2500, "free_bytes": 3000, "budget_bytes": 4000}}}
 DRAINED = {"draining": True, "drained": True, "waiting": 0, "running": 0}
 DRAINING = "draining: no new requests are taken, and all accepted are answered\n"
@@ -188,6 +196,8 @@ def test_graph_draws_what_is_asked_for(answers: Answers, tmp_path: Path) -> None
         (["log-level"], {"engine": "info", "http": "info"}),
         (["log-level", "debug"], {"engine": "debug", "http": "debug"}),
         (["sessions"], {"total": 1, "sessions": [{"id": 1}]}),
+        (["quarantine", "ls"], [QUARANTINED]),
+        (["quarantine", "lift", QUARANTINED["id"]], {"lifted": [QUARANTINED]}),
         (["leases"], {"devices": {}}),
         (["residency"], {"devices": {}}),
     ],
@@ -196,6 +206,7 @@ def test_json_is_all_that_is_printed(answers: Answers, words: list[str], expecte
     known = {"trace": "trace?limit=10000", "model": "models/m", "store": f"store/{words[-1]}?wait=false"}
     known |= {"sessions": "sessions?limit=1000", "residency": "residency?limit=20"}
     asked = known.get(words[0], words[0])
+    answers.table |= {"quarantine": {"quarantine": [QUARANTINED]}, f"quarantine/{QUARANTINED['id']}": {"lifted": [QUARANTINED]}}
     answers.table.setdefault(asked, done(expected) if words[0] == "store" else expected)
     answers.table["store/verify?wait=false"] = done({"corrupt": [], "broken": {}})
     result = run(*words, "--json")
@@ -300,6 +311,9 @@ def test_a_bad_address_is_told() -> None:
         ["top", "--interval", "0"],
         ["top", "--count", "-1"],
         ["top", "--sort", "colour"],
+        ["quarantine", "lift"],
+        ["quarantine", "lift", "0a", "--all"],
+        ["quarantine", "lift", "../jobs"],
         ["completion"],
         ["completion", "tcsh"],
     ],
@@ -482,6 +496,17 @@ def test_sessions_are_listed_as_the_sidecar_tells_them(answers: Answers) -> None
     assert lines_of("sessions") == ["no sessions"]
 
 
+def test_what_is_in_quarantine_is_listed_and_lifted(answers: Answers) -> None:
+    answers.table["quarantine"] = {"quarantine": [QUARANTINED]}
+    assert f"{QUARANTINED['id']} vision embed@vision refused 1.5 yes" in lines_of("quarantine", "ls")
+    answers.table["quarantine"] = {"lifted": [QUARANTINED]}
+    assert lines_of("quarantine", "lift", "--all") == [f"{QUARANTINED['id']}: embed@vision of vision is served again"]
+    answers.table["quarantine"] = {"quarantine": [], "lifted": []}
+    assert lines_of("quarantine", "ls") == ["no requests in quarantine"]
+    assert lines_of("quarantine", "lift", "--all") == ["nothing was held against anybody"]
+    assert [method for method, _ in answers.asked] == ["GET", "DELETE", "GET", "DELETE"]
+
+
 def test_leases_and_pins_are_listed_by_device(answers: Answers) -> None:
     lease = {"model": "m", "version": "1", "bytes": 1500, "leases": 2, "since_s": 0.25, "streaming": False}
     idle: dict[str, object] = {"leases": [], "pinned": []}
@@ -620,14 +645,16 @@ def test_names_are_completed_from_what_the_sidecar_has(answers: Answers) -> None
     answers.table["models"] = {"models": [{"name": "age@a"}, {"name": "age@b"}, {"name": "gender:2@a"}, {"name": "gender@a"}]}
     answers.table["tenants"] = {"tenants": [{"name": "few"}, {"name": "many"}]}
     answers.table["jobs"] = {"jobs": [{"id": "0a"}, {"id": "1b"}]}
+    answers.table["quarantine"] = {"quarantine": [QUARANTINED]}
     assert completed("model", "show", "") == ["age@a", "age@b", "gender:2@a", "gender@a"]
     assert completed("evict", "g") == ["gender:2@a", "gender@a"]
     assert completed("pin", "ag") == ["age@a", "age@b"]
     assert completed("model", "rm", "") == ["age", "gender"]
     assert completed("tenant", "rotate", "m") == ["many"]
     assert completed("job", "cancel", "1") == ["1b"]
+    assert completed("quarantine", "lift", "0") == [QUARANTINED["id"]]
     assert completed("sto") == ["store"]
-    assert answers.closed == 6
+    assert answers.closed == 7
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,9 @@ def test_marks_are_told(made: Journal) -> None:
         made.mark(number)
     made.page(0).begin(1.0, 0.0, [ONE])
     assert made.marked() == [0, 7, journal.MOST_MARKS - 1]
+    made.mark_lifted(3)
+    assert made.lifted() == [3]
+    assert made.marked() == [0, 7, journal.MOST_MARKS - 1]
 
 
 def test_whoever_is_killed_at_any_line_leaves_what_can_be_read() -> None:

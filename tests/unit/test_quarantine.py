@@ -9,8 +9,9 @@ import pytest
 from trunkline.errors import Quarantined
 from trunkline.protocol import JOINT
 
+from sidecar.errors import NotQuarantined
 from sidecar.journal import MOST_MARKS, Asked, Entry, Running
-from sidecar.quarantine import FIRST_S, LONGEST_S, Quarantine, Suspects, nobody
+from sidecar.quarantine import FIRST_S, LONGEST_S, Kind, Quarantine, Suspects, nobody
 
 
 class Life:
@@ -20,12 +21,13 @@ class Life:
         self.now = 100.0
         self.books = Quarantine()
         self.marked: list[int] = []
+        self.lifted: list[int] = []
         self.engine = self.start()
 
     def start(self) -> Suspects:
-        self.marked = []
+        self.marked, self.lifted = [], []
         self.books.engine_starts(self.now)
-        return self.books.suspects(self.marked.append, lambda: self.now)
+        return self.books.suspects(self.marked.append, lambda: self.now, self.lifted.append)
 
     def die(self, *runs: Sequence[tuple[str, str]], by_hand: bool = False) -> dict[tuple[str, str], float]:
         """Have the engine die with these runs on its devices, and start another; return who is refused, and for how long."""
@@ -33,6 +35,7 @@ class Life:
             Entry(Running(place, 1, self.now, 0.0, len(calls)), tuple(Asked(*call, "id") for call in calls))
             for place, calls in enumerate(runs)
         ]
+        self.books.lift(self.lifted)
         judged = self.books.engine_died(entries, self.marked, self.now, by_hand=by_hand)
         # What it takes to start one is nobody's time in quarantine.
         self.now += 0.7
@@ -146,6 +149,61 @@ def test_an_engine_that_was_killed_by_hand_says_little(life: Life) -> None:
     life.engine.clear(*GOOD)
     assert life.die([GOOD], by_hand=True) == {GOOD: 0}
     assert life.die([GOOD]) == {GOOD: 2 * FIRST_S}
+
+
+def test_an_operator_sees_whose_requests_are_refused_or_run_alone(life: Life) -> None:
+    assert life.engine.listed() == []
+    life.die([POISON, GOOD])
+    life.die([POISON])
+    by_state = {each["state"]: each for each in life.engine.listed()}
+    assert by_state["refused"] == {
+        "id": Kind(*POISON).id,
+        "tenant": "bad",
+        "model": "poison",
+        "state": "refused",
+        "refused_for_s": FIRST_S,
+        "certain": True,
+    }
+    assert by_state["alone"]["tenant"] == "good"
+    life.now += FIRST_S
+    assert [each["state"] for each in life.engine.listed()] == ["alone", "alone"]
+    life.engine.clear(*POISON)
+    life.engine.clear(*GOOD)
+    assert life.engine.listed() == []
+
+
+def test_what_an_operator_lifts_is_forgotten_by_this_engine_and_the_next(life: Life) -> None:
+    for _ in range(4):
+        life.die([POISON])
+    life.die([GOOD])
+    assert life.is_refused(*POISON)
+    (lifted,) = life.engine.lift(Kind(*POISON).id)
+    assert (lifted["tenant"], lifted["state"]) == ("bad", "refused")
+    assert not life.is_refused(*POISON)
+    assert not life.engine.has(*POISON)
+    assert life.engine.has(*GOOD), "what was not meant stays"
+    # The next engine knows nothing of it either, and it begins like a stranger.
+    assert life.die([("other", "model")]) == {("other", "model"): 0}
+    assert not life.is_refused(*POISON)
+    assert not life.engine.has(*POISON)
+    assert life.engine.has(*GOOD)
+    assert life.die([POISON]) == {POISON: 0}
+    assert life.die([POISON]) == {POISON: FIRST_S}
+    # Also when it is what the engine dies of.
+    life.engine.lift()
+    assert life.engine.listed() == []
+    assert life.die([POISON]) == {POISON: 0}
+
+
+def test_only_what_is_there_can_be_lifted(life: Life) -> None:
+    assert life.engine.lift() == []
+    with pytest.raises(NotQuarantined):
+        life.engine.lift(Kind(*POISON).id)
+    life.die([POISON])
+    life.engine.clear(*POISON)
+    with pytest.raises(NotQuarantined):
+        life.engine.lift(Kind(*POISON).id)
+    assert nobody().lift() == []
 
 
 def test_several_models_in_one_call_are_one_call(life: Life) -> None:
