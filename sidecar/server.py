@@ -82,6 +82,10 @@ HANDSHAKE_S: Final = 1.0
 _COMMAND_DEADLINE_S: Final = 600.0
 _SMALLEST_ARENA_BYTES: Final = 64 * 1024
 _ACCEPT_SLICE: Final = 64
+# Connections of whom nobody knows yet whose they are. Beyond that the oldest is closed: who means it says hello at once.
+_MOST_GREETING: Final = 4 * _ACCEPT_SLICE
+# To make arenas takes time, in which nobody else is answered: after so much of it those who are asking have their turn.
+_GREETING_S: Final = 0.005
 # How soon a function is told to try again that has as many connections as its tenant may have.
 _CONNECTION_RETRY_S: Final = 1.0
 # Names of models whose right a session remembers.
@@ -181,8 +185,11 @@ class Server:
         if not (events or self._listening or self._draining):
             # Quiet for a while: perhaps there are descriptors again.
             self._listen(True)
+        newcomers = []
         for fd, _ in events:
-            if fd in self._listeners:
+            if fd in self._greeting:
+                newcomers.append(fd)
+            elif fd in self._listeners:
                 self._accept(self._listeners[fd])
             elif fd == self._wake:
                 os.eventfd_read(fd)
@@ -192,8 +199,19 @@ class Server:
                     self._listen(False)
             else:
                 self._receive(fd)
+        self._greet(newcomers)
         if self._greeting:
             self._close_the_silent()
+
+    def _greet(self, newcomers: Sequence[int]) -> None:
+        """Answer who has said hello, one at least; the poll tells of the others again, after those who ask for something."""
+        until_s = time.monotonic() + _GREETING_S
+        for number, fd in enumerate(newcomers):
+            if (now := time.monotonic()) < until_s or not number:
+                self._receive(fd)
+            elif self._greeting.pop(fd, None) is not None:
+                # It is not silent, it waits for its turn.
+                self._greeting[fd] = now + HANDSHAKE_S
 
     def drain(self) -> None:
         """Accept no further connections; those that exist are told Draining by the engine. Any thread."""
@@ -257,9 +275,9 @@ class Server:
                 self._listen(False)
                 return
             sock.setblocking(False)
-            if len(self._sessions) >= 2 * self._connection_limit:
-                sock.close()
-                continue
+            if len(self._greeting) >= min(_MOST_GREETING, self._connection_limit):
+                # The one that has been silent for longest.
+                self._end(self._sessions[next(iter(self._greeting))])
             self._last_session += 1
             session = Session(self, sock, self._last_session, listener)
             self._sessions[sock.fileno()] = session
@@ -295,9 +313,9 @@ class Server:
 
     def _close_the_silent(self) -> None:
         now = time.monotonic()
-        for fd, deadline in list(self._greeting.items()):
-            if deadline <= now:
-                self._end(self._sessions[fd])
+        # The oldest stands first.
+        while self._greeting and next(iter(self._greeting.values())) <= now:
+            self._end(self._sessions[next(iter(self._greeting))])
 
     def _receive(self, fd: int) -> None:
         session = self._sessions.get(fd)
@@ -402,11 +420,12 @@ class Server:
         return tenant, False
 
     def check_connection_limit(self, tenant: Tenant) -> None:
-        """Raise QueueFull or QuotaExceeded when more connections are open than allowed, to all or to a tenant, with this one.
+        """Raise QueueFull or QuotaExceeded when as many connections are open as allowed, to all or to a tenant, without this one.
 
+        Those that have not said hello do not count: anybody could keep all others out with them.
         It is asked during the handshake: closing at once, with the hello unread, would lose the reason on its way.
         """
-        if len(self._sessions) > self._connection_limit:
+        if len(self._sessions) - len(self._greeting) >= self._connection_limit:
             limit = self._connection_limit
             raise QueueFull(f"{limit} connections are open, which is the limit", limit_count=limit)
         if tenant.connection_limit == math.inf:

@@ -19,6 +19,7 @@ from trunkline.connection import Connection
 from trunkline.pool import Pool
 from trunkline.protocol import Describe, Fault, Hello, Infer, Placement, TensorSpec
 
+from sidecar.server import Server, Session
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, bundle_of, running_server
 from tests.integration.conftest import TRUNK
 from tests.nodes import until
@@ -709,6 +710,45 @@ def test_connections_have_a_limit(tmp_path: Path, source: FakeSource) -> None:
             connect(running)
         for connection in opened:
             connection.close()
+
+
+def test_those_who_say_nothing_keep_nobody_out(tmp_path: Path, source: FakeSource) -> None:
+    with running_server(tmp_path, source, connection_limit=3) as running:
+        silent = [raw(running) for _ in range(12)]
+        opened = [connect(running) for _ in range(3)]
+        with pytest.raises(errors.QueueFull, match="3 connections are open"):
+            connect(running)
+        for each in (*silent, *opened):
+            each.close()
+
+
+def test_who_asks_has_a_turn_between_those_who_come(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for arenas takes time to make, and several may want the most that there is."""
+    welcomed, in_turn, held = [0], [], threading.Event()
+    welcome, turn = Session._welcome, Server._turn
+
+    def counted_welcome(self: Session, message: Hello) -> None:
+        welcomed[0] += 1
+        welcome(self, message)
+
+    def counted_turn(self: Server, patience_s: float) -> None:
+        before = welcomed[0]
+        turn(self, patience_s)
+        in_turn.append(welcomed[0] - before)
+
+    monkeypatch.setattr("sidecar.server._GREETING_S", 0.0)
+    monkeypatch.setattr(Session, "_welcome", counted_welcome)
+    monkeypatch.setattr(Server, "_turn", counted_turn)
+    running.server._post(lambda: held.wait(20))
+    coming = [raw(running) for _ in range(6)]
+    for each in coming:
+        each.send(hello())
+    held.set()
+    assert all(each.recv(4096) for each in coming)
+    for each in coming:
+        each.close()
+    until(lambda: sum(in_turn) == 6)
+    assert max(in_turn) == 1
 
 
 def test_whoever_connects_and_says_nothing_is_disconnected(running: Running) -> None:
