@@ -414,7 +414,8 @@ class Store:
     # --- upkeep ------------------------------------------------------------------------------------------------------
 
     def verify(self, advance: Callable[[int, int], None] = lambda done, total: None) -> Report:
-        """Read every blob against its digest and every model against its blobs. Slow: sha256 of everything.
+        """Read every blob against its digest, every model against its blobs, every release against the models. Slow: sha256 of
+        everything.
 
         ``advance`` is told how many blobs were read, and how many there are; what it raises ends the work.
 
@@ -447,7 +448,22 @@ class Store:
             missing = {digest for digest in digests - corrupt if not self.has(digest)}
             if missing or altered:
                 report.broken[name] = f"{len(missing)} weights are missing, {len(altered)} are altered; push it again"
+        for name in self.releases():
+            if flaw := self._flaw_of_release(name):
+                report.broken[name] = f"{report.broken[name]}; {flaw}" if name in report.broken else flaw
         return report
+
+    def _flaw_of_release(self, name: str) -> str:
+        """Say what is wrong with a release: it cannot be read, or names versions that are not there. Empty: nothing."""
+        with self.versions_locked():
+            try:
+                found = self.release(name)
+            except ModelCorrupt as error:
+                return error.message
+            stored = self.models()
+        weights = {} if found is None else found.weights
+        absent = [label or "what was pushed without a version" for label in weights if labelled(name, label) not in stored]
+        return f"its release names {', '.join(absent)}, which is not there; push it again, or release another" if absent else ""
 
     def scrub(self, pause: Callable[[], object]) -> list[str]:
         """Read every blob against its digest, as the disk has it, with ``pause`` after each piece; set aside what is altered.

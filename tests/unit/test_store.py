@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from sidecar import store as store_module
 from sidecar.bundle import Bundle, Weight, canonical_graph, graph_digest, manifest_bytes
 from sidecar.disk import TEMPORARY
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError, StoreFull
+from sidecar.releases import Release
 from sidecar.store import Report, Store
 from tests.bundles import adding_bundle
 
@@ -331,6 +333,26 @@ def test_a_damaged_model_is_named_and_the_others_stay(store: Store, damage: str)
     assert list(store.verify().broken) == ["bad"]
     with pytest.raises(StoreError, match="nothing was removed"):
         store.gc(grace_s=0)
+
+
+def test_verify_finds_releases_that_cannot_be_read_or_name_what_is_not_there(store: Store) -> None:
+    bundle, blobs = adding_bundle("m", [1.0])
+    put(store, bundle, blobs)
+    store.put_model(manifest_bytes(bundle), canonical_graph(bundle.graph), "2")
+    store.put_release("m", Release({"": 1, "2": 1}))
+    assert store.verify().broken == {}
+    store.put_release("m", Release({"2": 1, "3": 1}))
+    assert list(store.verify().broken) == ["m"]
+    assert "its release names 3, which is not there" in store.verify().broken["m"]
+    store.put_release("other", Release({"": 1}))
+    assert "names what was pushed without a version" in store.verify().broken["other"]
+    store.remove_release("other")
+    file = store.root / "releases" / "m.json"
+    file.write_bytes(file.read_bytes()[:-3])
+    assert "the release of m is damaged" in store.verify().broken["m"]
+    # One that is damaged besides is told both.
+    (store.root / "models" / "m.json").write_bytes(b"{")
+    assert re.search("m is damaged.*; the release of m is damaged", store.verify().broken["m"])
 
 
 def test_a_manifest_that_cannot_be_removed_is_told(store: Store) -> None:
