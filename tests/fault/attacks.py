@@ -15,17 +15,18 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 import numpy as np
 from trunkline import protocol
-from trunkline.errors import FrameTooLarge, MalformedFrame, SidecarFault
+from trunkline.errors import ArenaFull, FrameTooLarge, MalformedFrame, SidecarFault
 from trunkline.protocol import Describe, Fault, Message, Placement
 
 from tests.fault.clients import STEPS
 from tests.fault.matrix import Neighbour, Row
-from tests.fault.wire import HARMLESS, Wire, connected, hello, infer
+from tests.fault.wire import HARMLESS, Refused, Wire, connected, hello, infer
 from tests.sidecar_process import ROOT, SidecarProcess
 
 # What no stranger is told: paths, names of shared memory, addresses, and how Python shows objects.
@@ -279,6 +280,25 @@ def changes(row: Row, box: SidecarProcess, count: int, seed: int = 0) -> None:
         assert found["took"].keys() <= HARMLESS, found["took"]
         assert found["answers"] == {"Result": 2 * count}, found["answers"]
         assert set(found["refused"].values()) == {count}, found["refused"]
+        neighbour.await_answers()
+
+
+def shortages(row: Row, box: SidecarProcess, count: int, short: Path) -> None:
+    """Come while there is no memory for arenas, which a file tells a sidecar of ``circumstances.memory_runs_out``. For F15."""
+    with Neighbour(row, box.socket) as neighbour:
+        for _ in range(count):
+            row.attempts += 1
+            short.touch()
+            try:
+                Wire(str(box.socket), "scaled").close()
+            except Refused as refused:
+                assert refused.fault.code == ArenaFull.code, refused.fault
+                assert not TELLTALE.search(refused.fault.message), refused.fault
+            else:
+                raise AssertionError("somebody was let in for whom there is no memory")
+            finally:
+                short.unlink()
+            assert is_served(box)
         neighbour.await_answers()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import write_adding_bundle
-from tests.fault import attacks, mutants
+from tests.fault import attacks, circumstances, mutants
 from tests.fault.attacks import LARGEST, OFFSET
 from tests.fault.launching import Change, through
 from tests.fault.matrix import Row, held, left, settled
@@ -64,6 +64,16 @@ def test_a_broken_sidecar_is_found_out(tmp_path: Path, models: list[Path], mutan
     with sidecar_process(tmp_path, through=through(mutant)) as box:
         serve(box, models)
         assert re.search(reason, found := tried(attack, box)), found
+
+
+def test_arenas_without_memory_of_their_own_are_found_out(
+    tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tmp_path / "short"
+    monkeypatch.setenv(circumstances.SHORT, str(short))
+    with sidecar_process(tmp_path, through=through(mutants.reserves_nothing)) as box:
+        serve(box, models)
+        assert "somebody was let in" in tried(lambda row, box: attacks.shortages(row, box, 8, short), box)
 
 
 def test_a_broken_client_is_found_out(tmp_path: Path, models: list[Path]) -> None:

@@ -12,8 +12,8 @@ from trunkline import errors
 from trunkline.client import Model
 
 from tests.bundles import write_adding_bundle
-from tests.fault import circumstances
-from tests.fault.attacks import TELLTALE, is_served, sessions
+from tests.fault import attacks, circumstances
+from tests.fault.attacks import is_served, sessions
 from tests.fault.launching import through
 from tests.fault.matrix import EXPECTED, Neighbour, Row, held_by, left, pool_at, settled
 from tests.fault.matrix import held as held_of
@@ -70,17 +70,7 @@ def test_memory_that_is_not_to_be_had_refuses_whoever_comes(
         box.admin.push(scaled)
         settled(box)
         before, engine = held_of(box), box.await_engine()
-        with Neighbour(row, box.socket) as neighbour:
-            for _ in range(row.count(100)):
-                row.attempts += 1
-                short.touch()
-                with pytest.raises(Refused) as refused:
-                    Wire(str(box.socket), "scaled")
-                assert refused.value.fault.code == errors.ArenaFull.code
-                assert not TELLTALE.search(refused.value.fault.message), refused.value.fault
-                short.unlink()
-                assert is_served(box)
-            neighbour.await_answers()
+        attacks.shortages(row, box, row.count(100), short)
         row.leaked |= left(box, before)
         assert box.await_engine() == engine
 
