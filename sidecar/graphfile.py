@@ -35,7 +35,9 @@ from sidecar.strictjson import (
 FORMAT = "trunkline-graph-1"
 
 MAX_GRAPH_BYTES = 64 << 20
-MAX_NODE_COUNT = 200_000
+# An 80-layer decoder has 5,000 or so. To deploy a node, and to run it first, takes the engine some tenths of a millisecond, in
+# which it answers nobody.
+MAX_NODE_COUNT = 20_000
 MAX_WEIGHT_COUNT = 100_000
 MAX_SYMBOL_COUNT = 16
 MAX_RANK = 12

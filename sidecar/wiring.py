@@ -44,6 +44,8 @@ log = logging.getLogger("trunkline")
 # A socket, and what Python's mmap keeps of each arena.
 _DESCRIPTORS_PER_SESSION = 3
 _OTHER_DESCRIPTORS = 64
+# Connections that have said nothing yet; no more than may be open.
+_GREETING_DESCRIPTORS = 256
 # How an engine ends whose device is lost: with the system's code for errors of software.
 _DEVICE_LOST = os.EX_SOFTWARE
 # How long a process that ends waits for its last spans to be exported.
@@ -75,13 +77,13 @@ def _serve(
     forbid_core_dumps()
     descriptors = raise_descriptor_limit()
     # Whoever comes beyond it is told so, which takes a descriptor, too.
-    room = max(1, (descriptors - _OTHER_DESCRIPTORS) // _DESCRIPTORS_PER_SESSION)
+    room = _connections_within(descriptors)
     if settings.connection_limit > room:
         log.warning(
             "%d connections need %d open files, the limit is %d: no more than %d are let in; raise the limit on open files, "
             "or lower --connection-limit",
             settings.connection_limit,
-            _DESCRIPTORS_PER_SESSION * settings.connection_limit + _OTHER_DESCRIPTORS,
+            _descriptors_for(settings.connection_limit),
             *(descriptors, room),
         )
         settings = replace(settings, connection_limit=room)
@@ -144,6 +146,20 @@ def _serve(
     finally:
         for each in tcp:
             each.close()
+
+
+def _descriptors_for(connections: int) -> int:
+    return _DESCRIPTORS_PER_SESSION * connections + min(connections, _GREETING_DESCRIPTORS) + _OTHER_DESCRIPTORS
+
+
+def _connections_within(descriptors: int) -> int:
+    """Return how many connections may be open with so many descriptors, at least one."""
+    left = descriptors - _OTHER_DESCRIPTORS
+    return max(
+        1,
+        min(left // (_DESCRIPTORS_PER_SESSION + 1), _GREETING_DESCRIPTORS),
+        (left - _GREETING_DESCRIPTORS) // _DESCRIPTORS_PER_SESSION,
+    )
 
 
 def _http_process(settings: Settings, listeners: Sequence[socket.socket], tracer: Tracer | None) -> None:
