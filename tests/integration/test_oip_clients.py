@@ -79,6 +79,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with sidecar_process(folder, "--admin-port", str(port)) as running:
         for kind in ("resnet", "bert", "counting"):
             running.admin.push(folder / kind)
+        # Served in one form before that, and perhaps in another after, with other last bits.
+        until(lambda: all(running.admin.get(f"models/{kind}")["tried"] for kind in ("resnet", "bert", "counting")))
         made_of = Served(running, port)
         yield made_of
         made_of.close()
