@@ -12,6 +12,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from trunkline.client import Model
@@ -127,6 +128,18 @@ class Callers:
             return None
 
 
+@dataclass(eq=False)
+class Part:
+    """What one request has of the room."""
+
+    token: bytes
+    size_bytes: int
+
+    def take_more(self, size_bytes: int) -> None:
+        """Have more than was asked for, which is known only now: an answer is there, and who comes next finds less room."""
+        self.size_bytes += size_bytes
+
+
 class Room:
     """What requests may hold of this process at a time: so many of them, and so many bytes; one token half of it. Any thread.
 
@@ -137,22 +150,22 @@ class Room:
         self._limit_count = limit_count
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
-        self._taken: list[tuple[bytes, int]] = []
+        self._taken: list[Part] = []
 
     @contextlib.contextmanager
-    def taken(self, token: bytes, size_bytes: int) -> Iterator[None]:
+    def taken(self, token: bytes, size_bytes: int) -> Iterator[Part]:
         """Hold room while the block runs. Raises QueueFull. One that is alone is let in however large it is."""
-        entry = (token, size_bytes)
+        part = Part(token, size_bytes)
         with self._lock:
-            own = [held for whose, held in self._taken if whose == token]
+            own = [held.size_bytes for held in self._taken if held.token == token]
             self._check(len(own), sum(own), size_bytes, 2)
-            self._check(len(self._taken), sum(held for _, held in self._taken), size_bytes, 1)
-            self._taken.append(entry)
+            self._check(len(self._taken), sum(held.size_bytes for held in self._taken), size_bytes, 1)
+            self._taken.append(part)
         try:
-            yield
+            yield part
         finally:
             with self._lock:
-                self._taken.remove(entry)
+                self._taken.remove(part)
 
     def _check(self, count: int, held_bytes: int, size_bytes: int, part: int) -> None:
         limit_count, limit_bytes = self._limit_count // part, self._limit_bytes // part

@@ -80,10 +80,16 @@ class Callers(Protocol):
     def greet(self, token: bytes, models: tuple[str, ...], request_bytes: int, reply_bytes: int, deadline: float) -> None: ...
 
 
+class Part(Protocol):
+    """What one request holds."""
+
+    def take_more(self, size_bytes: int) -> None: ...
+
+
 class Room(Protocol):
     """What requests may hold of this process at a time."""
 
-    def taken(self, token: bytes, size_bytes: int) -> AbstractContextManager[None]: ...
+    def taken(self, token: bytes, size_bytes: int) -> AbstractContextManager[Part]: ...
 
 
 class Caller(NamedTuple):
@@ -225,7 +231,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
         token, body_bytes = _token(), request.content_length or 0
         json_bytes = openinference.json_length(request.headers.get(HEADER_LENGTH), body_bytes)
         with contextlib.ExitStack() as held, callers.pool(token) as pool:
-            held.enter_context(room.taken(token, body_bytes + MOST_PARSED_BYTES * json_bytes))
+            part = held.enter_context(room.taken(token, body_bytes + MOST_PARSED_BYTES * json_bytes))
             found = _current(name, version, pool)
             signature = found.signature
             # Who asks, and for what, is known before a byte of the body is read.
@@ -249,6 +255,7 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
                 raise _no_version(name, str(version))
             # A call that meets a new version goes on with it, which not everybody wants.
             found.signature.check_current(asked.signature_id, name)
+            part.take_more(sum(array.nbytes for array in answered.values()))
             content, length = openinference.encode(signature, name, asked, answered)
             response = Response(content, mimetype="application/json" if length is None else "application/octet-stream")
             # Until it has been sent: whoever does not take it holds memory, and a thread.

@@ -29,6 +29,7 @@ from sidecar.errors import BlobCorrupt
 from sidecar.http.admin import create_app
 from sidecar.http.callers import Callers, Room
 from sidecar.http.oip import HEADER_LENGTH, add_open_inference
+from sidecar.openinference import MOST_PARSED_BYTES
 from sidecar.quotas import parse_quotas
 from sidecar.store import Store
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, bundle_of, running_server
@@ -642,10 +643,23 @@ def test_an_answer_that_is_not_taken_has_its_part_of_the_room(tmp_path: Path, so
         waiting = [Client(made.unsent).post("/v2/models/age/infer", json={"inputs": [X]}) for _ in range(2)]
         assert [answer.status_code for answer in waiting] == [200, 200]
         refused(made.infer(), 503, "queue_full", "2 may be")
+        body_bytes = len(json.dumps({"inputs": [X]}))
+        assert {part.size_bytes - body_bytes * (1 + MOST_PARSED_BYTES) for part in room._taken} == {12}
         for answer in waiting:
             answer.close()
         assert made.infer().status_code == 200
         assert not room._taken
+
+
+def test_answers_are_counted_with_their_requests() -> None:
+    room = Room(4, 1000)
+    with room.taken(b"a", 10) as part:
+        part.take_more(480)
+        with pytest.raises(QueueFull), room.taken(b"a", 11):
+            pass
+        with room.taken(b"a", 10):
+            pass
+    assert not room._taken
 
 
 def test_every_route_is_documented(open_one: Endpoint) -> None:
