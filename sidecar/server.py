@@ -209,9 +209,9 @@ class Server:
         for number, fd in enumerate(newcomers):
             if (now := time.monotonic()) < until_s or not number:
                 self._receive(fd)
-            elif self._greeting.pop(fd, None) is not None:
+            elif fd in self._greeting:
                 # It is not silent, it waits for its turn.
-                self._greeting[fd] = now + HANDSHAKE_S
+                self._await_hello(fd, now)
 
     def drain(self) -> None:
         """Accept no further connections; those that exist are told Draining by the engine. Any thread."""
@@ -260,6 +260,12 @@ class Server:
 
     def _accept(self, listener: _Listener) -> None:
         for _ in range(_ACCEPT_SLICE):
+            if len(self._greeting) >= min(_MOST_GREETING, self._connection_limit):
+                # The one that has been silent for longest leaves, if another is there to come.
+                silent = next((fd for fd in self._greeting if not _is_readable(fd)), None)
+                if silent is None or not _is_readable(listener.socket.fileno()):
+                    return
+                self._end(self._sessions[silent])
             try:
                 sock, _ = listener.socket.accept()
             except BlockingIOError:
@@ -275,14 +281,15 @@ class Server:
                 self._listen(False)
                 return
             sock.setblocking(False)
-            if len(self._greeting) >= min(_MOST_GREETING, self._connection_limit):
-                # The one that has been silent for longest.
-                self._end(self._sessions[next(iter(self._greeting))])
             self._last_session += 1
             session = Session(self, sock, self._last_session, listener)
             self._sessions[sock.fileno()] = session
-            self._greeting[sock.fileno()] = time.monotonic() + HANDSHAKE_S
+            self._await_hello(sock.fileno(), time.monotonic())
             self._poll.register(sock, select.EPOLLIN)
+
+    def _await_hello(self, fd: int, now: float) -> None:
+        self._greeting.pop(fd, None)
+        self._greeting[fd] = now + HANDSHAKE_S
 
     def _listen(self, wanted: bool) -> None:
         """Take all listeners into the poll, or out of it: one that nobody accepts from would wake it for ever."""
@@ -314,8 +321,12 @@ class Server:
     def _close_the_silent(self) -> None:
         now = time.monotonic()
         # The oldest stands first.
-        while self._greeting and next(iter(self._greeting.values())) <= now:
-            self._end(self._sessions[next(iter(self._greeting))])
+        for fd in [fd for fd, until_s in self._greeting.items() if until_s <= now]:
+            if _is_readable(fd):
+                # It has spoken, while this thread was busy, and has its turn next.
+                self._await_hello(fd, now)
+            else:
+                self._end(self._sessions[fd])
 
     def _receive(self, fd: int) -> None:
         session = self._sessions.get(fd)
@@ -1119,6 +1130,13 @@ class _ReplyLayout(NamedTuple):
     placements: tuple[Placement, ...]
     targets: tuple[object, ...]
     staged: memoryview | None
+
+
+def _is_readable(fd: int) -> bool:
+    """Say whether there is something to read or to accept, or the other side has gone."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _check_bounds(model: str, spec: protocol.TensorSpec, values: memoryview) -> None:

@@ -34,7 +34,7 @@ PATIENCE_S: Final = 60.0
 DESCRIPTORS_EACH: Final = 3
 _REST_S: Final = 0.002
 _SETTLE_S: Final = 20.0
-_SEGMENT: Final = re.compile(r"trunkline-\d+-[0-9a-f]{32}")
+_SEGMENT: Final = re.compile(r"trunkline-\d+-[0-9a-f]{32}(-next)?")
 
 
 class Scaled(torch.nn.Module):
