@@ -299,13 +299,17 @@ def test_variants_of_one_model_need_one_program(running: Running) -> None:
 
 def test_an_idle_engine_gives_memory_back_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.engine._IDLE_S", 0.01)
-    for calls in (1, 2):
+    deadline = time.monotonic() + 20
+    for _ in range(2):
+        before = running.device.trim_count
         model("age")(np.ones((1, 3), np.float32))
-        deadline = time.monotonic() + 20
-        while running.device.trim_count < calls and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        assert running.device.trim_count == calls
+        # What a request leaves to be done may come a while after its answer, and wakes the engine once more: but if
+        # nothing comes for ten times the time after which it is idle, it has given memory back and does not go on with it.
+        counts = [before]
+        while counts[-1] == before or counts[-1] != counts[-2]:
+            assert time.monotonic() < deadline, counts
+            time.sleep(0.1)
+            counts.append(running.device.trim_count)
 
 
 def test_commands_of_the_administrator(running: Running) -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Serving:
 
     def __init__(self, running: Running, store: Store) -> None:
         self.running = running
-        self.http: flask.testing.FlaskClient = create_app(AdminConnection(running.path, ADMIN_TOKEN), store).test_client()
+        self.connection = AdminConnection(running.path, ADMIN_TOKEN)
+        self.http: flask.testing.FlaskClient = create_app(self.connection, store).test_client()
 
     def get(self, path: str) -> Any:
         return self._told(self.http.get(f"/admin/v1/{path}"))
@@ -72,20 +74,19 @@ Serve = Callable[..., Serving]
 
 @pytest.fixture
 def serve(tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    served: list[Any] = []
+    served = ExitStack()
 
     def made(*names: str, **settings: Any) -> Serving:
         devices = [FakeDevice(name) for name in names or ("fake",)]
-        context = running_server(tmp_path, source, device=devices[0], beside=devices[1:], **settings)
-        running = context.__enter__()
-        served.append(context)
+        running = served.enter_context(running_server(tmp_path, source, device=devices[0], beside=devices[1:], **settings))
         monkeypatch.setenv("TRUNKLINE_SOCKET", running.path)
-        return Serving(running, Store(tmp_path / "store"))
+        serving = Serving(running, Store(tmp_path / "store"))
+        served.callback(serving.connection.close)
+        return serving
 
-    yield made
-    client._pool.close()
-    for context in served:
-        context.__exit__(None, None, None)
+    with served:
+        yield made
+        client._pool.close()
 
 
 @pytest.fixture
