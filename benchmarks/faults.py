@@ -1,5 +1,7 @@
 """The fault matrix and the threat table as figures: runs the tests of every row, one after another, and adds up what they found.
 
+All is tried as often as the matrix asks for, also where a push makes do with less.
+
 ``--docs`` writes the table into docs/reliability.md. Exits with 1 when a test of a row has failed.
 """
 
@@ -21,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import Report
-from tests.rows import ROOT, ROWS, Trial, by_row
+from tests.rows import ROOT, ROWS, Size, Trial, by_row
 
 DOCUMENT: Final = ROOT / "docs" / "reliability.md"
 RESULTS: Final = ROOT / "benchmarks" / "results" / "faults.json"
@@ -39,6 +41,8 @@ QUICK_S: Final = 40.0
 # From being told to end until it is killed, with what it has started.
 _ENDING_S: Final = 15.0
 _WIDTH: Final = 150
+
+OPTIONS: Final[Mapping[Size, Sequence[str]]] = {"push": (), "full": ("--full",), "night": ("--nightly",)}
 
 HEADINGS: Final = ("row", "what", "tests", "attempts", "answered", "wrong", "lost", "left behind", "stall, s", "seconds", "")
 
@@ -103,13 +107,13 @@ def _node(found: Mapping[str, Any]) -> str:
     return str(found["test"]).partition("[")[0]
 
 
-def run(nodes: Sequence[str], *, nightly: bool, within_s: float | None) -> list[dict[str, Any]]:
+def run(nodes: Sequence[str], size: Size, *, within_s: float | None) -> list[dict[str, Any]]:
     """Run tests one after another; return what ``--rows`` has of those that came to an end."""
     with tempfile.TemporaryDirectory(prefix="trunkline-faults-") as folder:
         rows = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--continue-on-collection-errors", "--rows", str(rows)]
         # What it says goes where it does not mix with the figures.
-        process = subprocess.Popen([*command, *["--nightly"] * nightly, *nodes], cwd=ROOT, stdout=sys.stderr)
+        process = subprocess.Popen([*command, *OPTIONS[size], *nodes], cwd=ROOT, stdout=sys.stderr)
         try:
             process.wait(within_s)
         except subprocess.TimeoutExpired:
@@ -162,13 +166,13 @@ def _show(rows: Mapping[str, Figures]) -> None:
     Console(width=None if console.is_terminal else _WIDTH).print(table)
 
 
-def measure(report: Report, *, nightly: bool) -> dict[str, Figures]:
+def measure(report: Report, size: Size) -> dict[str, Figures]:
     """Run what is marked, and return the figures of every row, those that nobody tries, too."""
     by = by_row()
     marked = list({trial.node: trial for trials in by.values() for trial in trials}.values())
     marked.sort(key=lambda trial: (trial.path, trial.line))
     nodes = quick(marked) if report.quick else [trial.node for trial in marked]
-    found = run(nodes, nightly=nightly, within_s=QUICK_S if report.quick else None)
+    found = run(nodes, size, within_s=QUICK_S if report.quick else None)
     rows = {row: figures_of(ROWS[row], by[row], found) for row in ROWS}
     # A test of two rows is counted once here.
     everything = figures_of("all", marked, found)
@@ -183,7 +187,7 @@ def measure(report: Report, *, nightly: bool) -> dict[str, Figures]:
         "longest_stall_s": everything.longest_stall_s,
         "seconds": everything.seconds,
     }
-    report.raw |= {"rows": {row: asdict(figures) for row, figures in rows.items()}, "tests": found, "nightly": nightly}
+    report.raw |= {"rows": {row: asdict(figures) for row, figures in rows.items()}, "tests": found, "size": size}
     for state, reason in ((MISSING, "no test is marked with it"), (NOT_RUN, "not all of its tests were run")):
         report.lack(reason, *[row for row, figures in rows.items() if figures.state == state])
     return rows
@@ -213,7 +217,7 @@ def main() -> None:
     if chosen.docs and chosen.quick:
         parser.error("--docs takes a whole run: leave --quick out")
     report = Report("faults", chosen.quick)
-    rows = measure(report, nightly=chosen.nightly)
+    rows = measure(report, "night" if chosen.nightly else "push" if chosen.quick else "full")
     if chosen.docs:
         written = markdown(rows, _machine(report.to_plain()))
         DOCUMENT.write_text(renewed(DOCUMENT.read_text(), written))

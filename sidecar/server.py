@@ -83,7 +83,7 @@ _COMMAND_DEADLINE_S: Final = 600.0
 _SMALLEST_ARENA_BYTES: Final = 64 * 1024
 _ACCEPT_SLICE: Final = 64
 # Connections of whom nobody knows yet whose they are. Beyond that the oldest is closed: who means it says hello at once.
-_MOST_GREETING: Final = 4 * _ACCEPT_SLICE
+MOST_GREETING: Final = 4 * _ACCEPT_SLICE
 # To make arenas takes time, in which nobody else is answered: after so much of it those who are asking have their turn.
 _GREETING_S: Final = 0.005
 # How soon a function is told to try again that has as many connections as its tenant may have.
@@ -260,7 +260,7 @@ class Server:
 
     def _accept(self, listener: _Listener) -> None:
         for _ in range(_ACCEPT_SLICE):
-            if len(self._greeting) >= min(_MOST_GREETING, self._connection_limit):
+            if len(self._greeting) >= min(MOST_GREETING, self._connection_limit):
                 # The one that has been silent for longest leaves, if another is there to come.
                 silent = next((fd for fd in self._greeting if not _is_readable(fd)), None)
                 if silent is None or not _is_readable(listener.socket.fileno()):

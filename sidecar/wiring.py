@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
 import os
@@ -28,6 +29,7 @@ from sidecar.quarantine import Suspects
 from sidecar.quotas import read_quotas
 from sidecar.reloading import QuotaFile
 from sidecar.rundirectory import Ownership, RunDirectory
+from sidecar.server import MOST_GREETING
 from sidecar.store import Store
 from sidecar.supervisor import EXIT_GRACE_S, Supervisor
 from sidecar.takeover import TakeOver
@@ -44,8 +46,6 @@ log = logging.getLogger("trunkline")
 # A socket, and what Python's mmap keeps of each arena.
 _DESCRIPTORS_PER_SESSION = 3
 _OTHER_DESCRIPTORS = 64
-# Connections that have said nothing yet; no more than may be open.
-_GREETING_DESCRIPTORS = 256
 # How an engine ends whose device is lost: with the system's code for errors of software.
 _DEVICE_LOST = os.EX_SOFTWARE
 # How long a process that ends waits for its last spans to be exported.
@@ -149,17 +149,13 @@ def _serve(
 
 
 def _descriptors_for(connections: int) -> int:
-    return _DESCRIPTORS_PER_SESSION * connections + min(connections, _GREETING_DESCRIPTORS) + _OTHER_DESCRIPTORS
+    """Return how many descriptors an engine may have open with so many connections, and those who have said nothing yet."""
+    return _DESCRIPTORS_PER_SESSION * connections + min(connections, MOST_GREETING) + _OTHER_DESCRIPTORS
 
 
 def _connections_within(descriptors: int) -> int:
     """Return how many connections may be open with so many descriptors, at least one."""
-    left = descriptors - _OTHER_DESCRIPTORS
-    return max(
-        1,
-        min(left // (_DESCRIPTORS_PER_SESSION + 1), _GREETING_DESCRIPTORS),
-        (left - _GREETING_DESCRIPTORS) // _DESCRIPTORS_PER_SESSION,
-    )
+    return max(1, bisect.bisect_right(range(1, descriptors), descriptors, key=_descriptors_for))
 
 
 def _http_process(settings: Settings, listeners: Sequence[socket.socket], tracer: Tracer | None) -> None:

@@ -31,6 +31,11 @@ def held() -> tuple[int, int]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what the fault matrix is told."""
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="have the fault matrix try as often as it asks for, not as often as a push has time for",
+    )
     parser.addoption("--nightly", action="store_true", help="have the fault matrix try everything twenty times as often")
     parser.addoption("--rows", metavar="FILE", help="write what the rows of the fault matrix have found as JSON")
 

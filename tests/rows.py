@@ -11,9 +11,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 ROOT: Final = Path(__file__).resolve().parents[1]
+
+# How often things are tried: as with each push, where some counts are smaller because they take minutes; as the matrix has them;
+# or as in a night.
+Size = Literal["push", "full", "night"]
 
 FAULTS: Final = {
     "F1": "malformed frames",

@@ -19,9 +19,7 @@ from typing import Any, Protocol
 
 from flask import Flask, Response, jsonify, request
 from trunkline.errors import (
-    Draining,
     InvalidInput,
-    SidecarUnavailable,
     TrunklineError,
     UnknownModel,
 )
@@ -32,6 +30,7 @@ from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError, NotQuarantined
 from sidecar.http.access import OPEN, OPERATE, READ, Gate, needs
 from sidecar.http.audit import Audit, note
+from sidecar.http.engineclient import check_ready
 from sidecar.http.events import Feed
 from sidecar.http.jobs import Command, LongWork, add_jobs
 from sidecar.http.metrics import CONTENT_TYPE, SpanCounts, exposition
@@ -113,15 +112,7 @@ def create_app(
     @needs(OPEN)
     def readyz() -> Response:
         """Say whether the engine answers and takes work."""
-        try:
-            # Not its status: that lists all models, and whoever probes, be it a stranger, must not have them deployed.
-            draining = engine.command("intake")["draining"]
-        except TrunklineError as error:
-            # Whatever the reason, a probe hears 503 and nothing about the machine.
-            log.info("not ready: %s", error.message)
-            raise SidecarUnavailable("the engine does not answer") from error
-        if draining:
-            raise Draining("the sidecar takes no new work")
+        check_ready(engine)
         return jsonify(status="ok")
 
     scrape = exposition((scraped or engine).command, spans)

@@ -21,12 +21,13 @@ from trunkline.arguments import sendable
 from trunkline.client import Model
 from trunkline.errors import (
     BodyTooLarge,
+    Draining,
     InvalidInput,
     ModelCorrupt,
     RequestError,
     SidecarFault,
+    SidecarUnavailable,
     TransportError,
-    TrunklineError,
     UnknownModel,
 )
 from trunkline.oip import EXTENSION, HEADER_LENGTH, MAX_TIMEOUT_US
@@ -37,6 +38,7 @@ from sidecar import failures, openinference
 from sidecar.errors import BundleError, Forbidden
 from sidecar.http.access import TENANT, needs
 from sidecar.http.access import tenant_token as _token
+from sidecar.http.engineclient import EngineClient, check_ready
 from sidecar.labels import LABEL, labelled, parted
 from sidecar.openinference import MAX_JSON_BYTES, MOST_PARSED_BYTES
 from sidecar.releases import RELEASED
@@ -57,12 +59,6 @@ _NO_SHARED_MEMORY: Final = (
     "clients cannot register shared memory with this server: it would let them name memory of others; send tensors in the "
     "body, or ask over the sidecar's Unix socket, where memory is shared"
 )
-
-
-class EngineClient(Protocol):
-    """How the endpoint reaches the engine as the administrator."""
-
-    def command(self, name: str, arguments: dict[str, object] | None = None) -> Any: ...
 
 
 class Models(Protocol):
@@ -144,11 +140,10 @@ def add_open_inference(app: Flask, engine: EngineClient, callers: Callers, room:
     def ready() -> tuple[Response, int]:
         """Say whether the engine answers and takes work."""
         try:
-            is_ready = not engine.command("intake")["draining"]
-        except TrunklineError as error:
-            failures.log.info("not ready: %s", error.message)
-            is_ready = False
-        return _readiness(is_ready, live=True)
+            check_ready(engine)
+        except (SidecarUnavailable, Draining):
+            return _readiness(False, live=True)
+        return _readiness(True, live=True)
 
     @routes.get("")
     @needs(TENANT)

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
+from sidecar.http.engineclient import EngineClient
 from sidecar.rates import History, totals_of
 from sidecar.sankey import laid_out
 from sidecar.view import Seen, state_of
 
 # Moves that are shown.
 _MOST_MOVES: Final = 40
-
-
-class EngineClient(Protocol):
-    """How the page reaches the engine."""
-
-    def command(self, name: str, arguments: dict[str, object] | None = None) -> Any: ...
 
 
 class Look(NamedTuple):

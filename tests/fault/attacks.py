@@ -15,18 +15,22 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 import numpy as np
 from trunkline import protocol
-from trunkline.errors import ArenaFull, FrameTooLarge, MalformedFrame, SidecarFault
+from trunkline.client import Model
+from trunkline.errors import ArenaFull, FrameTooLarge, MalformedFrame, SidecarFault, ValueOutOfBounds
 from trunkline.protocol import Describe, Fault, Message, Placement
 
 from tests.fault.clients import STEPS
-from tests.fault.matrix import Neighbour, Row
+from tests.fault.looked import BAD, TABLE, right
+from tests.fault.matrix import Neighbour, Row, pool_at
 from tests.fault.wire import HARMLESS, Refused, Wire, connected, hello, infer
+from tests.nodes import until
 from tests.sidecar_process import ROOT, SidecarProcess
 
 # What no stranger is told: paths, names of shared memory, addresses, and how Python shows objects.
@@ -34,6 +38,10 @@ TELLTALE: Final = re.compile(
     r"/(?:dev|proc|tmp|run|var|home|usr|etc|root|work|opt)/|"
     r"\.py\b|\bpsm_|memfd|trunkline-\d|0x[0-9a-f]{4,}|<\w+[^>]* at |Traceback"
 )
+
+
+# Who asks at once in ``raises``.
+RAISERS: Final = 4
 
 
 class Clients:
@@ -374,3 +382,44 @@ def is_served(box: SidecarProcess) -> bool:
         wire.request[: x.nbytes] = x.tobytes()
         answer = wire.ask(infer("scaled", "float32", (1, 8)))
         return isinstance(answer, protocol.Result) and bool((np.frombuffer(wire.reply, np.float32, 8) == 3 * np.arange(8)).all())
+
+
+def raises(row: Row, box: SidecarProcess, count: int) -> None:
+    """Have four clients ask "looked", each for something it fails for one time in twenty, which is nobody else's. For F23.
+
+    Some of that is computed as a batch: one call after another, until it is known how much memory a call takes.
+    """
+
+    def ask(seed: int) -> tuple[int, int]:
+        random, pool, wrong, lost = np.random.default_rng(seed), pool_at(box.socket), 0, 0
+        model = Model("looked", pool)
+        for number in range(count // RAISERS):
+            ids = random.integers(0, TABLE // 2, (1, 4))
+            is_bad = number % 20 == seed
+            if is_bad:
+                ids[0, number % 4] = BAD[number // 20 % len(BAD)]
+            try:
+                answer = model(ids)
+                wrong += is_bad or not np.array_equal(answer, right(ids))
+            except ValueOutOfBounds:
+                lost += not is_bad
+        pool.close()
+        return wrong, lost
+
+    def beside() -> int:
+        sharing = box.admin.get("status")["sharing"]
+        return int(sharing["stage_rows"]) - int(sharing["stages"])
+
+    def ask_good(seed: int) -> None:
+        with contextlib.closing(pool_at(box.socket)) as pool:
+            Model("looked", pool)(np.full((1, 4), seed))
+
+    with Neighbour(row, box.socket), ThreadPoolExecutor(RAISERS) as threads:
+        before = beside()
+        until(lambda: bool(list(threads.map(ask_good, range(RAISERS)))) and beside() > before)
+        for each in [threads.submit(ask, seed) for seed in range(RAISERS)]:
+            wrong, lost = each.result()
+            row.attempts += count // RAISERS
+            row.answered += count // RAISERS - lost
+            row.wrong += wrong
+            row.lost += lost

@@ -9,15 +9,22 @@ from pathlib import Path
 import pytest
 
 from tests.fault.matrix import Row, held, left, settled, write_scaled
+from tests.rows import Size
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give a night's rows the time they need."""
-    if config.getoption("--nightly"):
+    """Give the rows the time they need to try all that often."""
+    if _size(config) != "push":
         for item in items:
             if item.get_closest_marker("row") is not None:
                 item.add_marker(pytest.mark.timeout(4 * 3600), append=False)
+
+
+def _size(config: pytest.Config) -> Size:
+    if config.getoption("--nightly"):
+        return "night"
+    return "full" if config.getoption("--full") else "push"
 
 
 @pytest.fixture
@@ -25,7 +32,7 @@ def row(request: pytest.FixtureRequest, nothing_leaks: None) -> Iterator[Row]:
     """What the test finds of the rows that it is marked with. Checked after everything else that the test was given."""
     marker = request.node.get_closest_marker("row")
     assert marker is not None, "of which row is it?"
-    found = Row(marker.args, is_nightly=request.config.getoption("--nightly"))
+    found = Row(marker.args, _size(request.config))
     began_s = time.monotonic()
     yield found
     found.seconds = round(time.monotonic() - began_s, 3)

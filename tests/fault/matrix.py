@@ -6,6 +6,7 @@ after the test it must have found nothing wrong, nothing lost and nothing left b
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -24,7 +25,10 @@ from sidecar.bundle import write_bundle
 from sidecar.export import convert
 from sidecar.segment import SHARED_MEMORY, segment_name
 from tests.nodes import until
+from tests.rows import Size
 from tests.sidecar_process import SidecarProcess
+
+log = logging.getLogger(__name__)
 
 # How much larger the counts of a night are.
 NIGHTLY: Final = 20
@@ -34,7 +38,8 @@ PATIENCE_S: Final = 60.0
 DESCRIPTORS_EACH: Final = 3
 _REST_S: Final = 0.002
 _SETTLE_S: Final = 20.0
-_SEGMENT: Final = re.compile(r"trunkline-\d+-[0-9a-f]{32}(-next)?")
+# Those that tests make by themselves (tests/segments.py) have the pid of the test in it.
+_SEGMENT: Final = re.compile(r"trunkline-\d+-(\d+-)?[0-9a-f]{32}(-next)?")
 
 
 class Scaled(torch.nn.Module):
@@ -68,7 +73,7 @@ class Row:
     """What a row has found. ``longest_stall_s`` is the longest time in which a neighbour had no answer."""
 
     ids: tuple[str, ...]
-    is_nightly: bool = False
+    size: Size = "push"
     attempts: int = 0
     answered: int = 0
     wrong: int = 0
@@ -79,9 +84,11 @@ class Row:
     # What else was measured, by name; not asserted.
     figures: dict[str, float] = field(default_factory=dict)
 
-    def count(self, push: int) -> int:
-        """Return how often to try: as often as with each push, or as in a night."""
-        return push * NIGHTLY if self.is_nightly else push
+    def count(self, full: int, push: int | None = None) -> int:
+        """Return how often to try. ``full`` is what the matrix asks for, ``push`` what has to do with a push; None: as much."""
+        if self.size == "push" and push is not None:
+            return push
+        return full * NIGHTLY if self.size == "night" else full
 
     def check(self) -> None:
         """Raise AssertionError for anything that must not be."""
@@ -229,5 +236,7 @@ def left(box: SidecarProcess, before: dict[str, int], settle_s: float = _SETTLE_
     while True:
         more = {what: count - before[what] for what, count in held(box).items() if count > before[what]}
         if not more or time.monotonic() > deadline:
+            if "names in /dev/shm" in more:
+                log.error("of all that is in /dev/shm, %s count", sorted(names_of(box)))
             return more
         time.sleep(0.05)

@@ -16,7 +16,7 @@ import numpy as np
 from trunkline import arena, connection, protocol
 from trunkline.errors import ProtocolError
 
-from sidecar import server, tenantsockets
+from sidecar import server, tenantsockets, wavefront
 from tests.fault import circumstances
 
 
@@ -89,6 +89,16 @@ def reserves_nothing() -> None:
             os.ftruncate(fd, offset + size)
 
     arena.os = Lax()  # type: ignore[assignment]
+
+
+def fails_whole_batches() -> None:
+    """A batch that raises is not run row by row, but fails with all who are in it. For F23."""
+
+    def fail(self: Any, group: Any) -> Any:
+        self._groups.remove(group)
+        return list(group.tickets())
+
+    wavefront.Wavefront.fail = fail  # type: ignore[method-assign]
 
 
 def answers_without_ids() -> None:

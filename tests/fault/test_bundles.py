@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-import torch
 from trunkline.client import Model
 from trunkline.errors import TrunklineError
 
@@ -36,6 +35,7 @@ from sidecar.segment import SHARED_MEMORY, segment_name
 from sidecar.unixhttp import SCHEME, mount_unix
 from tests.fault.matrix import EXPECTED, Neighbour, Row, descendants, pool_at
 from tests.nodes import until
+from tests.registered import registered_off_the_list
 from tests.sidecar_process import SidecarProcess
 
 Plain = dict[str, Any]
@@ -283,12 +283,7 @@ def test_mutants_are_refused_or_served_and_nothing_else(
 
 def off_the_list(row: Row, manifest: Plain, graph: Plain) -> Iterator[Plain]:
     """Have a graph of each operator read that torch has and bundles may not use; give what was refused, with its manifest."""
-    for name in torch._C._dispatch_get_all_op_names():
-        library, _, rest = name.partition("::")
-        base, _, overload = rest.partition(".")
-        op = f"{library}.{base}.{overload or 'default'}"
-        if op in operators.ALLOWED:
-            continue
+    for op in registered_off_the_list():
         graph["nodes"] = [{"op": op, "args": [{"input": 0}], "kwargs": {}, "origin": ""}]
         row.attempts += 1
         text = json.dumps(graph, sort_keys=True, separators=(",", ":")).encode()

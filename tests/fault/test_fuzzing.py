@@ -52,7 +52,7 @@ def watched(hook: None) -> Iterator[Callable[[], list[str]]]:
 def attack(row: Row, name: str, begin: Sequence[bytes]) -> None:
     """Give a target mutants of a corpus; fail with the first that makes it do what it must not."""
     target = TARGETS[name]
-    for number, data in enumerate(mutants(begin, NIGHTLY_MUTANTS if row.is_nightly else MUTANTS, seed=1)):
+    for number, data in enumerate(mutants(begin, NIGHTLY_MUTANTS if row.size == "night" else MUTANTS, seed=1)):
         row.attempts += 1
         try:
             target(data)

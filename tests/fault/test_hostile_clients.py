@@ -131,7 +131,7 @@ def test_no_change_of_an_arena_makes_the_sidecar_fall(row: Row, steady: SidecarP
 @pytest.mark.row("F10", "T2")
 def test_what_was_not_checked_is_not_computed(row: Row, steady: SidecarProcess) -> None:
     # 50,000 take 17 s on two busy cores, 200,000 took 68.
-    found = attacks.flips(row, steady, row.count(50_000))
+    found = attacks.flips(row, steady, row.count(200_000, push=50_000))
     row.figures |= {"computed": found["good"], "refused": found["value_out_of_bounds"]}
 
 

@@ -10,34 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from trunkline.client import Model
 from trunkline.errors import ValueOutOfBounds
 
 from sidecar.bundle import write_bundle
 from sidecar.export import convert
+from tests.fault.looked import BAD, TABLE, Looked, right
 from tests.fault.matrix import Neighbour, Row, pool_at, settled
 from tests.sidecar_process import SidecarProcess
 
 REQUESTS = 1000
-TABLE = 40
-# Of the table that ``Looked`` has: half of it, because it looks up twice what it is given.
-BAD = (-1, TABLE // 2, 1 << 31, (1 << 62) - 1, (1 << 63) - 1)
-
-
-class Looked(nn.Module):
-    """Looks up twice what it is given; 2^63-1 twice is -2, which is no row either."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding.from_pretrained(torch.arange(TABLE * 3.0).reshape(TABLE, 3))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.table(ids * 2).sum(1)
-
-
-def right(ids: np.ndarray) -> np.ndarray:
-    return np.arange(TABLE * 3, dtype=np.float32).reshape(TABLE, 3)[ids * 2].sum(1)
 
 
 @pytest.fixture

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.bundles import write_adding_bundle
 from tests.fault import attacks, circumstances, mutants
 from tests.fault.attacks import LARGEST, OFFSET
 from tests.fault.launching import Change, through
+from tests.fault.looked import Looked
 from tests.fault.matrix import Row, held, left, settled
+from tests.fault.test_neighbours_in_a_batch import deploy
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -74,6 +77,13 @@ def test_arenas_without_memory_of_their_own_are_found_out(
     with sidecar_process(tmp_path, through=through(mutants.reserves_nothing)) as box:
         serve(box, models)
         assert "somebody was let in" in tried(lambda row, box: attacks.shortages(row, box, 8, short), box)
+
+
+def test_who_fails_with_others_is_found_out(tmp_path: Path, models: list[Path]) -> None:
+    with sidecar_process(tmp_path, "--batch-window", "0.02", through=through(mutants.fails_whole_batches)) as box:
+        serve(box, models)
+        deploy(box, tmp_path, "looked", Looked(), torch.zeros(2, 4, dtype=torch.int64))
+        assert "requests lost" in tried(lambda row, box: attacks.raises(row, box, 400), box)
 
 
 def test_a_broken_client_is_found_out(tmp_path: Path, models: list[Path]) -> None:

@@ -29,7 +29,7 @@ WATCHDOG_S = 1.0
 # Each costs two engines, then it is refused, with its model.
 KILLERS = 5
 LOSERS = 2
-HANGERS = 5
+HANGERS, PUSH_HANGERS = 10, 5
 KILLS_BY_HAND = 12
 CLIENTS = 4
 TENANT_KILLS = 3
@@ -180,7 +180,7 @@ def test_the_poison_of_one_tenant_is_none_of_another_that_asks_the_same_model(ro
 def test_a_request_that_does_not_end_is_ended_twice_and_is_refused(
     box: SidecarProcess, row: Row, pool: Pool, tmp_path: Path
 ) -> None:
-    names = [f"hanger-{number}" for number in range(row.count(HANGERS))]
+    names = [f"hanger-{number}" for number in range(row.count(HANGERS, push=PUSH_HANGERS))]
     check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.HANGS)
     assert told(box, "watchdog_kills_total") == 2 * len(names)
     # As soon as it may: a stage that was tried has no ten times as long.

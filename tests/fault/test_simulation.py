@@ -22,7 +22,7 @@ from tests.fakes import FakeDevice
 from tests.fault.matrix import Row
 from tests.fault.simulation import EVENTS, SEAMS, life
 
-LIVES = 200
+LIVES, PUSH_LIVES = 2000, 200
 BLOCKS = 10
 # So many lives a broken sidecar may have before it is found out.
 MUTANT_LIVES = 12
@@ -43,7 +43,7 @@ def live(seed: int, folder: Path) -> tuple[Counter[str], Counter[str], list[obje
 def test_random_lives(block: int, row: Row, tmp_path: Path) -> None:
     outcomes: Counter[str] = Counter()
     injected: Counter[str] = Counter()
-    each = row.count(LIVES) // BLOCKS
+    each = row.count(LIVES, push=PUSH_LIVES) // BLOCKS
     for seed in range(block * each, (block + 1) * each):
         told, failed, _ = live(seed, tmp_path)
         row.attempts += EVENTS

@@ -39,8 +39,9 @@ def connected(path: str) -> socket.socket:
     """Return a socket on which nothing was said yet."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
-        sock.settimeout(PATIENCE_S)
+        # With a limit in time, a full backlog would be told at once; so connect waits for room in it.
         sock.connect(path)
+        sock.settimeout(PATIENCE_S)
     except BaseException:
         sock.close()
         raise

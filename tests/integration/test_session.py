@@ -726,12 +726,12 @@ def test_those_who_say_nothing_keep_nobody_out(tmp_path: Path, source: FakeSourc
             each.close()
 
 
-@pytest.mark.parametrize("limit", ["HANDSHAKE_S", "_MOST_GREETING"])
+@pytest.mark.parametrize("limit", ["HANDSHAKE_S", "MOST_GREETING"])
 def test_who_has_spoken_is_not_silent_however_long_the_server_was_busy(
     running: Running, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     """They are accepted all at once, after their time, and more than may be silent."""
-    monkeypatch.setattr(f"sidecar.server.{limit}", {"HANDSHAKE_S": 0.0, "_MOST_GREETING": 2}[limit])
+    monkeypatch.setattr(f"sidecar.server.{limit}", {"HANDSHAKE_S": 0.0, "MOST_GREETING": 2}[limit])
     held = threading.Event()
     running.server._post(lambda: held.wait(20))
     coming = [raw(running) for _ in range(6)]

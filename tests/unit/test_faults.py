@@ -87,7 +87,7 @@ def test_tests_that_are_marked_tell_what_they_found_and_those_that_count_nothing
         "def test_is_no_row():\n    pass\n"
     )
     here = ["-c", "pyproject.toml", "-p", "tests.conftest", "-p", "tests.fault.conftest"]
-    ran = faults.run([*here, str(tests)], nightly=False, within_s=None)
+    ran = faults.run([*here, str(tests)], "push", within_s=None)
     by_name = {each["test"].partition("::")[2]: each for each in ran}
     assert list(by_name) == ["test_counts", "test_finds_something_wrong", "test_counts_nothing[1]", "test_counts_nothing[2]"]
     assert (by_name["test_counts"]["passed"], by_name["test_counts"]["row"]["attempts"]) == (True, 3)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.server import _MOST_GREETING
-from sidecar.wiring import _GREETING_DESCRIPTORS, _connections_within, _descriptors_for
+from sidecar.wiring import _connections_within, _descriptors_for
 
 
 @pytest.mark.parametrize("limit", [*range(68, 2000, 7), 4096, 65536])
@@ -17,7 +16,3 @@ def test_as_many_connections_are_let_in_as_there_are_descriptors_for(limit: int)
 
 def test_one_is_let_in_whatever_the_limit() -> None:
     assert _connections_within(8) == 1
-
-
-def test_the_server_lets_no_more_wait_than_are_reckoned_with() -> None:
-    assert _GREETING_DESCRIPTORS == _MOST_GREETING
