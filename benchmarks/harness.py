@@ -139,6 +139,11 @@ class Bench:
             process.wait()
         self._started.remove(process)
 
+    def end(self, sidecar: Sidecar) -> None:
+        """Stop a sidecar. Its connections are closed before: an HTTP worker waits for those that may be asked again."""
+        sidecar.close()
+        self.stop(sidecar.process)
+
     def start_sidecar(
         self,
         name: str = "ours",

@@ -72,14 +72,14 @@ def lanes(bench: TenancyBench) -> None:
                 figures[f"lanes_throughput_{workload}_{name}_k{count}"] = found[name][f"k{count}"] / alone
     raw["counts"] = {name: sidecar.admin.get("status")["sharing"] for name, sidecar in sidecars.items()}
     for name in ("many", "one_batched", "many_batched"):
-        bench.stop(sidecars[name].process)
-    bench.stop(single.process)
+        bench.end(sidecars[name])
+    bench.end(single)
     if bench.report.quick:
         lacking = ("lanes_auto_after_s", "lanes_auto_mixed_k1", f"lanes_auto_mixed_k{_CLIENTS}")
         bench.report.lack("left out of --quick: a sidecar needs some ten seconds to divide its device", *lacking)
     else:
         _auto(bench, one)
-    bench.stop(one.process)
+    bench.end(one)
 
 
 def _auto(bench: TenancyBench, one: Sidecar) -> None:
@@ -97,4 +97,4 @@ def _auto(bench: TenancyBench, one: Sidecar) -> None:
         found = bench.rates({"one": clients(bench, one, names, count), "auto": clients(bench, auto, names, count)})
         figures[f"lanes_auto_mixed_k{count}"] = found["auto"] / found["one"]
     bench.report.raw["lanes"]["auto"] = auto.admin.get("status")["lanes"]
-    bench.stop(auto.process)
+    bench.end(auto)

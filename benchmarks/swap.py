@@ -98,7 +98,7 @@ def under(bench: Swap, divisor: float) -> None:
     }
     _predicted(bench, before, after)
     _peak(bench, peak, budget_bytes)
-    bench.stop(sidecar.process)
+    bench.end(sidecar)
 
 
 def _turn(bench: Swap, sidecar: Sidecar, name: str, seconds: Mapping[str, Any], read: Mapping[str, Any]) -> None:
@@ -158,7 +158,7 @@ def crossover(bench: Swap) -> None:
         bench.timed(sidecar, name)
     except BudgetExceeded as error:
         bench.report.lack(error.message, *(f"crossover_latency_ratio_b{batch}" for batch in bench.scale.batches))
-        bench.stop(sidecar.process)
+        bench.end(sidecar)
         return
     for batch in bench.scale.batches:
         # Times of stages depend on the batch; a few runs until the predictions have followed.
@@ -186,7 +186,7 @@ def crossover(bench: Swap) -> None:
         bench.report.figures[f"crossover_compute_over_transfer_b{batch}"] = compute_s / transfer_s
         _predicted(bench, before, after)
     bench.report.raw["crossover"] = {"model_bytes": size_bytes, "budget_bytes": budget_bytes, "rows": rows}
-    bench.stop(sidecar.process)
+    bench.end(sidecar)
 
 
 def _bytes_in_memory(bench: Swap, name: str) -> int:

@@ -67,13 +67,13 @@ def engine_restart(bench: Swap) -> None:
             warm[key].append(value)
     cold: dict[str, list[float]] = {"first": [], "all": []}
     for _ in range(bench.scale.restarts):
-        bench.stop(sidecar.process)
+        bench.end(sidecar)
         started_s = time.perf_counter()
         sidecar = bench.start_sidecar("restart", bench.threads, store=STORE, TRUNKLINE_MEMORY_BUDGET_BYTES=str(budget_bytes))
         first_s, all_s = _answers(bench, sidecar, lambda: None, started_s)
         cold["first"].append(first_s)
         cold["all"].append(all_s)
-    bench.stop(sidecar.process)
+    bench.end(sidecar)
     torch_s = [_torch(bench) for _ in range(bench.scale.restarts)]
     figures = bench.report.figures
     figures["restart_warm_s"] = statistics.median(warm["first"])

@@ -112,6 +112,6 @@ def processes(bench: Sharing) -> None:
         found[f"k{k}"] = {"separate": separate_bytes, "together": together_bytes, "ratio": together_bytes / separate_bytes}
     for process in started:
         bench.stop(process)
-    bench.stop(sidecar.process)
+    bench.end(sidecar)
     bench.report.raw["fused_pss"] = found
     bench.report.figures["fused_bytes_ratio"] = geometric_mean(each["ratio"] for each in found.values())

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -41,7 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gather what rows have found, wherever they ran."""
+    """Gather what rows have found, wherever they ran; and have a folder for what all processes of the run need."""
+    if not hasattr(config, "workerinput"):
+        # Inherited by those that run the tests; ``tests.zoo``, which imports torch, knows it by this name.
+        converted = tempfile.TemporaryDirectory(prefix="trunkline-tests-")
+        os.environ["CONVERTED_FOR_TESTS"] = converted.name
+        config.add_cleanup(converted.cleanup)
     if config.getoption("--rows") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Rows(Path(config.getoption("--rows"))))
 

@@ -138,5 +138,5 @@ def last_layer(graph: Graph) -> list[int]:
 
 def network(kind: str) -> Network:
     """Return a network of the zoo, converted."""
-    source, model = zoo.converted(kind)
-    return Network(model.bundle, {digest: bytes(content) for digest, content in model.blobs}, source)
+    source, bundle, blobs = zoo.stored(kind)
+    return Network(bundle, dict(blobs), source)

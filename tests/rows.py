@@ -82,6 +82,7 @@ THREATS: Final = {
 }
 
 ROWS: Final = FAULTS | THREATS
+_MARK: Final = "pytest.mark.row"
 
 
 class Trial(NamedTuple):
@@ -102,7 +103,9 @@ def trials(root: Path = ROOT) -> list[Trial]:
     """Return all tests that are marked with rows."""
     found: list[Trial] = []
     for path in sorted((root / "tests").rglob("test_*.py")):
-        for each in ast.parse(path.read_text()).body:
+        text = path.read_text()
+        # Few have any, and to parse all of them takes seconds.
+        for each in ast.parse(text).body if _MARK in text else ():
             if isinstance(each, ast.FunctionDef) and (rows := _rows(each)):
                 found.append(Trial(str(path.relative_to(root)), each.name, each.lineno, rows))
     return found
@@ -110,7 +113,7 @@ def trials(root: Path = ROOT) -> list[Trial]:
 
 def _rows(function: ast.FunctionDef) -> tuple[str, ...]:
     marks = [each for each in function.decorator_list if isinstance(each, ast.Call)]
-    marks = [each for each in marks if ast.unparse(each.func) == "pytest.mark.row"]
+    marks = [each for each in marks if ast.unparse(each.func) == _MARK]
     return tuple(ast.literal_eval(argument) for mark in marks for argument in mark.args)
 
 

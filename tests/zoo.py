@@ -7,14 +7,21 @@ fresh layer (mean 0, variance 1) would hide mistakes.
 
 from __future__ import annotations
 
+import fcntl
 import functools
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidecar.bundle import Bundle, blob_path, read_bundle, write_bundle
 from sidecar.export import PackedModel, Source, convert
+
+# Names the folder where the processes of a test run keep what they have converted.
+FOLDER: Final = "CONVERTED_FOR_TESTS"
 
 
 def _seeded(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
@@ -658,6 +665,25 @@ def packed(source: Source, name: str = "model", **options: Any) -> PackedModel:
 
 @functools.cache
 def converted(name: str) -> tuple[Source, PackedModel]:
-    """Return a network of ``ALL`` and what it was converted to, once for all tests."""
+    """Return a network of ``ALL`` and what it was converted to, once for all tests of a process."""
     source = ALL[name]()
     return source, packed(source, name)
+
+
+@functools.cache
+def stored(name: str) -> tuple[Source, Bundle, dict[str, bytes]]:
+    """Return a network of ``ALL``, its bundle, and the bundle's blobs by digest: converted once for all processes of a run."""
+    source = ALL[name]()
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        made = converted(name)[1]
+        return source, made.bundle, {digest: bytes(content) for digest, content in made.blobs}
+    path = Path(folder) / name
+    with (Path(folder) / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # The manifest comes last.
+        if not (path / "manifest.json").exists():
+            made = converted(name)[1]
+            write_bundle(path, made.bundle, made.blobs)
+    bundle = read_bundle(path)
+    return source, bundle, {weight.digest: blob_path(path, weight.digest).read_bytes() for weight in bundle.graph.weights}

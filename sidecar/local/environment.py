@@ -39,9 +39,10 @@ def ensure_environment(requirements: list[Path], root: Path, tell: Callable[[str
     try:
         _run([sys.executable, "-m", "venv", str(temporary)], tell)
         arguments = [argument for path in requirements if path.is_file() for argument in ("--requirement", str(path))]
-        pip = [str(temporary / "bin" / "python"), "-m", "pip", "install", "--progress-bar=off", "--disable-pip-version-check"]
-        _run([*pip, *arguments], tell)
-        _run([str(temporary / "bin" / "python"), "-m", "compileall", "-q", str(temporary / "lib")], tell, may_fail=True)
+        python = str(temporary / "bin" / "python")
+        options = ["--no-compile", "--progress-bar=off", "--disable-pip-version-check"]
+        _run([python, "-m", "pip", "install", *options, *arguments], tell)
+        _run([python, "-m", "compileall", "-q", str(temporary / "lib")], tell, may_fail=True)
         try:
             temporary.rename(final)
         except OSError:

@@ -359,8 +359,10 @@ def test_bombs_are_refused_before_they_take_anything(
             answer = pushing.raw("models/bomb", body)
             assert answer.status_code in (400, 409, 413, 422), f"{bomb}: {answer.status_code} {answer.text[:200]}"
             assert re.search(reason, answer.json()["error"]["message"]), f"{bomb}: {answer.text[:300]}"
-            # What it takes is a second; what is asserted is that it ends.
-            assert time.monotonic() - began_s < 30, bomb
+            # What it takes is a second, and recorded; what is asserted is that it ends.
+            took_s = time.monotonic() - began_s
+            row.figures["longest refusal, s"] = max(row.figures.get("longest refusal, s", 0.0), round(took_s, 3))
+            assert took_s < 30, bomb
             assert memory_of(engine) - before < 64 << 20, bomb
         neighbour.await_answers()
     # The endpoint's workers give back what they read.

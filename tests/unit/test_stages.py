@@ -7,7 +7,6 @@ import torch
 
 from sidecar.blocks import block_id, cut
 from sidecar.devices import open_device
-from sidecar.export import convert
 from sidecar.ir import Graph
 from sidecar.merkle import Tokens
 from sidecar.stages import Key, Staged, split
@@ -26,10 +25,8 @@ def staged(graph: Graph) -> Staged:
 @pytest.mark.parametrize("kind", zoo.ALL)
 def test_stages_compute_bit_for_bit_what_the_whole_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 64)  # many small stages
-    source = zoo.ALL[kind]()
-    made = convert(source.module, source.inputs, name="m", dynamic_axes=source.dynamic_axes)
-    graph = made.bundle.graph
-    contents = {digest: bytes(content) for digest, content in made.blobs}
+    source, bundle, contents = zoo.stored(kind)
+    graph = bundle.graph
     device = open_device("cpu")
 
     def weights(part: Graph) -> list[torch.Tensor]:
