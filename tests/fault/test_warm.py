@@ -36,14 +36,19 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("bundles"), "deep", 0)
 
 
+def await_settled(sidecar: SidecarProcess, name: str, count: int) -> None:
+    """Wait until a model has been tried and there are so many block files: before, an engine may read from the store again."""
+    deadline = time.monotonic() + 60
+    while not sidecar.admin.get(f"models/{name}")["tried"] or len(list((sidecar.store_dir / "blocks").glob("*.block"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def sidecar(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SidecarProcess]:
     with sidecar_process(tmp_path) as running:
         running.admin.push(bundle)
-        deadline = time.monotonic() + 60
-        while not running.admin.get("models/deep")["tried"] or not list((running.store_dir / "blocks").glob("*.block")):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        await_settled(running, "deep", 1)
         monkeypatch.setenv("TRUNKLINE_SOCKET", str(running.socket))
         yield running
 
@@ -69,10 +74,7 @@ def test_a_killed_engine_is_back_with_its_weights(sidecar: SidecarProcess) -> No
 
 def test_models_that_nobody_asks_for_at_first_find_their_weights_too(sidecar: SidecarProcess, tmp_path: Path) -> None:
     sidecar.admin.push(made(tmp_path, "other", 1))
-    deadline = time.monotonic() + 60
-    while not sidecar.admin.get("models/other")["tried"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    await_settled(sidecar, "other", 2)
     pool = Pool()
     expected = {name: answer(pool, name) for name in ("deep", "other")}
     before = sidecar.admin.get("memory")
