@@ -17,6 +17,7 @@ from trunkline import arena, connection, protocol
 from trunkline.errors import ProtocolError
 
 from sidecar import server, tenantsockets, wavefront
+from sidecar.session import Session
 from tests.fault import circumstances
 
 
@@ -34,19 +35,19 @@ def no_private_copy() -> None:
             with contextlib.suppress(BufferError):
                 super().close()
 
-    welcome = server.Session._welcome
+    welcome = Session._welcome
 
     def _welcome(self: Any, hello: protocol.Hello) -> None:
         welcome(self, hello)
         self._private = np.frombuffer(self._request.memory, np.uint8)
 
     server.ServerArena = Shared  # type: ignore[misc]
-    server.Session._welcome = _welcome  # type: ignore[method-assign]
+    Session._welcome = _welcome  # type: ignore[method-assign]
 
 
 def keeps_what_has_ended() -> None:
     """Sessions of which nothing is freed. For F2."""
-    server.Session.close = lambda self: None  # type: ignore[method-assign]
+    Session.close = lambda self: None  # type: ignore[method-assign]
 
 
 def takes_descriptors() -> None:
@@ -66,7 +67,7 @@ def forgives_broken_frames() -> None:
     """Sessions that go on after a frame that nobody could read. For F1."""
     handle = server.Server._handle
 
-    def _handle(self: Any, session: server.Session, frame: bytes) -> None:
+    def _handle(self: Any, session: Session, frame: bytes) -> None:
         try:
             handle(self, session, frame)
         except ProtocolError as error:

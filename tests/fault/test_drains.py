@@ -47,7 +47,7 @@ def drained(row: Row, folder: Path) -> None:
         connections = [Connection(running.path, deadline=time.monotonic() + 20) for _ in range(IN_FLIGHT + 1)]
 
         def under_way() -> int:
-            return sum(session._busy for session in list(running.server._sessions.values()))
+            return sum(session.busy for session in list(running.server._sessions.values()))
 
         answers = [threads.submit(asked, each, number) for number, each in enumerate(connections[:-1])]
         until(lambda: under_way() == IN_FLIGHT)

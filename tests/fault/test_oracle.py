@@ -20,7 +20,7 @@ import pytest
 from trunkline import protocol
 from trunkline.protocol import Describe, Fault, Hello, Infer, Message, Placement, Welcome
 
-from sidecar.server import Session
+from sidecar.naming import Naming
 from sidecar.tenants import Quotas, Tenant, hash_of
 from tests.asking import called
 from tests.fakes import FakeSource, Running, bundle_of, running_server
@@ -157,14 +157,14 @@ def test_nobody_learns_it_by_naming_what_it_is_going_to_ask_for(row: Row, runnin
 
 @pytest.mark.row("T17")
 def test_a_sidecar_that_looks_before_it_refuses_is_found_out(row: Row, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    known_as = Session.known_as
+    known_as = Naming.known_as
 
-    def looks_first(self: Session, model: str, asking: Tenant, is_admin: bool) -> str:
+    def looks_first(self: Naming, model: str, asking: Tenant, is_admin: bool) -> str:
         if model == RESIDENT:
             hashlib.sha256(bytes(1 << 16)).digest()
         return known_as(self, model, asking, is_admin)
 
-    monkeypatch.setattr(Session, "known_as", looks_first)
+    monkeypatch.setattr(Naming, "known_as", looks_first)
     with contextlib.closing(Stranger(running.path)) as stranger:
         assert distinguished(row, lambda name: describe(stranger, name), PAIRS["a name"], TRIES) < P
 

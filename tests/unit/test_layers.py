@@ -53,6 +53,7 @@ LAYERS = {
         "failures",
         "ratelimit",
         "http.access",
+        "http.engineclient",
         "http.tokenfile",
         "http.audit",
         "admintokens",
@@ -154,6 +155,7 @@ LAYERS = {
         "trials",
         "reloading",
         "routing",
+        "naming",
         "versions",
         "turns",
         "underway",
@@ -161,6 +163,7 @@ LAYERS = {
     },
     5: {
         "server",
+        "session",
         "supervisor",
         "admin_client",
         "pulling",
@@ -185,6 +188,7 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 MAY_IMPORT_TORCH = LAYERS[3]
 # The one builds what it runs in a process of its own, the other serves what is told there.
 BUILDERS = {
+    ("server", "session"),
     ("http.server", "http.admin"),
     ("http.server", "http.oip"),
     ("http.admin", "http.openapi"),

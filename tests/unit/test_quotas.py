@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar import server
+from sidecar import session
 from sidecar.errors import ConfigError
 from sidecar.quotas import _KEYS, FILE_LIMIT_BYTES, SMALLEST_CONNECTION_BYTES, line_of, parse_quotas, read_quotas
 from sidecar.tenants import Quotas, Tenant, hash_of
@@ -76,7 +76,7 @@ def test_a_file_without_tenants_lets_nobody_in() -> None:
 
 
 def test_an_arena_has_room_for_one_connection() -> None:
-    assert SMALLEST_CONNECTION_BYTES == 3 * server._SMALLEST_ARENA_BYTES
+    assert SMALLEST_CONNECTION_BYTES == 3 * session._SMALLEST_ARENA_BYTES
 
 
 def of(line: str) -> str:
