@@ -13,7 +13,7 @@ from trunkline.client import Model
 from sidecar.tenants import hash_of
 from tests.fault import attacks
 from tests.fault.attacks import Clients
-from tests.fault.matrix import DESCRIPTORS_EACH, EXPECTED, PATIENCE_S, Neighbour, Row, held, held_by, left, pool_at, tiers_of
+from tests.fault.matrix import DESCRIPTORS_EACH, EXPECTED, PATIENCE_S, Neighbour, Row, held, left, pool_at, tiers_of
 from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
@@ -34,14 +34,14 @@ def test_functions_killed_at_each_step_leave_nothing_behind(row: Row, steady: Si
 
 @pytest.mark.row("F11")
 def test_functions_that_stop_hold_nobody_up(row: Row, steady: SidecarProcess) -> None:
-    engine, each = steady.await_engine(), row.count(5)
+    each = row.count(5)
     with Neighbour(row, steady.socket) as neighbour:
-        before, _ = held_by(engine)
+        before = held(steady)["engine descriptors"]
         clients = Clients("stopped", socket=str(steady.socket), each=each)
         row.attempts += clients.told()["stopped"]
         neighbour.await_answers(100)
         # Those that said nothing are gone. The others have two sessions each, and nothing is held for what they asked.
-        until(lambda: held_by(engine)[0] <= before + DESCRIPTORS_EACH * 2 * 3 * each)
+        until(lambda: held(steady)["engine descriptors"] <= before + DESCRIPTORS_EACH * 2 * 3 * each)
         until(lambda: not leased(steady))
         found = clients.found()
         assert found == {"-9": 2 * each, "-15": 2 * each}, found

@@ -19,7 +19,7 @@ from tests.bundles import write_adding_bundle
 from tests.fault import attacks, circumstances
 from tests.fault.attacks import LARGEST, OFFSET, ask_without_reading, is_served, sessions
 from tests.fault.launching import through
-from tests.fault.matrix import Neighbour, Row, held_by, names_of, settled, tiers_of
+from tests.fault.matrix import Neighbour, Row, held, names_of, settled, tiers_of
 from tests.fault.wire import Wire, infer
 from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
@@ -116,11 +116,11 @@ def test_descriptors_are_thrown_away_where_the_kernel_cannot_keep_them_off(row: 
         box.admin.push(scaled)
         settled(box)
         with sessions(box, 1) as (wire,):
-            before, _ = held_by(box.await_engine())
+            before = held(box)["engine descriptors"]
             found = attacks.descriptors(row, box, row.count(10_000))
             assert found == {"unknown_model": row.attempts}
             wire.ask(protocol.encode(Describe(1, "scaled")))
-            assert held_by(box.await_engine())[0] <= before
+            assert held(box)["engine descriptors"] <= before
 
 
 @pytest.mark.row("F9", "T1")

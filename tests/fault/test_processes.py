@@ -19,7 +19,7 @@ from trunkline import client, errors
 from trunkline.pool import Pool
 
 from sidecar.segment import SHARED_MEMORY, segment_name
-from tests.fault.matrix import Neighbour, Row
+from tests.fault.matrix import Neighbour, Row, held
 from tests.segments import PAGE
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
@@ -42,10 +42,9 @@ def sidecar(tmp_path: Path, scaled: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 def gone(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
         return True
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
 
 
 def eventually(holds: Callable[[], bool], what: str) -> None:
@@ -297,8 +296,7 @@ def child_environment() -> dict[str, str]:
 
 def test_a_killed_client_leaves_nothing_in_the_sidecar(sidecar: SidecarProcess) -> None:
     engine = sidecar.await_engine()
-    descriptors = lambda: len(os.listdir(f"/proc/{engine}/fd"))  # noqa: E731
-    before = descriptors()
+    before = held(sidecar)["engine descriptors"]
     code = (
         "import numpy as np\nfrom trunkline import model\nm = model('scaled')\n"
         "print('up', flush=True)\nwhile True: m(np.ones((1, 8), np.float32))"
@@ -310,7 +308,7 @@ def test_a_killed_client_leaves_nothing_in_the_sidecar(sidecar: SidecarProcess) 
         victim.kill()
         victim.wait()
         victim.stdout.close()
-    eventually(lambda: descriptors() <= before, "descriptors leaked")
+    eventually(lambda: held(sidecar)["engine descriptors"] <= before, "descriptors leaked")
     assert sidecar.await_engine() == engine
 
 

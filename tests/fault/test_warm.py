@@ -21,6 +21,8 @@ from sidecar.segment import SHARED_MEMORY, segment_name
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 WIDTH = 512
+# Of each model: between its two large weights it is narrow.
+BLOCKS = 2
 
 
 def made(folder: Path, name: str, seed: int) -> Path:
@@ -48,7 +50,7 @@ def await_settled(sidecar: SidecarProcess, name: str, count: int) -> None:
 def sidecar(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SidecarProcess]:
     with sidecar_process(tmp_path) as running:
         running.admin.push(bundle)
-        await_settled(running, "deep", 1)
+        await_settled(running, "deep", BLOCKS)
         monkeypatch.setenv("TRUNKLINE_SOCKET", str(running.socket))
         yield running
 
@@ -74,7 +76,7 @@ def test_a_killed_engine_is_back_with_its_weights(sidecar: SidecarProcess) -> No
 
 def test_models_that_nobody_asks_for_at_first_find_their_weights_too(sidecar: SidecarProcess, tmp_path: Path) -> None:
     sidecar.admin.push(made(tmp_path, "other", 1))
-    await_settled(sidecar, "other", 2)
+    await_settled(sidecar, "other", 2 * BLOCKS)
     pool = Pool()
     expected = {name: answer(pool, name) for name in ("deep", "other")}
     before = sidecar.admin.get("memory")
