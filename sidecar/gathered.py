@@ -63,6 +63,8 @@ def model(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "resident_on": [device for device, one in found.items() if one["state"] == "resident"],
         # Each device has a copy of its own: what tells how far a load is, is the one that has most.
         **({"resident_bytes": max(one["resident_bytes"] for one in each)} if "resident_bytes" in first else {}),
+        # A trial that is still to come may have it computed in another form.
+        **({"tried": all(one["tried"] for one in each)} if "tried" in first else {}),
         **({"freed_bytes": sum(one["freed_bytes"] for one in each)} if "freed_bytes" in first else {}),
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from trunkline import client, context
 
 # Tests run side by side, with more threads than cores: those that spin for work keep off those that have some. As sidecars have
@@ -42,7 +43,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gather what rows have found, wherever they ran; and have a folder for what all processes of the run need."""
+    """Gather what rows have found, wherever they ran; and have a folder for what all processes of the run need.
+
+    Properties are tried with the same examples in each run, so that what fails fails for a reason; in a night, with others.
+    """
+    settings.register_profile("push", derandomize=True)
+    if not config.getoption("--nightly"):
+        settings.load_profile("push")
     if not hasattr(config, "workerinput"):
         # Inherited by those that run the tests; ``tests.zoo``, which imports torch, knows it by this name.
         converted = tempfile.TemporaryDirectory(prefix="trunkline-tests-")

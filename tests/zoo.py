@@ -674,6 +674,8 @@ def converted(name: str) -> tuple[Source, PackedModel]:
 def stored(name: str) -> tuple[Source, Bundle, dict[str, bytes]]:
     """Return a network of ``ALL``, its bundle, and the bundle's blobs by digest: converted once for all processes of a run."""
     source = ALL[name]()
+    # As conversion leaves it.
+    source.module.eval()
     folder = os.environ.get(FOLDER)
     if folder is None:
         made = converted(name)[1]

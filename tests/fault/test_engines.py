@@ -65,7 +65,9 @@ def _device(sidecar: SidecarProcess) -> str:
 
 
 def until_tried(sidecar: SidecarProcess) -> None:
+    """Wait until models are tried on all devices and kept in block files, without which weights in memory may be made anew."""
     until(lambda: all(sidecar.admin.get(f"models/{name}")["tried"] for name in NAMES))
+    until(lambda: len(list((sidecar.store_dir / "blocks").glob("*.block"))) == len(NAMES))
 
 
 @needs_two_cores

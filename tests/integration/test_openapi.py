@@ -13,6 +13,7 @@ from openapi_spec_validator import validate
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 from schemathesis.schemas import BaseSchema
+from trunkline.protocol import MAX_ARENA_BYTES
 
 from sidecar.http.openapi import document
 from tests.fakes import FakeSource, bundle_of, running_server
@@ -88,6 +89,11 @@ def test_it_has_all_routes_and_no_others(app: Flask) -> None:
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
     assert _operations() == served
+
+
+def test_sizes_have_the_limits_that_the_wire_has() -> None:
+    for name in ("RequestBytes", "ReplyBytes"):
+        assert document()["components"]["parameters"][name]["schema"]["maximum"] == MAX_ARENA_BYTES
 
 
 @pytest.mark.parametrize(("method", "path"), sorted(_operations() - {_ENDLESS}))

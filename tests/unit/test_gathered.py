@@ -30,6 +30,11 @@ def test_a_load_is_as_far_as_on_the_device_that_has_most() -> None:
     assert gathered.model(found)["resident_bytes"] == 5
 
 
+def test_a_model_is_tried_when_all_devices_have_tried_it() -> None:
+    for last in (False, True):
+        assert gathered.model({"one": described("stored", tried=True), "other": described("stored", tried=last)})["tried"] is last
+
+
 def test_a_model_that_cannot_be_served_is_described_as_it_is() -> None:
     broken = {"name": "m", "state": "corrupt", "error": {"message": "damaged"}}
     assert gathered.models({"one": [broken], "other": [broken]}) == [broken]
