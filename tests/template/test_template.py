@@ -452,7 +452,8 @@ def test_the_samples_own_test_passes_in_the_context_and_a_broken_handler_fails_i
     folder = tmp_path / "sample"
     shutil.copytree(TEMPLATE, folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={folder}", "-c", os.devnull]
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder)}
+    # Of the plugins that are installed here, an image has none, and they take long to import.
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
     def outcome() -> int:
         test = [*command, "handler_test.py"]
