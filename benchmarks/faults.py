@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -166,14 +166,14 @@ def _show(rows: Mapping[str, Figures]) -> None:
     Console(width=None if console.is_terminal else _WIDTH).print(table)
 
 
-def measure(report: Report, size: Size) -> dict[str, Figures]:
-    """Run what is marked, and return the figures of every row, those that nobody tries, too."""
-    by = by_row()
+def measure(report: Report, size: Size, wanted: Collection[str] = ROWS) -> dict[str, Figures]:
+    """Run what is marked with rows that are wanted, and return the figures of each, of those that nobody tries, too."""
+    by = {row: tests for row, tests in by_row().items() if row in wanted}
     marked = list({trial.node: trial for trials in by.values() for trial in trials}.values())
     marked.sort(key=lambda trial: (trial.path, trial.line))
     nodes = quick(marked) if report.quick else [trial.node for trial in marked]
     found = run(nodes, size, within_s=QUICK_S if report.quick else None)
-    rows = {row: figures_of(ROWS[row], by[row], found) for row in ROWS}
+    rows = {row: figures_of(ROWS[row], by[row], found) for row in by}
     # A test of two rows is counted once here.
     everything = figures_of("all", marked, found)
     report.figures |= {f"rows_{state.replace(' ', '_')}": _count(rows, state) for state in (PASSED, FAILED, NOT_RUN, MISSING)}
@@ -211,13 +211,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="what does not take long; ends within 60 s")
     parser.add_argument("--nightly", action="store_true", help="everything twenty times as often")
+    parser.add_argument(
+        "--row", action="append", choices=ROWS, metavar="ROW", help="this row alone, or several: --row F5 --row F31"
+    )
     parser.add_argument("--docs", action="store_true", help="write the table into docs/reliability.md")
     parser.add_argument("--json", metavar="PATH", help="write the figures there; '-': to standard output, and nothing else")
     chosen = parser.parse_args()
-    if chosen.docs and chosen.quick:
-        parser.error("--docs takes a whole run: leave --quick out")
+    if chosen.docs and (chosen.quick or chosen.row):
+        parser.error("--docs takes a whole run: leave --quick and --row out")
     report = Report("faults", chosen.quick)
-    rows = measure(report, "night" if chosen.nightly else "push" if chosen.quick else "full")
+    rows = measure(report, "night" if chosen.nightly else "push" if chosen.quick else "full", chosen.row or ROWS)
     if chosen.docs:
         written = markdown(rows, _machine(report.to_plain()))
         DOCUMENT.write_text(renewed(DOCUMENT.read_text(), written))
