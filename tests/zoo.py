@@ -676,12 +676,8 @@ def stored(name: str) -> tuple[Source, Bundle, dict[str, bytes]]:
     source = ALL[name]()
     # As conversion leaves it.
     source.module.eval()
-    folder = os.environ.get(FOLDER)
-    if folder is None:
-        made = converted(name)[1]
-        return source, made.bundle, {digest: bytes(content) for digest, content in made.blobs}
-    path = Path(folder) / name
-    with (Path(folder) / f"{name}.lock").open("w") as lock:
+    path = Path(os.environ[FOLDER]) / name
+    with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # The manifest comes last.
         if not (path / "manifest.json").exists():

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from flask import Flask, Response, jsonify, request
 from trunkline.errors import (
@@ -30,7 +30,7 @@ from sidecar.constraints import check as check_constraint
 from sidecar.errors import BundleError, NotQuarantined
 from sidecar.http.access import OPEN, OPERATE, READ, Gate, needs
 from sidecar.http.audit import Audit, note
-from sidecar.http.engineclient import check_ready
+from sidecar.http.engineclient import EngineClient, check_ready
 from sidecar.http.events import Feed
 from sidecar.http.jobs import Command, LongWork, add_jobs
 from sidecar.http.metrics import CONTENT_TYPE, SpanCounts, exposition
@@ -56,12 +56,6 @@ _CHUNK_BYTES = 1 << 20
 _DRAIN_LOOK_S = 0.05
 _LONGEST_DRAIN_S = 600
 _KIND_ID = re.compile("[0-9a-f]{16}")
-
-
-class EngineClient(Protocol):
-    """How the endpoint reaches the engine; ``trunkline.admin.AdminConnection`` is one."""
-
-    def command(self, name: str, arguments: dict[str, object] | None = None) -> Any: ...
 
 
 def create_app(

@@ -11,7 +11,7 @@ log = logging.getLogger("trunkline.admin")
 
 
 class EngineClient(Protocol):
-    """How the engine is asked as the administrator."""
+    """How the engine is asked as the administrator; ``trunkline.admin.AdminConnection`` is one."""
 
     def command(self, name: str, arguments: dict[str, object] | None = None) -> Any: ...
 

@@ -24,10 +24,11 @@ from trunkline.admin import AdminConnection
 from sidecar.config import Settings
 from sidecar.errors import ConfigError
 from sidecar.http.access import Gate
-from sidecar.http.admin import EngineClient, admin_token, create_app
+from sidecar.http.admin import admin_token, create_app
 from sidecar.http.audit import SharedFile, append_to
 from sidecar.http.callers import Callers, Room
 from sidecar.http.correlation import Correlation
+from sidecar.http.engineclient import EngineClient
 from sidecar.http.events import MOST_VIEWERS
 from sidecar.http.oip import add_open_inference
 from sidecar.http.tokenfile import TokenFile

@@ -15,15 +15,10 @@ from trunkline.errors import InvalidInput, UnknownModel
 
 from sidecar.http.access import OPERATE, READ, needs
 from sidecar.http.audit import note
+from sidecar.http.engineclient import EngineClient
 from sidecar.releases import Release, as_asked
 from sidecar.tenants import unqualified
 from sidecar.versions import Versions
-
-
-class EngineClient(Protocol):
-    """How the endpoint reaches the engine."""
-
-    def command(self, name: str, arguments: dict[str, object] | None = None) -> Any: ...
 
 
 class Body(Protocol):

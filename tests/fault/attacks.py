@@ -406,7 +406,7 @@ def raises(row: Row, box: SidecarProcess, count: int) -> None:
         pool.close()
         return wrong, lost
 
-    def beside() -> int:
+    def rows_beside() -> int:
         sharing = box.admin.get("status")["sharing"]
         return int(sharing["stage_rows"]) - int(sharing["stages"])
 
@@ -415,8 +415,13 @@ def raises(row: Row, box: SidecarProcess, count: int) -> None:
             Model("looked", pool)(np.full((1, 4), seed))
 
     with Neighbour(row, box.socket), ThreadPoolExecutor(RAISERS) as threads:
-        before = beside()
-        until(lambda: bool(list(threads.map(ask_good, range(RAISERS)))) and beside() > before)
+        before = rows_beside()
+
+        def are_batched() -> bool:
+            list(threads.map(ask_good, range(RAISERS)))
+            return rows_beside() > before
+
+        until(are_batched)
         for each in [threads.submit(ask, seed) for seed in range(RAISERS)]:
             wrong, lost = each.result()
             row.attempts += count // RAISERS

@@ -56,11 +56,28 @@ class Scaled(torch.nn.Module):
 EXPECTED: Final = np.arange(8, dtype=np.float32)
 
 
-def write_scaled(folder: Path, name: str = "scaled") -> Path:
-    """Write the bundle of ``Scaled``; return its folder."""
-    packed = convert(Scaled(), (torch.ones(2, 8),), name=name)
+def write_model(folder: Path, name: str, module: torch.nn.Module, example: torch.Tensor, **options: Any) -> Path:
+    """Write the bundle of a module; return its folder. ``options`` are those of conversion."""
+    packed = convert(module.eval(), (example,), name=name, **options)
     write_bundle(folder / name, packed.bundle, packed.blobs)
     return folder / name
+
+
+def write_scaled(folder: Path, name: str = "scaled") -> Path:
+    """Write the bundle of ``Scaled``; return its folder."""
+    return write_model(folder, name, Scaled(), torch.ones(2, 8))
+
+
+def until_tried(box: SidecarProcess, name: str) -> None:
+    """Wait until a model has been tried: from then on it is served in batches, if it can be."""
+    until(lambda: bool(box.admin.get(f"models/{name}")["tried"]))
+
+
+def deploy(box: SidecarProcess, folder: Path, name: str, module: torch.nn.Module, example: torch.Tensor) -> None:
+    """Have a sidecar hold a module, loaded and tried."""
+    box.admin.push(write_model(folder, name, module, example))
+    box.admin.post(f"models/{name}/load")
+    until_tried(box, name)
 
 
 def pool_at(socket: Path, token: bytes = b"") -> Pool:
@@ -167,7 +184,7 @@ def settled(box: SidecarProcess, model: str = "scaled") -> None:
     pool = pool_at(box.socket)
     client.Model(model, pool).call({"x": np.ones((1, 8), np.float32)})
     pool.close()
-    until(lambda: bool(box.admin.get(f"models/{model}")["tried"]))
+    until_tried(box, model)
     # Its block file is written when nobody waits.
     until(lambda: all(tier["used_bytes"] for tier in tiers_of(box)))
 

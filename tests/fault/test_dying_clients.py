@@ -13,7 +13,7 @@ from trunkline.client import Model
 from sidecar.tenants import hash_of
 from tests.fault import attacks
 from tests.fault.attacks import Clients
-from tests.fault.matrix import DESCRIPTORS_EACH, EXPECTED, PATIENCE_S, Neighbour, Row, held, left, pool_at, tiers_of
+from tests.fault.matrix import DESCRIPTORS_EACH, EXPECTED, PATIENCE_S, Neighbour, Row, held, left, pool_at, tiers_of, until_tried
 from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
@@ -88,7 +88,7 @@ def test_a_flood_of_one_tenant_leaves_another_served(row: Row, tmp_path: Path, s
         pool = pool_at(box.socket, b"victim")
         model = Model("scaled", pool)
         alone_s = asked(row, model, row.count(100))
-        until(lambda: bool(box.admin.get("models/scaled@base")["tried"]))
+        until_tried(box, "scaled@base")
         until(lambda: all(tier["used_bytes"] for tier in tiers_of(box)))
         before = held(box)
         with Neighbour(row, box.socket, token=b"victim") as neighbour:

@@ -19,7 +19,7 @@ from tests.bundles import write_adding_bundle
 from tests.fault import attacks, circumstances
 from tests.fault.attacks import LARGEST, OFFSET, ask_without_reading, is_served, sessions
 from tests.fault.launching import through
-from tests.fault.matrix import Neighbour, Row, held, names_of, settled, tiers_of
+from tests.fault.matrix import Neighbour, Row, held, names_of, settled, tiers_of, until_tried
 from tests.fault.wire import Wire, infer
 from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
@@ -38,7 +38,7 @@ def steady_box(tmp_path_factory: pytest.TempPathFactory, scaled: Path) -> Iterat
         with sessions(box, 1, "bounded") as (wire,):
             assert isinstance(wire.ask(infer("bounded", "int64", (1, 1))), protocol.Result)
         until(lambda: all(tier["used_bytes"] > one for tier, one in zip(tiers_of(box), before, strict=True)))
-        until(lambda: bool(box.admin.get("models/bounded")["tried"]))
+        until_tried(box, "bounded")
         yield box
 
 

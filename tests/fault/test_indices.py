@@ -13,10 +13,8 @@ import torch
 from trunkline.client import Model
 from trunkline.errors import ValueOutOfBounds
 
-from sidecar.bundle import write_bundle
-from sidecar.export import convert
 from tests.fault.looked import BAD, TABLE, Looked, right
-from tests.fault.matrix import Neighbour, Row, pool_at, settled
+from tests.fault.matrix import Neighbour, Row, pool_at, settled, write_model
 from tests.sidecar_process import SidecarProcess
 
 REQUESTS = 1000
@@ -26,9 +24,7 @@ REQUESTS = 1000
 def looked(steady: SidecarProcess, tmp_path: Path) -> Iterator[None]:
     """Deploy the model as it is, and with bounds that the sidecar checks before anything is computed."""
     for name, bounds in (("looked", None), ("bounded", {"ids": (0, TABLE // 2 - 1)})):
-        made = convert(Looked(), (torch.zeros(2, 4, dtype=torch.int64),), name=name, input_bounds=bounds)
-        write_bundle(tmp_path / name, made.bundle, made.blobs)
-        steady.admin.push(tmp_path / name)
+        steady.admin.push(write_model(tmp_path, name, Looked(), torch.zeros(2, 4, dtype=torch.int64), input_bounds=bounds))
     yield
     for name in ("looked", "bounded"):
         steady.admin.delete(f"models/{name}")

@@ -14,8 +14,7 @@ from tests.fault import attacks, circumstances, mutants
 from tests.fault.attacks import LARGEST, OFFSET
 from tests.fault.launching import Change, through
 from tests.fault.looked import Looked
-from tests.fault.matrix import Row, held, left, settled
-from tests.fault.test_neighbours_in_a_batch import deploy
+from tests.fault.matrix import Row, deploy, held, left, settled
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")

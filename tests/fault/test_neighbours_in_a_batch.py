@@ -12,26 +12,14 @@ import torch
 from torch import nn
 from trunkline.client import Model
 
-from sidecar.bundle import write_bundle
-from sidecar.export import convert
 from tests.fault import attacks
 from tests.fault.looked import Looked
-from tests.fault.matrix import Neighbour, Row, held, left, pool_at, settled
-from tests.nodes import until
+from tests.fault.matrix import Neighbour, Row, deploy, held, left, pool_at, settled
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 CALLS = 10_000
 RAISES = 5000
 INPUT_COUNT = 16
-
-
-def deploy(box: SidecarProcess, folder: Path, name: str, module: nn.Module, example: torch.Tensor) -> None:
-    """Deploy a model, and wait until it has been tried: it is then served in batches, if it can be."""
-    made = convert(module.eval(), (example,), name=name)
-    write_bundle(folder / name, made.bundle, made.blobs)
-    box.admin.push(folder / name)
-    box.admin.post(f"models/{name}/load")
-    until(lambda: bool(box.admin.get(f"models/{name}")["tried"]))
 
 
 @pytest.mark.row("T13")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import torch
 from trunkline import client
 from trunkline.pool import Pool
 
-from sidecar.bundle import write_bundle
-from sidecar.export import convert
 from sidecar.segment import SHARED_MEMORY, segment_name
+from tests.fault.matrix import until_tried, write_model
+from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
 
 WIDTH = 512
@@ -28,9 +27,7 @@ BLOCKS = 2
 def made(folder: Path, name: str, seed: int) -> Path:
     torch.manual_seed(seed)
     layers = [torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, WIDTH)]
-    packed = convert(torch.nn.Sequential(*layers), (torch.ones(2, WIDTH),), name=name)
-    write_bundle(folder / name, packed.bundle, packed.blobs)
-    return folder / name
+    return write_model(folder, name, torch.nn.Sequential(*layers), torch.ones(2, WIDTH))
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +37,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def await_settled(sidecar: SidecarProcess, name: str, count: int) -> None:
     """Wait until a model has been tried and there are so many block files: before, an engine may read from the store again."""
-    deadline = time.monotonic() + 60
-    while not sidecar.admin.get(f"models/{name}")["tried"] or len(list((sidecar.store_dir / "blocks").glob("*.block"))) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until_tried(sidecar, name)
+    until(lambda: len(list((sidecar.store_dir / "blocks").glob("*.block"))) >= count)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fault.matrix import NIGHTLY, Row
 from tests.rows import DOCUMENTS, FAULTS, ROOT, ROWS, THREATS, Trial, by_row, linked, trials
 
 RENEW = "python -m tests.rows writes the links anew"
@@ -80,3 +81,9 @@ def test_c(): ...
     assert trials(tmp_path) == [Trial("tests/fault/test_a.py", "test_b", 4, ("F1", "T5"))]
     assert by_row(tmp_path)["T5"][0].node == "tests/fault/test_a.py::test_b"
     assert not by_row(tmp_path)["T6"]
+
+
+def test_a_push_tries_less_often_where_it_is_said_so_and_a_night_more_often_everywhere() -> None:
+    rows = [Row(("F1",), size) for size in ("push", "full", "night")]
+    assert [each.count(50) for each in rows] == [50, 50, 50 * NIGHTLY]
+    assert [each.count(50, push=5) for each in rows] == [5, 50, 50 * NIGHTLY]
