@@ -48,6 +48,7 @@ from sidecar.disk import (
     calibrate,
     drop,
     fill,
+    free_bytes_of,
     is_refusal,
     opened,
     remove_unless_locked,
@@ -147,8 +148,7 @@ class BlockFiles:
             self._sweep()
             self._open()
             if limit_bytes is None:
-                state = os.statvfs(folder)
-                self.limit_bytes = (state.f_bavail * state.f_frsize + self.taken_bytes) // 2
+                self.limit_bytes = (free_bytes_of(folder) + self.taken_bytes) // 2
             self._make_room(0)
         except OSError as error:
             self._is_usable = False

@@ -30,6 +30,8 @@ TEMPORARY: Final = ".part-"
 _CALIBRATION_BYTES: Final = 32 * 1024 * 1024
 _CALIBRATION_READ_BYTES: Final = 8 * 1024 * 1024
 _CALIBRATION_ROUNDS: Final = 3
+# Of what is free, for a moment: whoever stores something meanwhile must not find the disk full.
+_CALIBRATION_SHARE: Final = 4
 # Through the page cache everything is copied once more: three times the processor time, which computing has a better use for.
 _DIRECT_WORTH: Final = 1.3
 
@@ -107,6 +109,12 @@ def write_at(descriptor: int, content: memoryview, offset: int) -> None:
         content, offset = content[count:], offset + count
 
 
+def free_bytes_of(folder: Path) -> int:
+    """Return the bytes that whoever is not root may still write where a folder is. Raises OSError."""
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize
+
+
 # --- calibration --------------------------------------------------------------------------------------------------------
 
 
@@ -122,13 +130,16 @@ def calibrate(folder: Path, *, is_strict: bool = False, size_bytes: int = _CALIB
     """Read a file in ``folder`` either way, from the disk each time; return the faster source, and how fast they were at best.
 
     ``is_strict`` asks for a source that leaves nothing in the page cache. Takes as long as the disk needs to write
-    ``size_bytes``, whole pages, and read them six times. In a folder that cannot be used there are no figures.
+    ``size_bytes``, whole pages, and read them six times. There are no figures of a folder that cannot be used, or on a
+    disk that is nearly full.
     """
     buffered = BUFFERED_STRICT if is_strict else BUFFERED
     found: dict[str, float] = {}
     path = folder / f"calibration{TEMPORARY}{secrets.token_hex(8)}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if free_bytes_of(folder) < _CALIBRATION_SHARE * size_bytes:
+            raise OSError(errno.ENOSPC, "")
         try:
             _write_calibration(path, size_bytes)
             for source in (buffered, DIRECT) * _CALIBRATION_ROUNDS:

@@ -43,7 +43,7 @@ from sidecar.bundle import (
     parse_bundle,
     parse_manifest,
 )
-from sidecar.disk import TEMPORARY, drop, opened, remove_unless_locked
+from sidecar.disk import TEMPORARY, drop, free_bytes_of, opened, remove_unless_locked
 from sidecar.errors import BlobCorrupt, BlobMissing, BundleError, StoreError, StoreFull
 from sidecar.labels import LONGEST_NAME, STORED_NAME, labelled, parted
 from sidecar.partials import Partial
@@ -181,7 +181,7 @@ class Store:
 
     def check_room(self, size_bytes: int) -> None:
         """Raise StoreFull where the disk has no room for so many bytes, before any of them comes."""
-        if size_bytes > _free_bytes(self.root):
+        if size_bytes > free_bytes_of(self.root):
             raise self._refusal(OSError(errno.ENOSPC, ""), size_bytes)
 
     def resume_blob(self, digest: str, fetch: Callable[[int], Iterable[bytes]], size_bytes: int) -> int:
@@ -564,7 +564,7 @@ class Store:
         reason = os.strerror(error.errno or 0)
         if error.errno not in _FULL:
             return StoreError(f"the store cannot be written ({reason})")
-        free_bytes = _free_bytes(self.root)
+        free_bytes = free_bytes_of(self.root)
         return StoreFull(
             f"{size_bytes} bytes could not be stored ({reason}): {free_bytes} bytes are free; "
             "remove models and run `trunkline store gc`, or use a larger disk",
@@ -616,8 +616,3 @@ def _write(descriptor: int, content: bytes) -> None:
 def _sync_folder(folder: Path) -> None:
     with opened(folder, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
         os.fsync(descriptor)
-
-
-def _free_bytes(folder: Path) -> int:
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize

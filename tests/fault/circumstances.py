@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sidecar import tenantsockets
+from sidecar.libc import LIBC, failed
 
 # What few_descriptors leaves.
 FEW = 128
@@ -18,6 +20,11 @@ DAY_S = 86400.0
 SHORT = "MEMORY_IS_SHORT"
 # For the two arenas of a session: a descriptor and pages for each.
 CALLS = 4
+# What little_room leaves for a file system, and the variable of the environment that names it.
+LITTLE_BYTES = 16 << 20
+LITTLE = "LITTLE_ROOM"
+# Of linux/sched.h and linux/mount.h.
+_NEW_MOUNTS, _NEW_USER, _PRIVATE, _RECURSIVE = 0x00020000, 0x10000000, 1 << 18, 1 << 14
 
 
 def few_descriptors() -> None:
@@ -62,3 +69,22 @@ def jumping_clock() -> None:
         return wall() + DAY_S * (int(10 * time.monotonic()) % 3 - 1)
 
     time.time = jumping
+
+
+def little_room() -> None:
+    """A file system of 16 MiB where the environment says, which nobody but this sidecar sees: others by its processes' roots."""
+    user, group = os.geteuid(), os.getegid()
+    _succeeds(LIBC.unshare(_NEW_MOUNTS | (_NEW_USER if user else 0)))
+    if user:
+        # As before to everybody; but in here it may mount.
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+    _succeeds(LIBC.mount(None, b"/", None, ctypes.c_ulong(_PRIVATE | _RECURSIVE), None))
+    folder = os.environ[LITTLE].encode()
+    _succeeds(LIBC.mount(b"tmpfs", folder, b"tmpfs", ctypes.c_ulong(0), f"size={LITTLE_BYTES},mode=1777".encode()))
+
+
+def _succeeds(result: int) -> None:
+    if result:
+        raise failed()

@@ -407,11 +407,11 @@ def test_what_has_no_room_is_not_begun(
     tmp_path: Path, root: Path, server: OriginServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = published(tmp_path, root, "m", SMALL, [4.0, 5.0, 6.0])
-    monkeypatch.setattr("sidecar.store._free_bytes", lambda folder: 23)
+    monkeypatch.setattr("sidecar.store.free_bytes_of", lambda folder: 23)
     with pytest.raises(StoreFull, match="24 bytes could not be stored .*: 23 bytes are free"):
         pulled(server, store, reference)
     assert server.paths() == ["manifests", "graphs"]
-    monkeypatch.setattr("sidecar.store._free_bytes", lambda folder: 24)
+    monkeypatch.setattr("sidecar.store.free_bytes_of", lambda folder: 24)
     pulled(server, store, reference)
 
 

@@ -754,6 +754,16 @@ def test_a_disk_that_cannot_be_measured_has_no_figures(
     assert on_disk(folder) == []
 
 
+def test_a_disk_that_is_nearly_full_is_not_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = Calls(monkeypatch, "pwrite")
+    monkeypatch.setattr(disk, "free_bytes_of", lambda folder: 4 * PAGE_BYTES - 1)
+    assert disk.calibrate(folder, size_bytes=PAGE_BYTES) == disk.Calibration(BUFFERED, {})
+    assert writes.count == 0
+    monkeypatch.setattr(disk, "free_bytes_of", lambda folder: 4 * PAGE_BYTES)
+    assert disk.calibrate(folder, size_bytes=PAGE_BYTES).bytes_per_s
+    assert writes.count == 1
+
+
 def test_more_targets_than_one_call_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = random.Random(5).randbytes(7 * PAGE_BYTES)
     folder.mkdir()
