@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from sidecar.config import Settings, flag_of, parse_size
-from tests.rows import ROOT
+from tests.rows import ROOT, by_row
 
 TEXT = (ROOT / "SECURITY.md").read_text()
 IMAGE = (ROOT / "Dockerfile").read_text().partition(" AS ship\n")[2]
@@ -118,3 +118,14 @@ def test_the_ways_to_run_it_do_not_contradict_each_other() -> None:
 
 def test_nobody_is_told_an_address_that_does_not_exist() -> None:
     assert "@" not in TEXT.partition("## Reporting a hole")[2].partition("\n## ")[0]
+
+
+def test_every_rule_is_kept_somewhere_and_tried() -> None:
+    rules = re.findall(r"^\| ([SMG]\d+) \| [^|]+ \| \[(\w+)\]\((\S+)\) \| ([^|]+) \|$", TEXT, re.MULTILINE)
+    counts = {"S": 7, "M": 9, "G": 13}
+    assert [rule for rule, *_ in rules] == [f"{kind}{number}" for kind, count in counts.items() for number in range(1, count + 1)]
+    tried = by_row()
+    for rule, module, path, rows in rules:
+        assert (ROOT / path).stem == module, rule
+        assert (ROOT / path).is_file(), rule
+        assert all(tried[row] for row in rows.split(", ")), rule
