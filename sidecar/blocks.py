@@ -24,6 +24,7 @@ from typing import Final
 from sidecar.ir import Graph, Node, Value, node_values
 from sidecar.merkle import Identities
 from sidecar.operators import FINISHING, SIZES
+from sidecar.slices import paced
 
 # Nodes before and after a place that count. Longer than a residual unit, or a transformer layer as torch exports it.
 WINDOW: Final = 48
@@ -51,7 +52,7 @@ def cut(graph: Graph) -> tuple[Block, ...]:
     ends = (*starts[1:], len(graph.nodes))
     # The last node that needs a value; a result is needed after all of them.
     last_use: dict[Value, int] = {}
-    for number, node in enumerate(graph.nodes):
+    for number, node in enumerate(paced(graph.nodes)):
         last_use.update(dict.fromkeys(node_values(node), number))
     last_use.update(dict.fromkeys(graph.results, len(graph.nodes)))
     outputs: dict[int, list[Value]] = {first: [] for first in starts}
@@ -76,11 +77,11 @@ def block_id(block: Block, identities: Identities, parent: str = "") -> str:
 
 def _places(graph: Graph) -> list[int]:
     """Return the numbers of the nodes that begin a block, without the first."""
-    taken = [[value for value in node_values(node) if _is_tensor(graph, value)] for node in graph.nodes]
+    taken = [[value for value in node_values(node) if _is_tensor(graph, value)] for node in paced(graph.nodes)]
     found: list[int] = []
     own_bytes = 0
     counted: set[int] = set()
-    for place in range(1, len(graph.nodes)):
+    for place in paced(range(1, len(graph.nodes))):
         for value in node_values(graph.nodes[place - 1]):
             if value.kind == "weight" and value.index not in counted:
                 counted.add(value.index)
@@ -106,7 +107,7 @@ def _is_tensor(graph: Graph, value: Value) -> bool:
 def _block(graph: Graph, first: int, end: int, outputs: list[Value]) -> Block:
     inputs: dict[Value, None] = {}
     weights: dict[int, None] = {}
-    for node in graph.nodes[first:end]:
+    for node in paced(graph.nodes[first:end]):
         for value in node_values(node):
             if value.kind == "weight":
                 weights[value.index] = None

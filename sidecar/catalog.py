@@ -28,7 +28,7 @@ from trunkline.signature import Signature
 
 from sidecar.bundle import Bundle, Weight
 from sidecar.errors import BundleError, StoreError
-from sidecar.graph import FusedGraph
+from sidecar.graph import FusedGraph, Looked
 from sidecar.ir import Graph
 from sidecar.labels import parted
 from sidecar.lowering import Lowered, Recipe
@@ -361,7 +361,23 @@ class Catalog:
         found = self._stored(model)
         if matches(model, self.public):
             self._note_public(model, found)
-        return [digest for name in self.names(model) for digest in self._deploy(name, found)]
+        looked: dict[str, Looked] = {}
+        # In slices others have their turn here, and domains may be others then; from there on nobody sees this half done.
+        while isinstance(found, Bundle) and (bundle := self._not_looked_at(model, found, looked)) is not None:
+            try:
+                looked[bundle.name] = self.graph.look(bundle)
+            except BundleError as error:
+                log.error("%s cannot be served: %s", model, error.message)
+                found = error
+        return [digest for name in self.names(model) for digest in self._deploy(name, found, looked.get(name))]
+
+    def _not_looked_at(self, model: str, found: Bundle, looked: Mapping[str, Looked]) -> Bundle | None:
+        """Return a model as it is known by a name by which nobody has looked at it yet; None when there is no such name."""
+        for name in self.names(model):
+            bundle = self._as_known(found, name)
+            if name not in looked or looked[name].graph != bundle.graph:
+                return bundle
+        return None
 
     def _stored(self, model: str) -> Bundle | TrunklineError:
         """Return a model of the store, or what is wrong with it. Raises UnknownModel."""
@@ -453,7 +469,7 @@ class Catalog:
         self.publish()
         return made
 
-    def _deploy(self, name: str, found: Bundle | TrunklineError) -> Sequence[str]:
+    def _deploy(self, name: str, found: Bundle | TrunklineError, looked: Looked | None = None) -> Sequence[str]:
         self.broken.pop(name, None)
         if isinstance(found, TrunklineError):
             freed = self.withdraw(name)
@@ -468,7 +484,7 @@ class Catalog:
         was_pinned = name in self.deployed and self.residency.is_pinned(self.deployed[name].plan)
         freed = self.withdraw(name)
         try:
-            self.graph.add(bundle)
+            self.graph.add(bundle, looked)
         except BundleError as error:
             log.error("%s cannot be served: %s", name, error.message)
             self.broken[name] = error

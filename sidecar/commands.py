@@ -24,6 +24,8 @@ from sidecar.traces import LIMIT
 
 # Commands that no model matters to, or that only tell what there is now: what is to be deployed after a restart may wait.
 LOOKS_ONLY: Final = frozenset({"metrics", "picture", "drain", "resume", "intake"})
+# Commands that follow the store, one after the other: what they do of a model takes time for each of its nodes (``slices``).
+FOLLOWS_STORE: Final = frozenset({"model_changed", "model_removed"})
 
 
 class Commands:

@@ -11,13 +11,14 @@ wavefront, which is run stage by stage as weights arrive (``sidecar.runs``); ans
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from trunkline.errors import CapacityError, Draining, TrunklineError
@@ -29,7 +30,7 @@ from sidecar.activations import Activations
 from sidecar.admission import Admission
 from sidecar.catalog import Catalog
 from sidecar.claims import Claims
-from sidecar.commands import LOOKS_ONLY, Commands
+from sidecar.commands import FOLLOWS_STORE, LOOKS_ONLY, Commands
 from sidecar.costs import BatchCosts
 from sidecar.deployments import Deployments
 from sidecar.devicememory import DeviceMemory
@@ -41,7 +42,7 @@ from sidecar.loads import Loads
 from sidecar.memory import Memory
 from sidecar.mover import Mover
 from sidecar.outcomes import Outcomes
-from sidecar.ownloads import own_load
+from sidecar.ownloads import own_load, unheard
 from sidecar.pins import Pins
 from sidecar.placement import Cost
 from sidecar.policies import Either
@@ -54,6 +55,7 @@ from sidecar.rivals import open_residency
 from sidecar.runs import Runs
 from sidecar.scheduler import Scheduler
 from sidecar.shortage import Shortage
+from sidecar.slices import Slices
 from sidecar.streams import Streams
 from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant
 from sidecar.traces import Recorder
@@ -74,6 +76,8 @@ _QUIET_S: Final = 0.1
 # Commands and requests that are taken from the inbox before a stage must be run: mostly all that came meanwhile, or whose turn it
 # is would depend on who was the first to send a lot.
 _MOST_TAKEN: Final = 64
+# Between two slices while lanes run, which want the interpreter.
+_LANES_TURN_S: Final = 0.000_5
 
 
 class Engine:
@@ -251,6 +255,9 @@ class Engine:
         self._audited_s = -math.inf
         # Commands and requests taken from the inbox since a stage was last run.
         self._taken = 0
+        # Commands that are done a little at a time, and whose they are.
+        self._slices = Slices()
+        self._sliced: list[Work] = []
         self._draining = False
         # An operator has it take no requests for a while.
         self._paused = False
@@ -439,9 +446,13 @@ class Engine:
         busy = (bool(self._wavefront) and not self._runs.stalled) or self._admission.can_take_up()
         window_s = self._window_left_s() if busy else 0.0
         try:
-            command = self._inbox.get(block=window_s > 0, timeout=window_s or None) if busy else self._wait()
+            if busy or self._slices:
+                rest_s = window_s or (_LANES_TURN_S if self._slices and self._runs.running else 0.0)
+                command = self._inbox.get(block=rest_s > 0, timeout=rest_s or None)
+            else:
+                command = self._wait()
         except queue.Empty:
-            if busy:
+            if busy or self._slices:
                 self._go_on()
             elif self._can_complete():
                 self._deployments.complete(list(self._catalog.awaited)[:1])
@@ -551,6 +562,8 @@ class Engine:
             self._refusals.fail(work, as_told(work, error))
 
     def _go_on(self) -> None:
+        if self._slices:
+            self._slices.go_on()
         # A run may have ended with what was just posted.
         self._admission.follow_stream()
         if self._window_left_s() > 0:
@@ -606,6 +619,9 @@ class Engine:
         self._admission.forget(sessions)
         gone = [parked for parked in self._loads.parked if parked.work.session in sessions]
         self._loads.parked = [parked for parked in self._loads.parked if parked not in gone]
+        for work in self._sliced:
+            if work.session is session:
+                work.session = unheard()
         self._under_way.forget(sessions, gone, session.released)
 
     def _lost(self, error: Exception) -> None:
@@ -621,7 +637,7 @@ class Engine:
     def _has_work(self) -> bool:
         """Say whether anything waits or is under way."""
         under_way = self._wavefront or self._runs.running or self._loads.parked
-        return bool(under_way or len(self._queue) or self._admission.aside_count)
+        return bool(under_way or len(self._queue) or self._admission.aside_count or self._slices)
 
     def _take_in(self, is_open: bool | None) -> dict[str, object]:
         """Take new requests or not, as an operator says; None: as before. Return whether what was taken before is answered."""
@@ -648,18 +664,27 @@ class Engine:
         self._finished = True
 
     def _run_command(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
-        try:
+        with _telling(work, name):
             if name not in LOOKS_ONLY:
                 # Operators are told of all models.
                 self._deployments.complete_all()
-            answer = self._commands.run(work, name, arguments)
-            if answer is not None:
-                work.session.document(work.request_id, answer)
-        except TrunklineError as error:
-            work.session.fail(work.request_id, error)
-        except Exception as error:  # noqa: BLE001 - incident logs it
-            # A bug in one command is answered like any other failure; whoever asked must not wait for ever.
-            work.session.fail(work.request_id, incident(name[:64], error))
+            if name in FOLLOWS_STORE:
+                self._sliced.append(work)
+                self._slices.add(lambda: self._follow_store(work, name, arguments))
+            else:
+                self._answer(work, name, arguments)
+
+    def _follow_store(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
+        try:
+            with _telling(work, name):
+                self._answer(work, name, arguments)
+        finally:
+            self._sliced.remove(work)
+
+    def _answer(self, work: Work, name: str, arguments: dict[str, Any]) -> None:
+        answer = self._commands.run(work, name, arguments)
+        if answer is not None:
+            work.session.document(work.request_id, answer)
 
     def _request_counts(self) -> dict[str, object]:
         return {
@@ -725,6 +750,17 @@ class Engine:
             expected = running + self._loads.count(deployed.plan)
             found = self._residency.lease_count(deployed.plan)
             assert found == expected, f"{deployed.plan}: {found} leases, {expected} requests under way"
+
+
+@contextlib.contextmanager
+def _telling(work: Work, name: str) -> Iterator[None]:
+    """Tell whoever gave a command what was wrong with it, a bug as any other failure: nobody waits for ever."""
+    try:
+        yield
+    except TrunklineError as error:
+        work.session.fail(work.request_id, error)
+    except Exception as error:  # noqa: BLE001 - incident logs it
+        work.session.fail(work.request_id, incident(name[:64], error))
 
 
 def _draining() -> Draining:

@@ -21,6 +21,16 @@ from sidecar.merkle import CollisionError, Identities, Tokens, in_domain
 from sidecar.stages import Staged, split
 
 
+class Looked(NamedTuple):
+    """What there is to know of a graph before it is added: ids and what is behind them, blocks by id in order, stages."""
+
+    graph: Graph
+    identities: Identities
+    tokens: dict[bytes, bytes]
+    blocks: dict[str, Block]
+    staged: Staged
+
+
 class _Entry(NamedTuple):
     bundle: Bundle
     identities: Identities
@@ -72,27 +82,39 @@ class FusedGraph:
         # In how many models each id is.
         self._id_counts: Counter[bytes] = Counter()
 
-    def add(self, bundle: Bundle) -> None:
-        """Add a model, or replace the one of its name.
+    def look(self, bundle: Bundle) -> Looked:
+        """Find out what there is to know of a model; that takes long, and nothing changes. Raises BundleError for a collision."""
+        graph, tokens = bundle.graph, self._tokens.none()
+        try:
+            if (like := self._like(graph)) is None:
+                found = tokens.identify(graph)
+                blocks = _named(cut(graph), found)
+            else:
+                tokens.add(self._tokens.of(_ids(like)))
+                found = tokens.identify_again(like.identities, graph.domain)
+                blocks = _named(like.blocks.values(), found)
+        except CollisionError as error:
+            raise _not_told_apart(bundle, error) from error
+        return Looked(graph, found, tokens.all(), blocks, split(graph, found, blocks))
+
+    def add(self, bundle: Bundle, looked: Looked | None = None) -> None:
+        """Add a model, or replace the one of its name. ``looked`` is what there is to know of it, if somebody has looked.
 
         Raises BundleError when something of it has the id of something else that is here; then nothing changes.
         """
+        found = self.look(bundle) if looked is None else looked
+        assert found.graph == bundle.graph, f"{bundle.name} is not what was looked at"
         try:
-            found, blocks = self._look_at(bundle.graph)
+            self._tokens.add(found.tokens)
         except CollisionError as error:
             self._tokens.keep(self._id_counts)
-            raise BundleError(f"{bundle.name} is not told apart from what is deployed: {error}", model=bundle.name) from error
+            raise _not_told_apart(bundle, error) from error
         if bundle.name in self._entries:
             self.remove(bundle.name)
-            # The tokens it has in common with its last version went with that.
-            found, blocks = self._look_at(bundle.graph)
-        entry = _Entry(
-            bundle,
-            found,
-            frozenset(identity.value for identity in found.nodes),
-            blocks,
-            split(bundle.graph, found, blocks),
-        )
+            # Those it has in common with its last version went with that.
+            self._tokens.add(found.tokens)
+        nodes = frozenset(identity.value for identity in found.identities.nodes)
+        entry = _Entry(bundle, found.identities, nodes, found.blocks, found.staged)
         self._entries[bundle.name] = entry
         self._bytes.clear()
         self._id_counts.update(_ids(entry))
@@ -102,16 +124,13 @@ class FusedGraph:
         for node in entry.nodes:
             self._node_users.setdefault(node, set()).add(bundle.name)
 
-    def _look_at(self, graph: Graph) -> tuple[Identities, dict[str, Block]]:
-        """Return the identities of everything in a graph, and its blocks by id. Raises CollisionError."""
+    def _like(self, graph: Graph) -> _Entry | None:
+        """Return the same model in another domain, read from the store once for both: contents, structures, cuts are the same."""
         for entry in self._entries.values():
             other = entry.bundle.graph
-            # The same model in another domain, read from the store once for both: contents, structures and cuts are the same.
             if other.nodes is graph.nodes and in_domain(other, "") == in_domain(graph, ""):
-                found = self._tokens.identify_again(entry.identities, graph.domain)
-                return found, _named(entry.blocks.values(), found)
-        found = self._tokens.identify(graph)
-        return found, _named(cut(graph), found)
+                return entry
+        return None
 
     def remove(self, name: str) -> None:
         """Remove a model. Raises UnknownModel."""
@@ -234,6 +253,10 @@ class FusedGraph:
         expected_counts = Counter(each for entry in self._entries.values() for each in _ids(entry))
         assert expected_counts == self._id_counts, "the counts of ids disagree with the bundles"
         assert len(self._tokens) == len(self._id_counts), "tokens are kept for nobody"
+
+
+def _not_told_apart(bundle: Bundle, error: CollisionError) -> BundleError:
+    return BundleError(f"{bundle.name} is not told apart from what is deployed: {error}", model=bundle.name)
 
 
 def _named(blocks: Iterable[Block], identities: Identities) -> dict[str, Block]:

@@ -19,6 +19,7 @@ from trunkline.signature import UNKNOWN_AXIS
 from sidecar import operators
 from sidecar.errors import BundleError
 from sidecar.ir import INTEGER_DTYPES, ITEM_BYTES, Argument, Dtype, Enum, Graph, Node, Symbol, Value, Weight
+from sidecar.slices import paced
 from sidecar.strictjson import (
     choice,
     elements,
@@ -35,8 +36,8 @@ from sidecar.strictjson import (
 FORMAT = "trunkline-graph-1"
 
 MAX_GRAPH_BYTES = 64 << 20
-# An 80-layer decoder has 5,000 or so. To deploy a node, and to run it first, takes the engine some tenths of a millisecond, in
-# which it answers nobody.
+# An 80-layer decoder has 5,000 or so. Before a stage is run first, each of its nodes takes the engine some hundredths of a
+# millisecond, in which it answers nobody.
 MAX_NODE_COUNT = 20_000
 MAX_WEIGHT_COUNT = 100_000
 MAX_SYMBOL_COUNT = 16
@@ -104,7 +105,7 @@ def canonical_graph(graph: Graph) -> bytes:
             "symbols": [vars(symbol) for symbol in graph.symbols],
             "inputs": [_encode_tensor(spec) for spec in graph.inputs],
             "outputs": [_encode_tensor(spec) for spec in graph.outputs],
-            "weights": [_encode_weight(weight) for weight in graph.weights],
+            "weights": [_encode_weight(weight) for weight in paced(graph.weights)],
             "nodes": [
                 {
                     "op": node.op,
@@ -112,7 +113,7 @@ def canonical_graph(graph: Graph) -> bytes:
                     "kwargs": {name: _encode_argument(argument) for name, argument in node.kwargs},
                     "origin": node.origin,
                 }
-                for node in graph.nodes
+                for node in paced(graph.nodes)
             ],
             "results": [_encode_argument(value) for value in graph.results],
         }
@@ -191,7 +192,7 @@ def _symbols(value: object) -> dict[str, Symbol]:
 def _weights(value: object) -> tuple[Weight, ...]:
     found: list[Weight] = []
     first: dict[str, Weight] = {}
-    for number, entry in enumerate(elements(value, "graph.json: weights", MAX_WEIGHT_COUNT)):
+    for number, entry in enumerate(paced(elements(value, "graph.json: weights", MAX_WEIGHT_COUNT))):
         place = f"graph.json: weights[{number}]"
         fields = members(entry, place, ("digest", "dtype", "shape", "size_bytes", "crc32"))
         dtype = choice(fields["dtype"], f"{place}.dtype", ITEM_BYTES)
@@ -302,7 +303,7 @@ def parse_graph(data: bytes) -> Graph:
     weights = _weights(root["weights"])
     counts = {"input": len(inputs), "weight": len(weights), "node": 0}
     nodes: list[Node] = []
-    for number, entry in enumerate(elements(root["nodes"], "graph.json: nodes", MAX_NODE_COUNT)):
+    for number, entry in enumerate(paced(elements(root["nodes"], "graph.json: nodes", MAX_NODE_COUNT))):
         counts["node"] = number  # a node sees only those before it
         nodes.append(_node(entry, number, counts))
     counts["node"] = len(nodes)

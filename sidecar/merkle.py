@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -35,6 +35,7 @@ import msgpack
 from trunkline.protocol import TensorSpec
 
 from sidecar.ir import Argument, Dtype, Enum, Graph, Node, Value, Weight
+from sidecar.slices import paced
 
 # Part of every token, so that an id of this scheme can never be taken for one of the next.
 SCHEME: Final = 1
@@ -84,6 +85,24 @@ class Tokens:
             raise CollisionError(f"two tokens have the id {found.hex()[:16]}")
         return found
 
+    def none(self) -> Tokens:
+        """Return one without any, of the same ids."""
+        return Tokens(self._digest)
+
+    def of(self, ids: Iterable[bytes]) -> dict[bytes, bytes]:
+        """Return the tokens behind some ids."""
+        return {each: self._tokens[each] for each in ids}
+
+    def all(self) -> dict[bytes, bytes]:
+        """Return the token behind each id."""
+        return dict(self._tokens)
+
+    def add(self, tokens: Mapping[bytes, bytes]) -> None:
+        """Have further tokens by their ids. Raises CollisionError, in which case some of them may be here."""
+        for found, token in tokens.items():
+            if self._tokens.setdefault(found, token) != token:
+                raise CollisionError(f"two tokens have the id {found.hex()[:16]}")
+
     def forget(self, ids: set[bytes]) -> None:
         """Drop the tokens of ids that are in use no more."""
         for each in ids:
@@ -96,10 +115,10 @@ class Tokens:
     def identify(self, graph: Graph) -> Identities:
         """Return the identities of everything in ``graph``."""
         inputs = tuple(self._both(token, token, graph.domain) for token in _input_tokens(graph.inputs))
-        weights = tuple(self._weight(weight, graph.domain) for weight in graph.weights)
+        weights = tuple(self._weight(weight, graph.domain) for weight in paced(graph.weights))
         nodes: list[Identity] = []
         known = {"input": inputs, "weight": weights, "node": nodes}
-        for node in graph.nodes:
+        for node in paced(graph.nodes):
             structure = _node_token(node, lambda value: known[value.kind][value.index].structure)
             content = _node_token(node, lambda value: known[value.kind][value.index].content)
             nodes.append(self._both(structure, content, graph.domain))
@@ -109,7 +128,7 @@ class Tokens:
         """Return the identities, in another domain, of a graph whose identities were ``found`` here and are not forgotten."""
 
         def moved(identities: tuple[Identity, ...]) -> tuple[Identity, ...]:
-            return tuple(Identity(each.structure, each.content, self._value(each.content, domain)) for each in identities)
+            return tuple(Identity(each.structure, each.content, self._value(each.content, domain)) for each in paced(identities))
 
         return Identities(moved(found.inputs), moved(found.weights), moved(found.nodes))
 
@@ -134,7 +153,7 @@ def in_domain(graph: Graph, domain: str, public: Container[str] = ()) -> Graph:
     """
     if graph.domain == domain == "":
         return graph
-    return replace(graph, domain=domain, weights=tuple(_weight_in(weight, domain, public) for weight in graph.weights))
+    return replace(graph, domain=domain, weights=tuple(_weight_in(weight, domain, public) for weight in paced(graph.weights)))
 
 
 def _weight_in(weight: Weight, domain: str, public: Container[str]) -> Weight:
@@ -158,7 +177,7 @@ def skeleton_id(graph: Graph) -> str:
     shape comes first.
     """
     weights = [[weight.dtype, list(weight.shape)] for weight in graph.weights]
-    nodes = [_node_token(node, _place) for node in graph.nodes]
+    nodes = [_node_token(node, _place) for node in paced(graph.nodes)]
     results = [[_place(value), value.item] for value in graph.results]
     return hashlib.sha256(_token("skeleton", _input_tokens(graph.inputs), weights, nodes, results)).hexdigest()
 

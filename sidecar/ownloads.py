@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from trunkline.errors import TrunklineError
 
-from sidecar.ports import OutputSpecs, Work
+from sidecar.ports import OutputSpecs, Session, Work
 from sidecar.tenants import ANYONE
 
 # Whose such loads are: nobody's who has limits.
@@ -20,6 +20,11 @@ _LOAD_S: Final = 600.0
 def own_load(name: str, now: float, over: Callable[[TrunklineError | None], None] = lambda error: None) -> Work:
     """Return a load of a model, or of several together. ``over`` is told when it is over, and what was wrong."""
     return Work(_Awaited(over), 0, name, now + _LOAD_S, tenant=_ITSELF)
+
+
+def unheard() -> Session:
+    """Return a session for what goes on although nobody is there any more to be told."""
+    return _Awaited(lambda error: None)
 
 
 class _Awaited:

@@ -21,6 +21,7 @@ from sidecar.blocks import Block
 from sidecar.ir import Argument, Graph, Node, Value, Weight, node_values
 from sidecar.merkle import Identities
 from sidecar.operators import LISTS, SIZES
+from sidecar.slices import paced
 
 # The name of a tensor: its Merkle value, and which result of an operator that gives several.
 Key = bytes
@@ -135,12 +136,12 @@ def _extract(graph: Graph, block: Block, picked: Mapping[int, list[Value]], name
             if (last := waiting.pop()) not in part.numbers:
                 add(last)
 
-    for number in range(block.first, block.end):
+    for number in paced(range(block.first, block.end)):
         if number not in part.numbers:
             add(number)
         if graph.nodes[number].op not in _ANEW:
             part.places.setdefault(name.of(Value("node", number)), Value("node", part.numbers[number]))
-    for number in range(block.first, block.end):
+    for number in paced(range(block.first, block.end)):
         for value in picked.get(number, ()):
             part.places.setdefault(name.of(value), replace(value, index=part.numbers[number]))
     return part

@@ -306,7 +306,7 @@ def test_a_damaged_model_is_told_in_each_domain_that_may_use_it(tmp_path: Path, 
 def test_what_is_wrong_with_a_model_is_told_by_the_name_it_was_asked_by(
     tmp_path: Path, source: FakeSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(graph: FusedGraph, bundle: Bundle) -> None:
+    def refuse(graph: FusedGraph, bundle: Bundle, looked: object = None) -> None:
         raise BundleError(f"{bundle.name} is not told apart from what is deployed")
 
     monkeypatch.setattr(FusedGraph, "add", refuse)

@@ -74,6 +74,7 @@ LAYERS = {
         "quotas",
         "quotaedit",
         "shares",
+        "slices",
         "forecast",
         "inflight",
         "reserves",
