@@ -37,6 +37,7 @@ from sidecar.merkle import in_domain, skeleton_id
 from sidecar.pins import Pins
 from sidecar.ports import Device, Source
 from sidecar.residency import Residency
+from sidecar.slices import stopping
 from sidecar.stages import Key, Stage, Staged
 from sidecar.tenants import OPEN, as_asked, as_known_to, matches, qualified, unqualified
 from sidecar.together import Interface, join
@@ -358,14 +359,16 @@ class Catalog:
 
         What is wrong with it is kept in ``broken``. Raises UnknownModel.
         """
-        found = self._stored(model)
+        with stopping():
+            found = self._stored(model)
         if matches(model, self.public):
             self._note_public(model, found)
         looked: dict[str, Looked] = {}
-        # In slices others have their turn here, and domains may be others then; from there on nobody sees this half done.
+        # Domains may be others after it stopped.
         while isinstance(found, Bundle) and (bundle := self._not_looked_at(model, found, looked)) is not None:
             try:
-                looked[bundle.name] = self.graph.look(bundle)
+                with stopping():
+                    looked[bundle.name] = self.graph.look(bundle)
             except BundleError as error:
                 log.error("%s cannot be served: %s", model, error.message)
                 found = error

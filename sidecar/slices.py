@@ -1,14 +1,15 @@
 """Slices: long work in a thread that others wait for, done a little at a time, so that they have their turn in between.
 
 What grows with the size of a graph is gone through ``paced``. Called as usual that does nothing. In work that ``Slices`` does,
-in a coroutine of its own (a greenlet: such work is written as any other), it stops there after every few items, and whoever has
-the thread goes on with something else. Nothing changes under the hands of such work but where it is paced; what must not be seen
-half done has none of that. A second thread would do worse: the engine's kernels give the interpreter's lock away, and would wait
-for it each time. Owned by one thread. Pure.
+in a coroutine of its own (a greenlet: such work is written as any other), and there only within ``stopping``, it stops after
+every few items, and whoever has the thread goes on with something else. So nothing changes under the hands of such work but where
+it says so, and nobody sees it half done elsewhere. A second thread would do worse: the engine's kernels give the interpreter's
+lock away, and would wait for it each time. Owned by one thread. Pure.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, TypeVar
@@ -25,6 +26,7 @@ class _Sliced(greenlet):
     """Work that stops after so many items. It gives no arguments and takes none."""
 
     left = ITEMS
+    may_stop = False
 
     def take_one(self) -> None:
         self.left -= 1
@@ -35,12 +37,26 @@ class _Sliced(greenlet):
 
 
 def paced(items: Iterable[T]) -> Iterable[T]:
-    """Return the items; in work that is done in slices, with others' turns between them."""
+    """Return the items; in work that is done in slices, where it may stop, with others' turns between them."""
     current = getcurrent()
-    return _stopping(items, current) if isinstance(current, _Sliced) else items
+    return _with_stops(items, current) if isinstance(current, _Sliced) and current.may_stop else items
 
 
-def _stopping(items: Iterable[T], work: _Sliced) -> Iterator[T]:
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Let others have their turn while the block runs, in work that is done in slices."""
+    current = getcurrent()
+    if not isinstance(current, _Sliced):
+        yield
+        return
+    current.may_stop = True
+    try:
+        yield
+    finally:
+        current.may_stop = False
+
+
+def _with_stops(items: Iterable[T], work: _Sliced) -> Iterator[T]:
     for item in items:
         work.take_one()
         yield item

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.slices import ITEMS, Slices, paced
+from sidecar.slices import ITEMS, Slices, paced, stopping
 
 
 def test_what_is_not_done_in_slices_is_not_paced() -> None:
@@ -15,7 +15,12 @@ def test_what_is_not_done_in_slices_is_not_paced() -> None:
 def test_work_stops_after_some_items_and_goes_on_where_it_was() -> None:
     slices, done = Slices(), list[int]()
     assert not slices
-    slices.add(lambda: done.extend(paced(range(2 * ITEMS + 1))))
+
+    @stopping()
+    def work() -> None:
+        done.extend(paced(range(2 * ITEMS + 1)))
+
+    slices.add(work)
     slices.add(lambda: done.append(-1))
     seen = []
     while slices:
@@ -29,6 +34,7 @@ def test_work_stops_after_some_items_and_goes_on_where_it_was() -> None:
 def test_what_goes_through_several_lists_stops_as_often() -> None:
     slices, seen = Slices(), list[int]()
 
+    @stopping()
     def work() -> None:
         for number in paced(range(ITEMS // 2 + 1)):
             for _ in paced(range(2)):
@@ -46,6 +52,7 @@ def test_what_goes_through_several_lists_stops_as_often() -> None:
 def test_work_that_fails_is_over_and_the_next_is_done() -> None:
     slices, done = Slices(), list[str]()
 
+    @stopping()
     def failing() -> None:
         for _ in paced(range(ITEMS)):
             pass
@@ -58,4 +65,21 @@ def test_work_that_fails_is_over_and_the_next_is_done() -> None:
         slices.go_on()
     slices.go_on()
     assert done == ["next"]
+    assert not slices
+
+
+def test_work_stops_nowhere_else() -> None:
+    slices, done = Slices(), list[int]()
+
+    def work() -> None:
+        done.extend(paced(range(5 * ITEMS)))
+        with stopping():
+            done.extend(paced(range(ITEMS)))
+        done.extend(paced(range(5 * ITEMS)))
+
+    slices.add(work)
+    slices.go_on()
+    assert len(done) == 5 * ITEMS + ITEMS - 1
+    slices.go_on()
+    assert len(done) == 11 * ITEMS
     assert not slices
