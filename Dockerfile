@@ -15,7 +15,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY template/python3-trunkline/trunkline template/python3-trunkline/trunkline
 COPY sidecar sidecar
-RUN pip install ".[otel]" && pip uninstall --yes pip setuptools && find /opt/trunkline -name tests -type d -prune -exec rm -rf {} +
+RUN pip install ".[otel,kubernetes]" && pip uninstall --yes pip setuptools && find /opt/trunkline -name tests -type d -prune -exec rm -rf {} +
 
 # Not part of the image: `docker build --target sbom --output . .` writes sbom.cdx.json, a list of all Python packages in it.
 FROM build AS listed

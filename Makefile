@@ -10,7 +10,7 @@ STAMP := $(VENV)/.complete
 PIP := $(BIN)/pip install --quiet --no-compile
 KEPT := PYTHONDONTWRITEBYTECODE=
 
-.PHONY: setup demo test lint types cov bench sbom fuzz clean
+.PHONY: setup demo test lint types cov bench sbom fuzz stubs clean
 
 setup: $(STAMP)
 
@@ -70,6 +70,12 @@ fuzz: $(STAMP)
 	$(PIP) --group fuzz
 	for target in frames inferences texts manifests graphs; do mkdir -p .trunkline/fuzz/$$target && \
 	  $(BIN)/python -m tests.fuzzing $$target .trunkline/fuzz/$$target -max_total_time=$(FUZZ_S) || exit 1; done
+
+# The kubelet's API in Python, from its .proto; what is generated is committed. With another version of grpcio-tools, pyproject.toml
+# has to ask for that of grpcio and protobuf.
+stubs: $(STAMP)
+	$(PIP) 'grpcio-tools==1.81.1'
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. sidecar/kubernetes/kubelet/deviceplugin.proto
 
 clean:
 	rm -rf $(VENV) .trunkline

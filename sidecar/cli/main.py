@@ -7,6 +7,7 @@ import click
 from sidecar.cli import (
     completion,
     jobs,
+    kubernetes,
     looking,
     models,
     operating,
@@ -60,4 +61,6 @@ main.add_command(jobs.job)
 main.add_command(store.store)
 main.add_command(tenants.tenant)
 main.add_command(tokens.token)
+main.add_command(kubernetes.webhook)
+main.add_command(kubernetes.device_plugin)
 main.add_command(completion.completion)

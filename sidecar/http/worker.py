@@ -133,8 +133,8 @@ class ImpatientWorker(ThreadWorker):  # type: ignore[misc]
         super().handle_exit(sig, frame)
         # It may be told to end before it has loaded the application.
         app = getattr(self, "wsgi", None)
-        if isinstance(app, Flask):
-            app.extensions["feed"].close()
+        if isinstance(app, Flask) and (feed := app.extensions.get("feed")) is not None:
+            feed.close()
 
 
 def _is_closed(graceful: bool = False) -> None:

@@ -14,7 +14,7 @@ from sidecar.cli.main import main
 
 DOCS = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 # Commands that print nothing a program would read: logs, and a script.
-PROSE = {"serve", "up", "completion"}
+PROSE = {"serve", "up", "webhook", "device-plugin", "node-labels", "completion"}
 
 
 def commands(group: click.Group, above: str = "") -> dict[str, click.Command]:

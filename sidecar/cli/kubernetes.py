@@ -1,0 +1,95 @@
+"""`trunkline webhook`, `device-plugin` and `node-labels`: what runs beside sidecars in a Kubernetes cluster."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sidecar.errors import ConfigError
+from sidecar.kubernetes.injection import LEFT_ALONE, MODES, Injection
+from sidecar.kubernetes.names import FOLDER, SOCKET, VOLUME
+from sidecar.logs import log_to_stderr
+
+_PLUGINS = "/var/lib/kubelet/device-plugins"
+_LOOK_S = 1.0
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _logged(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the two options of the log, by the names that `serve` has for them."""
+    levels, forms = click.Choice(_LEVELS), click.Choice(("human", "json"))
+    command = click.option("--log-format", type=forms, default="human", envvar="TRUNKLINE_LOG_FORMAT", show_default=True)(command)
+    return click.option("--log-level", type=levels, default="info", envvar="TRUNKLINE_LOG_LEVEL", show_default=True)(command)
+
+
+@click.command()
+@click.option("--tls-cert", type=click.Path(path_type=Path), required=True, help="PEM file; read again when it is replaced.")
+@click.option("--tls-key", type=click.Path(path_type=Path), required=True, help="PEM file with its key.")
+@click.option("--host", default="", help="Address to listen at; every one unless said.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8443, show_default=True)
+@click.option("--mode", type=click.Choice(MODES), default="none", show_default=True, help="How functions get at the socket.")
+@click.option("--url", default="", help="Given to functions as TRUNKLINE_URL, for where there is no socket.")
+@click.option("--host-path", default=FOLDER, show_default=True, help="With hostPath: the folder of the socket on nodes.")
+@click.option("--claim", default=VOLUME, show_default=True, help="With pvc: the claim, in each namespace of functions.")
+@click.option("--leave-alone", multiple=True, metavar="CONTAINER", help="Beside proxies that are known; may be repeated.")
+@click.option("--linger", "linger_s", type=click.FloatRange(0, 600), default=5.0, help="Seconds after SIGTERM.")
+@_logged
+def webhook(
+    tls_cert: Path,
+    tls_key: Path,
+    host: str,
+    port: int,
+    mode: str,
+    url: str,
+    host_path: str,
+    claim: str,
+    leave_alone: tuple[str, ...],
+    linger_s: float,
+    log_level: str,
+    log_format: str,
+) -> None:
+    """Give labelled pods the socket of their node."""
+    from sidecar.kubernetes.webhook import WebhookServer, listen
+
+    if mode == "none" and not url:
+        raise click.UsageError("with --mode none functions need --url, such as http://trunkline.trunkline.svc:9470")
+    log_to_stderr(log_level, log_format)
+    injection = Injection(mode, url, host_path, claim, (*LEFT_ALONE, *leave_alone))
+    WebhookServer(injection, listen(host, port), tls_cert, tls_key, linger_s=linger_s).run()
+
+
+@click.command("device-plugin")
+@click.option(
+    "--sockets", type=click.IntRange(1, 10_000), default=256, show_default=True, help="Containers of the node that may have it."
+)
+@click.option("--socket", default=SOCKET, show_default=True, help="The sidecar's, as this process sees it.")
+@click.option("--host-path", default=FOLDER, show_default=True, help="The folder of the socket on the node.")
+@click.option("--url", default="", help="Given to functions as TRUNKLINE_URL, for while there is no socket.")
+@click.option("--kubelet-dir", type=click.Path(path_type=Path), default=_PLUGINS, show_default=True, help="The kubelet's folder.")
+@_logged
+def device_plugin(
+    sockets: int, socket: str, host_path: str, url: str, kubelet_dir: Path, log_level: str, log_format: str
+) -> None:
+    """Have the kubelet give functions the socket."""
+    try:
+        from sidecar.kubernetes.deviceplugin import DevicePlugin, Sockets
+    except ImportError as error:
+        raise ConfigError(
+            f"the device plugin needs the extra `kubernetes` ({error}); pip install 'trunkline[kubernetes]'"
+        ) from error
+
+    log_to_stderr(log_level, log_format)
+    DevicePlugin(Sockets(sockets, host_path, url), kubelet_dir, socket).run(_stopped(), _LOOK_S)
+
+
+def _stopped() -> threading.Event:
+    """Return what is set by SIGTERM or SIGINT."""
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopped.set())
+    return stopped

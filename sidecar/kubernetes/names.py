@@ -1,0 +1,19 @@
+"""The names that Kubernetes knows us by, and the path at which functions see the socket. Pure."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# The pod label that switches injection, and its value.
+LABEL: Final = "trunkline"
+ENABLED: Final = "enabled"
+# The annotation, or label, in which a pod names the models it asks.
+MODELS: Final = "trunkline.dev/models"
+# Of the labels that a node has for its models.
+MODEL_PREFIX: Final = "model.trunkline.dev/"
+DRIVER: Final = "csi.trunkline.dev"
+RESOURCE: Final = "trunkline.dev/socket"
+VOLUME: Final = "trunkline"
+# The folder of the socket, on the host as in functions.
+FOLDER: Final = "/run/trunkline"
+SOCKET: Final = f"{FOLDER}/trunkline.sock"
