@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -10,13 +11,19 @@ from typing import Any
 
 import click
 
+from sidecar.cli.endpoint import endpoint_of
 from sidecar.errors import ConfigError
 from sidecar.kubernetes.injection import LEFT_ALONE, MODES, Injection
-from sidecar.kubernetes.names import FOLDER, SOCKET, VOLUME
+from sidecar.kubernetes.names import ACCOUNT, FOLDER, SOCKET, VOLUME
 from sidecar.logs import log_to_stderr
 
 _PLUGINS = "/var/lib/kubelet/device-plugins"
 _LOOK_S = 1.0
+_SECONDS = click.FloatRange(0.05, 3600)
+# A sidecar that is busy answers operators later.
+_ANSWER_S = 10.0
+# As the API server names objects.
+_NODE = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -85,6 +92,53 @@ def device_plugin(
 
     log_to_stderr(log_level, log_format)
     DevicePlugin(Sockets(sockets, host_path, url), kubelet_dir, socket).run(_stopped(), _LOOK_S)
+
+
+@click.command("node-labels")
+@click.option("--node", envvar="NODE_NAME", required=True, show_envvar=True, help="This node, as the API server knows it.")
+@click.option("--every", "look_s", type=_SECONDS, default=5.0, show_default=True, help="Seconds between looks at the sidecar.")
+@click.option(
+    "--least-pause", "least_pause_s", type=_SECONDS, default=30.0, show_default=True, help="Seconds between two changes."
+)
+@click.option("--most", type=click.IntRange(1, 1000), default=100, show_default=True, help="Models; those in memory come first.")
+@click.option("--api-server", metavar="URL", help="Instead of the one that the kubelet tells pods of.")
+@click.option(
+    "--account", type=click.Path(path_type=Path), default=ACCOUNT, show_default=True, help="Folder with token and ca.crt."
+)
+@_logged
+@click.pass_context
+def node_labels(
+    ctx: click.Context,
+    node: str,
+    look_s: float,
+    least_pause_s: float,
+    most: int,
+    api_server: str | None,
+    account: Path,
+    log_level: str,
+    log_format: str,
+) -> None:
+    """Tell the scheduler which models this node has."""
+    import time
+
+    from sidecar.kubernetes.apiserver import ApiServer
+    from sidecar.kubernetes.nodelabels import NodeLabels
+
+    log_to_stderr(log_level, log_format)
+    if not _NODE.fullmatch(node):
+        raise click.BadParameter(f"{node[:80]!r} is no name of a node", param_hint="--node")
+    api = ApiServer(api_server, account) if api_server else ApiServer.of_this_cluster(account=account)
+    client = endpoint_of(ctx).client(timeout_s=_ANSWER_S)
+    ctx.call_on_close(client.close)
+    told = NodeLabels(
+        lambda: client.get("models")["models"],
+        lambda labels: api.label_node(node, labels),
+        time.monotonic,
+        look_s=look_s,
+        least_pause_s=least_pause_s,
+        most=most,
+    )
+    told.run(_stopped())
 
 
 def _stopped() -> threading.Event:

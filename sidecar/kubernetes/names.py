@@ -17,3 +17,5 @@ VOLUME: Final = "trunkline"
 # The folder of the socket, on the host as in functions.
 FOLDER: Final = "/run/trunkline"
 SOCKET: Final = f"{FOLDER}/trunkline.sock"
+# Where the kubelet puts a pod's token, and the authority of the API server's certificate.
+ACCOUNT: Final = "/var/run/secrets/kubernetes.io/serviceaccount"
