@@ -52,6 +52,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.swap --json benchmarks/results/swap.json
 	$(BIN)/python -m benchmarks.tenancy --json benchmarks/results/tenancy.json
 	$(BIN)/python -m benchmarks.http --json benchmarks/results/http.json
+	$(BIN)/python -m benchmarks.cluster_sim --json benchmarks/results/cluster_sim.json
 	$(BIN)/python -m benchmarks.faults --json benchmarks/results/faults.json --docs
 
 # What lists the packages of an environment is not one of them.

@@ -22,6 +22,7 @@ from typing import Any, Final
 import grpc
 from trunkline.connection import Connection
 from trunkline.errors import TransportError, TrunklineError
+from trunkline.pool import read_token
 
 from sidecar.errors import ConfigError
 from sidecar.kubernetes.kubelet import deviceplugin_pb2 as messages
@@ -45,9 +46,13 @@ _Identity = tuple[int, int, int] | None
 
 
 def answers_hello(path: str) -> bool:
-    """Say whether a sidecar answers at the socket. That it refuses whoever has no token is an answer, too."""
+    """Say whether a sidecar answers at the socket. That it refuses whoever has no token is an answer, too.
+
+    Asked with the token that functions would find in this container. Raises SidecarUnavailable when that cannot be read.
+    """
+    token = read_token()
     try:
-        Connection(path, deadline=time.monotonic() + _HELLO_S).close()
+        Connection(path, token=token, deadline=time.monotonic() + _HELLO_S).close()
     except TransportError:
         return False
     except TrunklineError:

@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 import pytest
 from trunkline import protocol
-from trunkline.errors import Unauthorized
+from trunkline.errors import SidecarUnavailable, Unauthorized
 
 from sidecar.errors import ConfigError
 from sidecar.kubernetes import deviceplugin
@@ -209,18 +209,28 @@ def test_to_be_refused_is_to_be_answered_and_silence_is_not(tmp_path: Path, monk
         assert not answers_hello(path)
         monkeypatch.setattr(deviceplugin, "_HELLO_S", 30.0)
 
+        (tmp_path / "token").write_text("secret\n")
+        monkeypatch.setenv("TRUNKLINE_TOKEN_FILE", str(tmp_path / "token"))
+        tokens = []
+
         def refuse() -> None:
             refusal = Unauthorized("a token is demanded")
             # The first is the one that has gone.
             for _ in range(2):
                 with listener.accept()[0] as asked, contextlib.suppress(BrokenPipeError):
-                    asked.recv(protocol.MAX_FRAME_BYTES)
+                    hello = protocol.decode(asked.recv(protocol.MAX_FRAME_BYTES))
+                    assert isinstance(hello, protocol.Hello)
+                    tokens.append(hello.token)
                     asked.send(protocol.encode(protocol.Fault(0, refusal.code, refusal.message, False, {})))
 
         refusing = threading.Thread(target=refuse)
         refusing.start()
         assert answers_hello(path)
         refusing.join(30)
+        assert tokens == [b"", b"secret"]
+    (tmp_path / "token").unlink()
+    with pytest.raises(SidecarUnavailable, match="TRUNKLINE_TOKEN_FILE"):
+        answers_hello(path)
 
 
 def test_as_a_process_it_withdraws_when_told_and_is_replaced_when_killed(tmp_path: Path) -> None:
