@@ -159,11 +159,14 @@ class DevicePlugin:
             self._registered = kubelet
 
     def run(self, stopped: threading.Event, pause_s: float) -> None:
-        """Look every ``pause_s`` seconds until ``stopped``, then withdraw."""
-        while not stopped.is_set():
-            self.look()
-            stopped.wait(pause_s)
-        self.close()
+        """Look every ``pause_s`` seconds until ``stopped``, then withdraw; also when looking raises."""
+        try:
+            while not stopped.is_set():
+                self.look()
+                stopped.wait(pause_s)
+        finally:
+            # Threads that have streams would keep this process from its end.
+            self.close()
 
     def close(self) -> None:
         """End the streams, by which the kubelet knows that there are no sockets any more."""

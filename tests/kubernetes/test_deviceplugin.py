@@ -192,6 +192,17 @@ def test_a_folder_that_cannot_be_written_to_is_told(node: Node) -> None:
             node.plugin.look()
 
 
+def test_what_cannot_go_on_ends_its_streams(node: Node) -> None:
+    with kubelet(node.kubelet_dir) as found:
+        node.plugin.look()
+        found.until(lambda: bool(found.healths))
+        (node.kubelet_dir / "trunkline.sock").unlink()
+        (node.kubelet_dir / "trunkline.sock").mkdir()
+        with pytest.raises(ConfigError):
+            node.plugin.run(threading.Event(), 0.0)
+        found.until(lambda: found.ended_streams == 1)
+
+
 def test_a_sidecar_answers_hello(tmp_path: Path) -> None:
     assert not answers_hello(str(tmp_path / "none.sock"))
     with running_server(tmp_path, FakeSource()) as running:
