@@ -256,13 +256,19 @@ def test_a_killed_http_server_is_replaced_and_functions_do_not_notice(sidecar: S
 
 
 def test_the_probe_follows_the_engine(sidecar: SidecarProcess) -> None:
-    def probe() -> int:
+    def probe(*flags: str) -> int:
         environment = child_environment() | {"TRUNKLINE_RUN_DIR": str(sidecar.run_dir)}
-        return subprocess.run([sys.executable, "-m", "sidecar.probe"], env=environment, timeout=60, check=False).returncode
+        return subprocess.run(
+            [sys.executable, "-m", "sidecar.probe", *flags], env=environment, timeout=60, check=False
+        ).returncode
 
-    assert probe() == 0
+    assert (probe(), probe("--live")) == (0, 0)
+    # One that an operator drains is not ready, and not to be killed for it.
+    drain = [sys.executable, "-m", "sidecar", "--admin", f"unix:{sidecar.run_dir / 'admin.sock'}", "drain"]
+    subprocess.run(drain, env=child_environment(), timeout=60, check=True)
+    assert (probe(), probe("--live")) == (1, 0)
     sidecar.stop()
-    assert probe() == 1
+    assert (probe(), probe("--live")) == (1, 1)
 
 
 def test_a_store_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
