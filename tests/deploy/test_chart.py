@@ -1,0 +1,174 @@
+"""The chart's own: what may be said, what is refused, and the container that makes folders of the host the sidecar's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sidecar.segment import LEDGER_END
+from tests.charts import CHART, helm, named, rendered, tool
+from tests.rows import ROOT
+
+SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
+VALUES = (CHART / "values.yaml").read_text()
+# What is as Kubernetes has it, and empty unless said. `global` is helm's own, for charts that hold others.
+LEFT_EMPTY = {".imagePullSecrets[]", ".extraEnv[]", ".seLinuxOptions"}
+
+
+def objects(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the schema of each object whose keys are known."""
+    if "properties" in schema:
+        yield path, schema
+        for key, each in schema["properties"].items():
+            yield from objects(each, f"{path}.{key}")
+    elif "items" in schema:
+        yield from objects(schema["items"], f"{path}[]")
+
+
+def keys(values: dict[str, Any], schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, bool]]:
+    """Yield all keys of the values, and whether the schema knows them."""
+    for key, value in values.items():
+        known = schema["properties"].get(key)
+        yield f"{path}.{key}", known is not None
+        if isinstance(value, dict) and known and "properties" in known:
+            yield from keys(value, known, f"{path}.{key}")
+
+
+def test_the_schema_takes_no_key_that_it_does_not_know() -> None:
+    for path, schema in objects(SCHEMA):
+        assert schema["additionalProperties"] is False, path
+
+
+def test_the_schema_and_the_values_have_the_same_keys() -> None:
+    values = yaml.safe_load(VALUES)
+    in_values = dict(keys(values, SCHEMA))
+    assert all(in_values.values()), in_values
+    in_schema = {f"{path}.{key}" for path, schema in objects(SCHEMA) if path not in LEFT_EMPTY for key in schema["properties"]}
+    assert in_schema - {".global"} == set(in_values)
+
+
+def test_every_value_is_explained() -> None:
+    for before, line in itertools.pairwise(VALUES.splitlines()):
+        if re.fullmatch(r" *\w+: .+", line):
+            assert before.lstrip().startswith("# "), line
+
+
+def test_links_lead_somewhere() -> None:
+    found = re.findall(r"(docs/[a-z-]+\.md)(?:#([a-z-]+))?", VALUES)
+    assert found
+    for path, anchor in found:
+        headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE)
+        assert not anchor or anchor in {re.sub(r"[^a-z -]", "", each.lower()).replace(" ", "-") for each in headings}, anchor
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"memory": {"weightsMib": 5}}, "weightsMib"),
+        ({"memory": {"weightsMiB": "2GiB"}}, "/memory/weightsMiB"),
+        ({"attach": {"mode": "socket"}}, "/attach/mode"),
+        ({"attach": {"injection": "istio"}}, "/attach/injection"),
+        ({"settings": {"queu_limit": 3}}, "queu_limit"),
+        # What the chart says itself, and would say twice.
+        ({"settings": {"admin_port": 3}}, "admin_port"),
+        ({"http": {"port": 80}}, "/http/port"),
+        ({"socketDir": "run/trunkline"}, "/socketDir"),
+        ({"socketDir": "/run/trunkline; reboot"}, "/socketDir"),
+        ({"image": {"digest": "sha256:12"}}, "/image/digest"),
+        ({"update": {"maxUnavailable": 0}}, "/update/maxUnavailable"),
+        ({"gpus": 1}, "gpus"),
+        ({"attach": {"pvc": {"namespaces": ["A B"]}}}, "/attach/pvc/namespaces/0"),
+        ({"extraEnv": [{"nam": "A"}]}, "/extraEnv/0"),
+        ({"podMonitor": {"enabled": True}, "http": {"enabled": False}}, "podMonitor.enabled needs http.enabled"),
+        ({"attach": {"mode": "pvc"}}, "attach.pvc.namespaces"),
+        ({"attach": {"injection": "webhook"}, "http": {"enabled": False}}, "attach.injection has nothing to give"),
+        ({"attach": {"injection": "kyverno"}, "http": {"tlsSecret": "tls"}}, "attach.injection has nothing to give"),
+        (
+            {"attach": {"injection": "webhook", "webhook": {"certificates": "secret", "tlsSecret": "tls"}}},
+            "attach.webhook.caBundle",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_key(values: dict[str, object], said: str) -> None:
+    done = helm(values=values)
+    assert done.returncode
+    assert said in done.stderr
+
+
+def test_helm_finds_nothing_to_complain_of() -> None:
+    done = subprocess.run(
+        [tool("helm"), "lint", "--strict", str(CHART)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_ledger_has_room_beside_the_weights() -> None:
+    spec = named(rendered(values={"memory": {"weightsMiB": 1000}}), "DaemonSet", "trunkline")["spec"]["template"]["spec"]
+    (size,) = (each["emptyDir"]["sizeLimit"] for each in spec["volumes"] if each["name"] == "shm")
+    assert int(size.removesuffix("Mi")) << 20 >= (1000 << 20) + LEDGER_END
+
+
+def prepared(host: Path) -> subprocess.CompletedProcess[str]:
+    """Run what the first container runs, on folders of a host's stand-in, with its one capability."""
+    pod = named(rendered(), "DaemonSet", "trunkline")["spec"]["template"]["spec"]
+    (prepare,) = pod["initContainers"]
+    (script,) = prepare["args"]
+    script = re.sub(r"/(run|var/lib)/trunkline", lambda found: f"{host}{found[0]}", script)
+    limits = ["setpriv", "--bounding-set=-all,+chown", "--inh-caps=-all", "--no-new-privs"]
+    return subprocess.run([*limits, *prepare["command"], script], capture_output=True, text=True, timeout=60, check=False)
+
+
+def state(path: Path) -> tuple[int, int, int]:
+    found = path.lstat()
+    return found.st_uid, found.st_gid, found.st_mode & 0o7777
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    if os.geteuid():
+        pytest.skip("changing owners takes root, as the container that is tried here has it")
+    tmp_path.chmod(0o755)
+    for folder in ("run/trunkline", "var/lib/trunkline"):
+        (tmp_path / folder).mkdir(parents=True, mode=0o755)
+    return tmp_path
+
+
+def test_folders_that_the_kubelet_made_become_the_sidecars(host: Path) -> None:
+    # The kubelet made it for a function's pod that was there first.
+    (host / "run/trunkline/public").mkdir()
+    for _ in range(2):
+        done = prepared(host)
+        assert done.returncode == 0, done.stderr
+        assert state(host / "run/trunkline") == (10001, 10001, 0o755)
+        assert state(host / "run/trunkline/public") == (10001, 10001, 0o755)
+        assert state(host / "var/lib/trunkline") == (10001, 10001, 0o700)
+
+
+def test_folders_of_somebody_else_become_the_sidecars(host: Path) -> None:
+    for folder in ("run/trunkline", "var/lib/trunkline"):
+        (host / folder).chmod(0o777)
+        os.chown(host / folder, 1000, 1000)
+    done = prepared(host)
+    assert done.returncode == 0, done.stderr
+    assert state(host / "run/trunkline") == (10001, 10001, 0o755)
+    assert state(host / "var/lib/trunkline") == (10001, 10001, 0o700)
+
+
+def test_a_link_that_the_sidecar_has_made_leads_root_nowhere(host: Path) -> None:
+    victim = host / "etc"
+    victim.mkdir()
+    (host / "run/trunkline/public").symlink_to(victim)
+    os.chown(host / "run/trunkline", 10001, 10001)
+    before = state(victim)
+    done = prepared(host)
+    assert done.returncode == 0, done.stderr
+    assert state(victim) == before

@@ -1,0 +1,92 @@
+"""kustomize's folders are what the chart renders, built by kubectl."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from sidecar.quotas import read_quotas
+from tests.charts import CHART, KUSTOMIZE, Manifest, built, by_identity, rendered, tool
+from tests.rows import ROOT
+
+LEFT_OUT = ("helm.sh/chart", "app.kubernetes.io/managed-by")
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", KUSTOMIZE / "generate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def without_helm(found: list[Manifest]) -> dict[tuple[str, str, str], Manifest]:
+    for each in found:
+        for label in LEFT_OUT:
+            del each["metadata"]["labels"][label]
+    return by_identity(found)
+
+
+def test_what_was_written_from_the_chart_is_still_that(generate: ModuleType) -> None:
+    for path, text in generate.files(tool("helm")).items():
+        assert path.read_text() == text, f"{path.relative_to(ROOT)} is out of date; run deploy/kustomize/generate.py"
+
+
+def values_of(overlay: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    if overlay == "gpu":
+        return ("--values", str(CHART / "values-gpu.yaml")), {}
+    if overlay == "csi":
+        return (), {"attach": {"mode": "csi", "injection": "admissionPolicy"}}
+    if overlay == "tenants":
+        return (), {"quotas": (KUSTOMIZE / "overlays" / "tenants" / "quotas.toml").read_text()}
+    return (), {}
+
+
+@pytest.mark.parametrize("overlay", [None, *sorted(each.name for each in (KUSTOMIZE / "overlays").iterdir())])
+def test_an_overlay_is_the_chart_with_some_values(overlay: str | None) -> None:
+    made = by_identity(built(KUSTOMIZE / "overlays" / overlay if overlay else KUSTOMIZE / "base"))
+    namespace = made.pop(("Namespace", "", "trunkline"))
+    assert namespace["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "privileged"}
+    arguments, values = values_of(overlay or "")
+    expected = without_helm(rendered(*arguments, values=values))
+    assert made.keys() == expected.keys()
+    for key, each in made.items():
+        assert orderless(each) == orderless(expected[key]), key
+
+
+def orderless(value: Any) -> Any:
+    """Return a manifest in which mounts and volumes, and flags with their values, are in the order of the alphabet."""
+    if isinstance(value, dict):
+        return {key: in_pairs(each) if key == "args" else orderless(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return sorted((orderless(each) for each in value), key=lambda each: json.dumps(each, sort_keys=True))
+    return value
+
+
+def in_pairs(arguments: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    command, *flags = arguments
+    return command, sorted(zip(flags[::2], flags[1::2], strict=False))
+
+
+def test_an_overlay_of_ones_own_sets_the_image(tmp_path: Path) -> None:
+    shutil.copytree(KUSTOMIZE, tmp_path / "kustomize")
+    own = tmp_path / "own"
+    own.mkdir()
+    image = {"name": "trunkline", "newName": "registry.example/trunkline", "newTag": "7"}
+    (own / "kustomization.yaml").write_text(yaml.safe_dump({"resources": ["../kustomize/overlays/csi"], "images": [image]}))
+    pod = by_identity(built(own))["DaemonSet", "trunkline", "trunkline"]["spec"]["template"]["spec"]
+    images = {each["image"] for each in (*pod["initContainers"], *pod["containers"])}
+    assert images == {"registry.example/trunkline:7"}
+
+
+def test_the_example_of_a_quota_file_is_one() -> None:
+    assert list(read_quotas(KUSTOMIZE / "overlays" / "tenants" / "quotas.toml").tenants) == ["vision"]
