@@ -126,6 +126,30 @@ def test_nothing_of_it_may_ask_the_api_server() -> None:
         assert not {each["kind"] for each in found} & {"Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding", "Secret"}
 
 
+def test_what_labels_nodes_may_do_that_and_nothing_else() -> None:
+    values = {"nodeLabels": {"enabled": True}, "attach": {"mode": "csi", "injection": "webhook"}}
+    found = rendered(values=values)
+    assert not flaws(found, NEWEST)
+    name = "trunkline-node-labels"
+    (role,) = of_kind(found, "ClusterRole")
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["patch"]}]
+    (binding,) = of_kind(found, "ClusterRoleBinding")
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": NAMESPACE}]
+    assert not of_kind(found, "Role")
+    with_token = [each for each, template in pods(found) if template["spec"]["automountServiceAccountToken"]]
+    with_account = [each for each, template in pods(found) if template["spec"]["serviceAccountName"] == name]
+    assert with_token == with_account == [name]
+    policy = named(found, "ValidatingAdmissionPolicy", name)["spec"]
+    assert policy["failurePolicy"] == "Fail"
+    assert f"system:serviceaccount:{NAMESPACE}:{name}" in policy["matchConditions"][0]["expression"]
+    binding = named(found, "ValidatingAdmissionPolicyBinding", name)
+    assert binding["spec"] == {"policyName": name, "validationActions": ["Deny"]}
+    (container,) = dict(pods(found))[name]["spec"]["containers"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    egress = {each["metadata"]["name"] for each in of_kind(found, "NetworkPolicy") if "egress" in each["spec"]}
+    assert egress == {name}
+
+
 @everywhere
 def test_volumes_are_there_and_used(mode: str, injection: str, gpu: bool) -> None:
     for name, template in pods(combination(mode, injection, gpu)):
