@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 import yaml
 
+from sidecar.admintokens import parse_tokens
 from sidecar.segment import LEDGER_END
+from sidecar.tenants import hash_of
 from tests.charts import CHART, helm, named, rendered, tool
 from tests.rows import ROOT
 
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
 VALUES = (CHART / "values.yaml").read_text()
+DOCUMENT = (ROOT / "docs" / "kubernetes.md").read_text()
 # What is as Kubernetes has it, and empty unless said. `global` is helm's own, for charts that hold others.
 LEFT_EMPTY = {".imagePullSecrets[]", ".extraEnv[]", ".seLinuxOptions"}
 
@@ -172,3 +176,27 @@ def test_a_link_that_the_sidecar_has_made_leads_root_nowhere(host: Path) -> None
     done = prepared(host)
     assert done.returncode == 0, done.stderr
     assert state(victim) == before
+
+
+def test_the_document_names_values_that_there_are() -> None:
+    values = yaml.safe_load(VALUES)
+    known = {path.removeprefix(".") for path, _ in keys(values, SCHEMA)}
+    said = {each for each in re.findall(r"`([a-z]\w*(?:\.\w+)+)", DOCUMENT) if each.partition(".")[0] in values}
+    assert len(said) > 15
+    assert said <= known
+
+
+def test_what_the_document_says_to_type_makes_a_token_file_and_is_taken_by_helm(tmp_path: Path) -> None:
+    (commands,) = (each for each in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL) if "helm install" in each)
+    made, _, rest = commands.partition("kubectl create namespace")
+    subprocess.run(["sh", "-euc", made + '\nprintf %s "$TOKEN" > token'], cwd=tmp_path, timeout=60, check=True)
+    (token,) = parse_tokens((tmp_path / "tokens.toml").read_text(), "tokens.toml")
+    assert (token.name, token.role) == ("prometheus", "read")
+    assert token.token_hash == hash_of((tmp_path / "token").read_bytes())
+    install = shlex.split(rest.partition("helm install ")[2].partition("\n\n")[0].partition("\nkubectl")[0].replace("\\\n", ""))
+    done = helm(*install[install.index("--set") :])
+    assert done.returncode == 0, done.stderr
+    assert "image: REGISTRY/trunkline:0.1.0" in done.stdout
+    # The Secrets that it makes are those that the chart looks for.
+    secrets = set(re.findall(r"create secret generic (\S+)", commands))
+    assert secrets == {yaml.safe_load(VALUES)["http"]["tokensSecret"], yaml.safe_load(VALUES)["podMonitor"]["tokenSecret"]}
