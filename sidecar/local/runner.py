@@ -195,6 +195,8 @@ def _function_environment(given: Mapping[str, str], port: int, sidecar_socket: P
         "bind_address": "127.0.0.1",
         "PORT": str(port),
         "TRUNKLINE_SOCKET": str(sidecar_socket),
+        # The one in a stack file is a cluster's.
+        "TRUNKLINE_URL": "",
         # No gateway needs time to notice: stop at once.
         "healthcheck_interval": "0s",
     }
