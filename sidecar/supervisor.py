@@ -24,6 +24,7 @@ from sidecar.errors import ConfigError
 from sidecar.processes import die_with_parent
 from sidecar.rundirectory import RunDirectory, write_token
 from sidecar.segment import Segment
+from sidecar.systemd import Notifier
 from sidecar.takeover import TakeOver
 from sidecar.tenantsockets import HANDED_OVER, Keeper, Listeners, aside, listen_at, silence
 
@@ -55,6 +56,7 @@ class Supervisor:
         watchdog_s: float,
         segment_bytes: Sequence[int],
         take_over: TakeOver | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
         """``preload`` imports what the engine needs; ``engine(listeners, token, generation, segments, keeper, deaths)`` is the
         engine process.
@@ -64,6 +66,7 @@ class Supervisor:
         how those before it ended, and where it writes what it is at.
 
         ``http()`` is the process of the admin endpoint. With ``take_over`` another sidecar runs in the run directory still.
+        ``notifier`` tells whoever started this process how it is.
         """
         self._run = run
         self._preload = preload
@@ -81,6 +84,7 @@ class Supervisor:
         self._pause_s = 0.0
         # Until this one is alone.
         self._take_over = take_over
+        self._notifier = notifier or Notifier("")
         # What is at the functions' socket while it is this sidecar's.
         self._own: os.stat_result | None = None
 
@@ -109,8 +113,11 @@ class Supervisor:
                 self._start_http(listeners)
             self._start_engine(listeners, token)
             log.info("listening on %s", run.socket if taking_over is None else aside(run.socket))
+            # Whoever connects from now on is served, if not at once: connections wait in the backlog until the engine is there.
+            self._notifier.ready()
             listeners = self._keep_alive(listeners, token)
         finally:
+            self._notifier.stopping()
             self._stop_children()
             for segment in self._segments:
                 segment.unlink()
@@ -164,6 +171,7 @@ class Supervisor:
     def _keep_alive(self, listeners: Listeners, token: bytes) -> Listeners:
         """Do so until told to end, or another has taken over; return the sockets, which may be others by then."""
         while True:
+            self._notifier.alive()
             info = signal.sigtimedwait(_SIGNALS, self._until_next_look_s())
             received = None if info is None else info.si_signo
             if received in (signal.SIGTERM, signal.SIGINT):

@@ -32,6 +32,7 @@ from sidecar.rundirectory import Ownership, RunDirectory
 from sidecar.server import MOST_GREETING
 from sidecar.store import Store
 from sidecar.supervisor import EXIT_GRACE_S, Supervisor
+from sidecar.systemd import Notifier
 from sidecar.takeover import TakeOver
 from sidecar.tenants import OPEN, Quotas
 from sidecar.tenantsockets import Keeper, Listeners, TenantSockets
@@ -140,6 +141,7 @@ def _serve(
         watchdog_s=settings.watchdog_s,
         segment_bytes=[settings.segment_bytes(device) for device in settings.devices],
         take_over=taking_over,
+        notifier=Notifier.from_environment(),
     )
     try:
         return supervisor.run()

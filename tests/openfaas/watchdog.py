@@ -1,8 +1,8 @@
 """A stand-in for of-watchdog 0.11, run as ``python -m tests.openfaas.watchdog`` with its environment variables.
 
 It does what a function can tell: it is named fwatchdog, starts ``fprocess`` (split at single spaces), says that it is healthy
-at once, whatever the function does; sends bodies on in chunks; ends what takes longer than ``exec_timeout`` with 504; refuses what
-is beyond ``max_inflight`` with 429; asks ``ready_path``. On SIGTERM it passes that on at once, admits requests for another
+at once, whatever the function does; sends bodies on in chunks; ends what takes longer than ``exec_timeout`` with 504; refuses
+what is beyond ``max_inflight`` with 429; asks ``ready_path``. On SIGTERM it passes that on at once, admits requests for another
 ``healthcheck_interval``, and waits for the last for ``write_timeout``.
 """
 

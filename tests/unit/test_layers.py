@@ -26,6 +26,7 @@ LAYERS = {
         "libc",
         "segment",
         "takeover",
+        "systemd",
         "config",
         "bundle",
         "operators",
