@@ -10,7 +10,7 @@ STAMP := $(VENV)/.complete
 PIP := $(BIN)/pip install --quiet --no-compile
 KEPT := PYTHONDONTWRITEBYTECODE=
 
-.PHONY: setup demo test lint types cov bench sbom fuzz stubs clean
+.PHONY: setup demo test lint types cov bench sbom fuzz stubs language-pack clean
 
 setup: $(STAMP)
 
@@ -77,6 +77,11 @@ fuzz: $(STAMP)
 stubs: $(STAMP)
 	$(PIP) 'grpcio-tools==1.81.1'
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. sidecar/kubernetes/kubelet/deviceplugin.proto
+
+# For `func create --repository file://…`: the client is in it, and not yet on PyPI (docs/deploy.md).
+language-pack:
+	rm -rf .trunkline/language-pack
+	$(PYTHON) -m knative.language_pack .trunkline/language-pack
 
 clean:
 	rm -rf $(VENV) .trunkline

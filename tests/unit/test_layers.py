@@ -15,6 +15,8 @@ WIRE = ROOT / "template" / "python3-trunkline" / "trunkline"
 WIRE_MAY_IMPORT = {"msgpack", "numpy", "posix_ipc", "trunkline"}
 # Imported when it is needed, and by nobody else.
 OVER_HTTP = "httpconnection"
+# What is around a handler; a client alone does without.
+FRAME = "frame"
 
 LAYERS = {
     1: {
@@ -248,8 +250,8 @@ def module_name(path: Path) -> str:
 @pytest.mark.parametrize("path", sorted(WIRE.glob("*.py")), ids=lambda path: path.stem)
 def test_the_client_imports_little(path: Path) -> None:
     tops = {name.split(".")[0] for name in imports(path)}
-    over_http = {"requests", "urllib3"} if path.stem == OVER_HTTP else set()
-    assert tops - set(sys.stdlib_module_names) <= WIRE_MAY_IMPORT | over_http
+    more = {OVER_HTTP: {"requests", "urllib3"}, FRAME: {"flask", "werkzeug"}}.get(path.stem, set())
+    assert tops - set(sys.stdlib_module_names) <= WIRE_MAY_IMPORT | more
 
 
 def test_functions_with_a_socket_are_spared_what_http_needs() -> None:

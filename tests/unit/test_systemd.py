@@ -148,7 +148,7 @@ def test_the_core_service_of_faasd_has_the_keys_that_faasd_reads_and_starts_the_
         "depends_on",
         "entrypoint",
     }
-    assert all(isinstance(value, str) for value in service["environment"].values())
+    assert all("=" in each for each in service["environment"])
     assert {volume["target"] for volume in service["volumes"]} == {"/run/trunkline", "/var/lib/trunkline"}
     assert all(volume["type"] == "bind" for volume in service["volumes"])
     assert service["command"][:2] == ["trunkline", "serve"]
