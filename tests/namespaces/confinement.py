@@ -120,7 +120,7 @@ def network() -> Iterator[str]:
 
 
 class MemoryLimit:
-    """A group of processes that may have so much memory; ``kills`` of it were made. Version 1 or 2 of cgroups."""
+    """A group of processes that may have so much memory, while the block runs. Version 1 or 2 of cgroups."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.is_v2 = not _V1.is_dir()
@@ -144,9 +144,13 @@ class MemoryLimit:
         return int((self.path / ("memory.peak" if self.is_v2 else "memory.max_usage_in_bytes")).read_text())
 
     def kills(self) -> int:
+        """Return how many of its processes the kernel has killed for memory."""
         text = (self.path / ("memory.events" if self.is_v2 else "memory.oom_control")).read_text()
         return int(dict(line.split() for line in text.splitlines()).get("oom_kill", "0"))
 
-    def remove(self) -> None:
+    def __enter__(self) -> MemoryLimit:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
         """Remove the group, which has no processes any more."""
         self.path.rmdir()

@@ -172,24 +172,22 @@ def test_memory_of_the_arena_is_the_sidecars_not_the_functions(context: Path, tm
     rows = INPUT_BYTES // (4 * WIDTH)
     with node(tmp_path / "a", [0.0], *flags) as (_, box):
         box.admin.push(write_model(tmp_path, "total", Total(), torch.ones(2, WIDTH)))
-        limit = MemoryLimit(LIMIT_BYTES)
-        with running(Confined(context, sockets=box.socket.parent, environment=environment()), limit) as function:
-            status, body = function.ask(f"/large?rows={rows}")
-            assert (status, json.loads(body)) == (200, {"total": [float(WIDTH)] * rows})
-            assert function.process.poll() is None
-        assert limit.kills() == 0
-        assert limit.used_bytes() <= LIMIT_BYTES < INPUT_BYTES
-        limit.remove()
+        with MemoryLimit(LIMIT_BYTES) as limit:
+            with running(Confined(context, sockets=box.socket.parent, environment=environment()), limit) as function:
+                status, body = function.ask(f"/large?rows={rows}")
+                assert (status, json.loads(body)) == (200, {"total": [float(WIDTH)] * rows})
+                assert function.process.poll() is None
+            assert limit.kills() == 0
+            assert limit.used_bytes() <= LIMIT_BYTES < INPUT_BYTES
 
 
 def test_the_memory_limit_kills_who_exceeds_it() -> None:
     """What the test above relies on."""
     require()
-    limit = MemoryLimit(32 << 20)
-    greedy = limit.joined_by(["sh", "-c", "exec head -c 100m /dev/zero | tail -c 100m > /dev/null"])
-    subprocess.run(greedy, check=False, capture_output=True, timeout=PATIENCE_S)
-    assert limit.kills() > 0
-    limit.remove()
+    with MemoryLimit(32 << 20) as limit:
+        greedy = limit.joined_by(["sh", "-c", "exec head -c 100m /dev/zero | tail -c 100m > /dev/null"])
+        subprocess.run(greedy, check=False, capture_output=True, timeout=PATIENCE_S)
+        assert limit.kills() > 0
 
 
 def test_two_nodes_with_the_same_address_and_each_function_reaches_its_own(context: Path, tmp_path: Path) -> None:
