@@ -14,7 +14,7 @@ import click
 from sidecar.cli.endpoint import endpoint_of
 from sidecar.errors import ConfigError
 from sidecar.kubernetes.injection import LEFT_ALONE, MODES, Injection
-from sidecar.kubernetes.names import ACCOUNT, FOLDER, SOCKET, VOLUME
+from sidecar.kubernetes.names import ACCOUNT, HOST_FOLDER, SOCKET, VOLUME
 from sidecar.logs import log_to_stderr
 
 _PLUGINS = "/var/lib/kubelet/device-plugins"
@@ -41,7 +41,7 @@ def _logged(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--port", type=click.IntRange(0, 65535), default=8443, show_default=True)
 @click.option("--mode", type=click.Choice(MODES), default="none", show_default=True, help="How functions get at the socket.")
 @click.option("--url", default="", help="Given to functions as TRUNKLINE_URL, for where there is no socket.")
-@click.option("--host-path", default=FOLDER, show_default=True, help="With hostPath: the folder of the socket on nodes.")
+@click.option("--host-path", default=HOST_FOLDER, show_default=True, help="With hostPath: the folder of the socket on nodes.")
 @click.option("--claim", default=VOLUME, show_default=True, help="With pvc: the claim, in each namespace of functions.")
 @click.option("--leave-alone", multiple=True, metavar="CONTAINER", help="Beside proxies that are known; may be repeated.")
 @click.option("--linger", "linger_s", type=click.FloatRange(0, 600), default=5.0, help="Seconds after SIGTERM.")
@@ -75,7 +75,7 @@ def webhook(
     "--sockets", type=click.IntRange(1, 10_000), default=256, show_default=True, help="Containers of the node that may have it."
 )
 @click.option("--socket", default=SOCKET, show_default=True, help="The sidecar's, as this process sees it.")
-@click.option("--host-path", default=FOLDER, show_default=True, help="The folder of the socket on the node.")
+@click.option("--host-path", default=HOST_FOLDER, show_default=True, help="The folder of the socket on the node.")
 @click.option("--url", default="", help="Given to functions as TRUNKLINE_URL, for while there is no socket.")
 @click.option("--kubelet-dir", type=click.Path(path_type=Path), default=_PLUGINS, show_default=True, help="The kubelet's folder.")
 @_logged

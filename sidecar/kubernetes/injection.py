@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from sidecar.kubernetes.affinity import MOST_MODELS, preferred_terms
 from sidecar.kubernetes.jsonpatch import Additions
-from sidecar.kubernetes.names import DRIVER, ENABLED, FOLDER, LABEL, MODELS, RESOURCE, SOCKET, VOLUME
+from sidecar.kubernetes.names import DRIVER, ENABLED, FOLDER, HOST_FOLDER, LABEL, MODELS, RESOURCE, SOCKET, VOLUME
 
 # By how a function's socket gets into its pod; ``none``: it does not, and the function asks over HTTP.
 MODES: Final = ("csi", "pvc", "devicePlugin", "hostPath", "none")
@@ -35,7 +35,7 @@ class Injection:
 
     mode: str
     url: str = ""
-    host_path: str = FOLDER
+    host_path: str = HOST_FOLDER
     claim: str = VOLUME
     left_alone: tuple[str, ...] = LEFT_ALONE
 

@@ -14,8 +14,9 @@ MODEL_PREFIX: Final = "model.trunkline.dev/"
 DRIVER: Final = "csi.trunkline.dev"
 RESOURCE: Final = "trunkline.dev/socket"
 VOLUME: Final = "trunkline"
-# The folder of the socket, on the host as in functions.
+# The folder of the socket in functions; and on nodes, where its parent has what is the sidecar's alone.
 FOLDER: Final = "/run/trunkline"
+HOST_FOLDER: Final = "/run/trunkline/public"
 SOCKET: Final = f"{FOLDER}/trunkline.sock"
 # Where the kubelet puts a pod's token, and the authority of the API server's certificate.
 ACCOUNT: Final = "/var/run/secrets/kubernetes.io/serviceaccount"
