@@ -13,7 +13,7 @@ import yaml
 from sidecar.cli.main import main
 from sidecar.kubernetes.affinity import MOST_MODELS, preferred_terms
 from sidecar.kubernetes.injection import LEFT_ALONE, MODES, Injection
-from sidecar.kubernetes.names import DRIVER, ENABLED, FOLDER, LABEL, MODELS, RESOURCE, SOCKET, VOLUME
+from sidecar.kubernetes.names import DRIVER, ENABLED, HOST_FOLDER, LABEL, MODELS, RESOURCE, SOCKET, VOLUME
 
 DOCS = Path(__file__).parents[2] / "docs"
 INJECTION = (DOCS / "injection.md").read_text()
@@ -82,7 +82,7 @@ def test_the_claim_is_the_one_that_is_asked_for() -> None:
     }
     assert volume["spec"]["claimRef"] == {"namespace": claim["metadata"]["namespace"], "name": claim["metadata"]["name"]}
     assert claim["spec"]["volumeName"] == volume["metadata"]["name"]
-    assert volume["spec"]["hostPath"]["path"] == FOLDER
+    assert volume["spec"]["hostPath"]["path"] == HOST_FOLDER
     assert of_kind(INJECTION, "CSIDriver")["metadata"]["name"] == DRIVER
 
 
