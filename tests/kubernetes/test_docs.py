@@ -13,7 +13,7 @@ import yaml
 from sidecar.cli.main import main
 from sidecar.kubernetes.affinity import MOST_MODELS, preferred_terms
 from sidecar.kubernetes.injection import LEFT_ALONE, MODES, Injection
-from sidecar.kubernetes.names import DRIVER, ENABLED, HOST_FOLDER, LABEL, MODELS, RESOURCE, SOCKET, VOLUME
+from sidecar.kubernetes.names import DRIVER, ENABLED, FOLDER, HOST_FOLDER, LABEL, MODELS, RESOURCE, SOCKET, VOLUME
 
 DOCS = Path(__file__).parents[2] / "docs"
 INJECTION = (DOCS / "injection.md").read_text()
