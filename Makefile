@@ -10,7 +10,7 @@ STAMP := $(VENV)/.complete
 PIP := $(BIN)/pip install --quiet --no-compile
 KEPT := PYTHONDONTWRITEBYTECODE=
 
-.PHONY: setup demo test lint types cov bench sbom fuzz stubs language-pack clean
+.PHONY: setup demo test lint types containers cov bench sbom fuzz stubs language-pack clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# Builds and runs both images; takes root, docker.io and debootstrap, and minutes. No image is pulled.
+containers: $(STAMP)
+	$(BIN)/python -m pytest -rA tests/containers/images.py
 
 cov: $(STAMP)
 	$(BIN)/coverage run -m pytest

@@ -29,9 +29,14 @@ def pod() -> dict[str, Any]:
     return found
 
 
+def docker_run() -> list[str]:
+    """Return the arguments with which the sidecar is run."""
+    return shlex.split(fenced("sh", "docker run").partition("docker run")[2].replace("\\\n", " "))
+
+
 @pytest.fixture(scope="module")
 def docker() -> list[str]:
-    return shlex.split(fenced("sh", "docker run").partition("docker run")[2])
+    return docker_run()
 
 
 def written(image: str = IMAGE) -> set[str]:
