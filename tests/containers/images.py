@@ -204,7 +204,7 @@ def test_a_function_asks_the_sidecar_both_in_containers(
         docker("cp", str(tmp_path / "adding"), f"{sidecar}:/var/lib/trunkline/adding")
         docker("exec", sidecar, "trunkline", "push", "/var/lib/trunkline/adding")
         confined = ("--network", "none", "--user", str(FUNCTION_UID), "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL")
-        mount = ("--volume", f"{tmp_path}/run/public:/run/trunkline/public:ro")
+        mount = ("--volume", f"{tmp_path}/run/public:/run/trunkline:ro")
         with running(*confined, "--memory", "128m", *mount, function_image) as function:
             until(lambda: ask(function) == "200 [[11.0, 22.0]]")
             # Within what Docker allows before it kills.
