@@ -238,9 +238,12 @@ class Bench:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], count: int, block: int = BLOCK, warm: int = 3
+    variants: Mapping[str, Callable[[], object]], count: int, block: int = BLOCK, warm: int = 3, rest_s: float = 0.0
 ) -> dict[str, list[float]]:
-    """Time each variant ``count`` times after ``warm`` times, in blocks that take turns; return microseconds."""
+    """Time each variant ``count`` times after ``warm`` times, in blocks that take turns; return microseconds.
+
+    Nobody does anything for ``rest_s`` before each block.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for variant in variants.values():
         for _ in range(warm):
@@ -248,6 +251,7 @@ def interleaved(
     block = min(block, count)
     for _ in range(-(-count // block)):
         for name, variant in variants.items():
+            time.sleep(rest_s)
             for _ in range(block):
                 started = time.perf_counter_ns()
                 variant()

@@ -57,13 +57,13 @@ class Sharing(VariantBench):
         model = encoder(width, heads, layers, tokens)
         return Family(model, torch.zeros(1, tokens, dtype=torch.int64), self.seed, {"x": (0, 8191)})
 
-    def timed(self, section: str, variants: dict[str, Call], models: int = 1) -> dict[str, float]:
+    def timed(self, section: str, variants: dict[str, Call], models: int = 1, rest_s: float = 0.0) -> dict[str, float]:
         """Time variants in turns, keep their summaries under ``section``, return their medians in microseconds.
 
         ``models`` are run by one call of each; the more they are, the fewer calls are made.
         """
         if models == 1:
-            times = interleaved(variants, self.scale.count, block=5)
+            times = interleaved(variants, self.scale.count, block=5, rest_s=rest_s)
         else:
             times = interleaved(variants, max(3, round(min(2, AT_ONCE / models) * self.scale.rounds)), block=1, warm=1)
         summaries = {name: summary(samples) for name, samples in times.items()}

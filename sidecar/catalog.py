@@ -20,7 +20,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from trunkline.errors import BudgetExceeded, InvalidInput, ModelCorrupt, TrunklineError, UnknownModel
 from trunkline.protocol import JOINT, MAX_JOINT
@@ -31,7 +31,7 @@ from sidecar.errors import BundleError, StoreError
 from sidecar.graph import FusedGraph, Looked
 from sidecar.ir import Graph
 from sidecar.labels import parted
-from sidecar.lowering import Lowered, Recipe
+from sidecar.lowering import Form, Lowered, Recipe
 from sidecar.memory import Memory
 from sidecar.merkle import in_domain, skeleton_id
 from sidecar.pins import Pins
@@ -39,6 +39,7 @@ from sidecar.ports import Device, Source
 from sidecar.residency import Residency
 from sidecar.slices import stopping
 from sidecar.stages import Key, Stage, Staged
+from sidecar.stretches import Stretch, joined, ranges
 from sidecar.tenants import OPEN, as_asked, as_known_to, matches, qualified, unqualified
 from sidecar.together import Interface, join
 from sidecar.trials import SHORTEST_TRIED, Verdict
@@ -67,6 +68,7 @@ class Step:
     block: str
     graph: Graph
     recipes: dict[str, Recipe]
+    form: Form | Literal["plain"] = "plain"
     program: Any = None
     # Runs this step and others of its structure as one; None where that cannot be.
     stacked: Any = None
@@ -83,6 +85,8 @@ class Deployed:
     staged: Staged
     steps: tuple[Step, ...]
     weights: dict[str, Weight]
+    # By the number of the first stage, those that may be run as one.
+    stretches: dict[int, Stretch] = field(default_factory=dict)
     # What trying it out has shown; until then its requests are not batched.
     verdict: Verdict | None = None
     # Whether all weights were seen to be in memory; until it lets go of any.
@@ -333,6 +337,7 @@ class Catalog:
 
     def _skeletons(self) -> set[str]:
         used = {id(step.program) for entry in self.all() for step in entry.steps}
+        used |= {id(stretch.program) for entry in self.all() for stretch in entry.stretches.values()}
         return {skeleton for skeleton, (program, _) in self.programs.items() if id(program) in used}
 
     def all(self) -> Iterator[Deployed]:
@@ -517,7 +522,7 @@ class Catalog:
         if not any(lowered is not None for lowered in verdict.forms):
             deployed.verdict = verdict
             return ()
-        forms = hashlib.sha256(str([lowered is not None for lowered in verdict.forms]).encode()).hexdigest()[:8]
+        forms = hashlib.sha256(str([lowered and lowered.form for lowered in verdict.forms]).encode()).hexdigest()[:8]
         plan = f"{deployed.plan}#{forms}"
         formed = self.retired.pop(plan, None) or _deployed(deployed.bundle, plan, deployed.staged, verdict)
         # One that comes back may be of an earlier version.
@@ -609,6 +614,12 @@ class Catalog:
                     program = prepare(step.graph)
                     prepared = self.programs[skeleton] = (program, self.device.stacked(step.graph, program))
                 step.program, step.stacked = prepared
+        for stretch in deployed.stretches.values():
+            if stretch.program is None:
+                skeleton = skeleton_id(stretch.graph)
+                if skeleton not in self.programs:
+                    self.programs[skeleton] = (self.device.prepare_lowered(stretch.graph), None)
+                stretch.program, _ = self.programs[skeleton]
 
     def unbind(self) -> None:
         """Forget the handles of every model of which a weight may have left; its next load finds out what is still there."""
@@ -634,14 +645,23 @@ def _deployed(bundle: Bundle, plan: str, staged: Staged, verdict: Verdict | None
     forms = verdict.forms if verdict is not None else (None,) * len(staged.stages)
     steps = tuple(map(_step, staged.stages, forms))
     weights = {weight.digest: weight for step in steps for weight in step.graph.weights}
-    return Deployed(bundle, plan, _signature(bundle), staged, steps, weights, verdict)
+    return Deployed(bundle, plan, _signature(bundle), staged, steps, weights, _stretches(steps, verdict), verdict)
+
+
+def _stretches(steps: Sequence[Step], verdict: Verdict | None) -> dict[int, Stretch]:
+    """Return the stretches of a model: of stages that are run in sessions, whose borders cost something."""
+    if verdict is None or not verdict.run_s:
+        return {}
+    found = ranges(verdict.run_s, [step.form == "blocked" for step in steps])
+    return {each.start: joined(steps[each.start : each.stop]) for each in found}
 
 
 def _step(stage: Stage, lowered: Lowered | None) -> Step:
-    graph, recipes = (stage.graph, {}) if lowered is None else (lowered.graph, lowered.recipes)
+    if lowered is None:
+        return Step(stage.id, stage.takes, stage.gives, stage.alive, stage.block, stage.graph, {})
     # What is computed in two forms differs in its last bits, and needs other weights.
-    key = f"{stage.id}{'+packed' if recipes else ''}"
-    return Step(key, stage.takes, stage.gives, stage.alive, stage.block, graph, recipes)
+    key = f"{stage.id}+{lowered.form}"
+    return Step(key, stage.takes, stage.gives, stage.alive, stage.block, lowered.graph, lowered.recipes, lowered.form)
 
 
 def _unknown(name: str, known: Sequence[str]) -> UnknownModel:

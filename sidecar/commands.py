@@ -290,7 +290,7 @@ class Commands:
         counted.update(weights)
         return block.to_plain() | {
             "weights": len(weights),
-            "form": "packed" if step.recipes else "plain",
+            "form": step.form,
             "resident_bytes": resident_bytes,
             "tier": "device" if len(resident) == len(weights) else "disk",
             "leases": sum(self._residency.lease_count(deployed.plan) for deployed in users),

@@ -85,6 +85,8 @@ class Settings:
     pull_origins: tuple[Origin, ...] = ()
     pull_networks: tuple[Network, ...] = ()
     pull_signers: Path | None = None
+    # What is brought in before anybody asks for it.
+    pull_list: Path | None = None
     pull_timeout_s: float = 3600.0
     queue_limit: int = 256
     batch_limit: int = 8
@@ -321,6 +323,7 @@ _CHECKS: Final[dict[str, Callable[[object], Any]]] = {
     "pull_origins": _origins,
     "pull_networks": _networks,
     "pull_signers": _path,
+    "pull_list": _path,
     "pull_timeout_s": _seconds,
     "queue_limit": _integer(1, 1_000_000),
     "batch_limit": _integer(1, 1024),

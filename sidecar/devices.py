@@ -23,17 +23,18 @@ import torch
 from trunkline.errors import DeviceFault
 from trunkline.protocol import ITEM_BYTES
 
-from sidecar import flat, packed
+from sidecar import blocked, flat, packed, sessions
 from sidecar.dryrun import DryRun
 from sidecar.errors import ConfigError
 from sidecar.ir import Graph, Weight
 from sidecar.libc import LIBC
-from sidecar.lowering import Recipe
+from sidecar.lowering import BLOCKED, Recipe
 from sidecar.prepare import prepare
 from sidecar.programs import FAILURES, Program, failure
 from sidecar.span import Placed, Span, open_span, read_as
 from sidecar.stacked import Stack, StackedProgram, stack, stackable
 
+Handle = packed.Packed | blocked.Blocked
 # The dtypes that travel between a function and a model.
 _DTYPE_NAMES = {getattr(torch, name): name for name in ITEM_BYTES}
 _FIRST_BYTES = 4096
@@ -108,8 +109,8 @@ class TorchDevice:
         return f"cpu:{first}" if first == last else f"cpu:{first}-{last}"
 
     def facts(self) -> dict[str, object]:
-        """Return what an operator wants to know of this device: threads per operator and the version of torch."""
-        return {"threads": self._threads, "torch": torch.__version__}
+        """Return what an operator wants to know of this device: threads per operator, the versions of torch and ONNX Runtime."""
+        return {"threads": self._threads, "torch": torch.__version__, "onnxruntime": sessions.version()}
 
     # --- lanes: threads that run programs at the same time ------------------------------------------------------------
 
@@ -227,7 +228,7 @@ class TorchDevice:
         facts = {"size_bytes": size_bytes, **self.memory()}
         return DeviceFault(f"{self.name} has no room for a weight of {size_bytes} bytes", **facts)
 
-    def as_weight(self, held: torch.Tensor | packed.Packed | Placed, weight: Weight) -> torch.Tensor | packed.Packed:
+    def as_weight(self, held: torch.Tensor | Handle | Placed, weight: Weight) -> torch.Tensor | Handle:
         """Return ``held`` read with the dtype and shape of ``weight``, which has the same bytes; a packed weight as it is.
 
         What is computed from now on waits for its bytes, if they are still on their way to the device.
@@ -235,7 +236,7 @@ class TorchDevice:
         Two weights may have one digest and different shapes: a row of zeros and a square of zeros of the same size.
         Where dtype and shape agree already, this is ``held`` itself; otherwise a view that shares its memory.
         """
-        if isinstance(held, packed.Packed):
+        if isinstance(held, packed.Packed | blocked.Blocked):
             return held
         if isinstance(held, Placed):
             held = held.use()
@@ -272,11 +273,16 @@ class TorchDevice:
         """Return whether this device runs lowered graphs. Where it does not, nothing below may be called."""
         return self._is_cpu and packed.available()
 
+    @property
+    def block(self) -> int:
+        """Return how many channels are in a block where lowered graphs with weights in blocks are run; 0 where they are not."""
+        return sessions.block() if self.can_pack else 0
+
     def packed_bytes(self, recipe: Recipe) -> int:
         """Return the bytes of memory that the packed weight of ``recipe`` takes. The first of its kind is measured: slow."""
-        return packed.packed_bytes(recipe)
+        return packed.packed_bytes(recipe) if recipe.block is None else blocked.layout_of(recipe).size_bytes
 
-    def new_packed(self, recipe: Recipe, fills: Sequence[Callable[[memoryview], None]]) -> packed.Packed:
+    def new_packed(self, recipe: Recipe, fills: Sequence[Callable[[memoryview], None]]) -> Handle:
         """Make a packed weight of sources that ``fills`` write, one per source of ``recipe``; return the handle, which owns it.
 
         For a moment this needs memory for the sources and as much again. Each fill gets what ``new_weight`` gives it, and
@@ -288,7 +294,7 @@ class TorchDevice:
             fill(memoryview(scratch.numpy()))  # type: ignore[arg-type]
             sources.append(read_as(scratch, weight))
         try:
-            handle = packed.pack(recipe, sources)
+            handle = packed.pack(recipe, sources) if recipe.block is None else blocked.pack_blocked(recipe, sources)
         except (RuntimeError, MemoryError) as error:
             raise self._no_room(sum(weight.size_bytes for weight in recipe.sources)) from error
         self._count(handle, handle.size_bytes)
@@ -304,23 +310,29 @@ class TorchDevice:
         # Bytes that are copied are the same on every device.
         return ("plain",) if self.copies else (self.name, *(flat.facts() if self.can_pack else ()))
 
-    def flatten(self, handle: packed.Packed) -> flat.Flat:
+    def flatten(self, handle: Handle) -> flat.Flat:
         """Return a packed weight as bytes, and what is needed to read them. Only where it ``works_in_place``."""
         return flat.flatten(handle)
 
-    def packed_over(self, meta: bytes, memory: memoryview) -> packed.Packed:
+    def packed_over(self, meta: bytes, memory: memoryview) -> Handle:
         """Return the handle of a packed weight whose bytes are there already, in host memory that it shares.
 
         Raises ValueError where they were laid out otherwise than this device needs them.
         """
         return flat.unflatten(meta, memory)
 
-    def prepare_lowered(self, graph: Graph) -> Program:
+    def prepare_lowered(self, graph: Graph) -> Program | sessions.SessionProgram:
         """Return the weightless program of a graph that ``lower`` made. Raises BundleError when this torch cannot run a node.
 
-        Its packed weights are handles of ``new_packed``, the others of ``new_weight``.
+        Its packed weights are handles of ``new_packed``, the others of ``new_weight``. ONNX Runtime runs those with blocks.
         """
-        return prepare(graph, self._device, lowered=True, guarded=self._guarded)
+        program = prepare(graph, self._device, lowered=True, guarded=self._guarded)
+        is_blocked = any(node.op in BLOCKED for node in graph.nodes)
+        return sessions.SessionProgram(graph, program) if is_blocked else program
+
+    def can_run_in_session(self, graph: Graph) -> bool:
+        """Say whether ONNX Runtime has all operators of a lowered graph with weights in blocks."""
+        return sessions.has_operators(graph)
 
     # --- programs ---------------------------------------------------------------------------------------------------
 
@@ -332,7 +344,9 @@ class TorchDevice:
         """Return a graph to be run on shapes alone; see there."""
         return DryRun(graph)
 
-    def run(self, program: Program, weights: Sequence[object], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run(
+        self, program: Program | sessions.SessionProgram, weights: Sequence[object], inputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
         """Run a program on weights and inputs in the order of its graph; return its outputs in that order.
 
         Inputs are views in host memory, unchanged until the outputs were read. Outputs share no memory with weights or
@@ -417,6 +431,10 @@ class TorchDevice:
         finite = other[other.isfinite()].abs()
         largest = float(finite.max()) if finite.numel() else 0.0
         return torch.allclose(one, other, rtol=0.0, atol=tolerance * largest, equal_nan=True)
+
+    def stacks(self, graph: Graph) -> bool:
+        """Say whether stages of this structure, with weights of their own, can be run as one."""
+        return stackable(graph)
 
     # --- several models as one --------------------------------------------------------------------------------------
 

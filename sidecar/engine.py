@@ -721,6 +721,7 @@ class Engine:
                 "stage_rows": self._runs.counts.stage_rows,
                 "stage_requests": self._runs.counts.stage_requests,
                 "stacked": self._runs.counts.stacked,
+                "joined": self._runs.counts.joined,
                 "programs": len(self._catalog.programs),
             },
         }

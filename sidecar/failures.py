@@ -12,7 +12,9 @@ import secrets
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from trunkline.errors import ConnectionLost, SidecarFault, SidecarUnavailable, TrunklineError
+from flask import Response, jsonify, request
+from gunicorn.http.errors import ParseException
+from trunkline.errors import ConnectionLost, InvalidInput, SidecarFault, SidecarUnavailable, TrunklineError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 log = logging.getLogger("trunkline.admin")
@@ -46,16 +48,28 @@ def told(error: Exception, path: str) -> Told:
         }
         allowed = sorted(error.valid_methods or ()) if isinstance(error, MethodNotAllowed) else ()
         return Told(status, {"Allow": ", ".join(allowed)} if allowed else {}, _shaped(plain, path))
+    if isinstance(error, ParseException):
+        # A chunk of the body, say: gunicorn reads it when it is asked for.
+        error = InvalidInput(f"the request's body cannot be read ({type(error).__name__}); send it with its length")
     if not isinstance(error, TrunklineError):
         incident = secrets.token_hex(4)
         log.error("incident %s", incident, exc_info=error)
-        error = SidecarFault(f"the admin endpoint failed; its log has incident {incident}", incident=incident)
+        error = SidecarFault(f"the endpoint failed; its log has incident {incident}", incident=incident)
     headers = {}
     if error.http_status in (429, 503):
         headers["Retry-After"] = str(math.ceil(float(error.details.get("retry_after_s", 1))))
     if error.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Told(error.http_status, headers, _shaped(error.to_dict(), path))
+
+
+def answered(error: Exception) -> Response:
+    """Return ``told`` as Flask sends it: the handler of all errors of an application."""
+    found = told(error, request.path)
+    response = jsonify(found.body)
+    response.headers.update(found.headers)
+    response.status_code = found.status
+    return response
 
 
 def is_open_inference(path: str) -> bool:

@@ -24,6 +24,7 @@ import msgpack
 import numpy as np
 import torch
 
+from sidecar.blocked import Blocked, Layout, over
 from sidecar.packed import Packed, available, padded_bytes
 
 SCHEME: Final = 1
@@ -31,6 +32,8 @@ _FLOAT_BYTES: Final = 4
 _CONV2D: Final = "conv2d"
 _BLOCKED: Final = "blocked linear"
 _TRANSPOSED: Final = "transposed linear"
+# In blocks of channels, which are no secret of oneDNN's: the meta has their layout.
+_BLOCKS: Final = "blocks"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,12 +42,13 @@ class Flat:
 
     meta: bytes
     size_bytes: int
-    _packed: Packed
+    _weight: torch.Tensor
+    _bias: torch.Tensor | None
 
     def copy_to(self, target: memoryview) -> None:
         """Write the payload into ``target``, writable, of exactly ``size_bytes`` bytes."""
         assert target.nbytes == self.size_bytes, f"the payload has {self.size_bytes} bytes, its place {target.nbytes}"
-        weight, bias = self._packed.rest[:2]
+        weight, bias = self._weight, self._bias
         weight_bytes = _weight_bytes(weight)
         target[:weight_bytes] = _bytes_of(weight, weight_bytes)
         target[weight_bytes : padded_bytes(weight_bytes)] = bytes(padded_bytes(weight_bytes) - weight_bytes)
@@ -86,13 +90,17 @@ def can_flatten() -> bool:
         made = flatten(Packed((4, 4, 3, 3), (blocked, None, *steps), torch.ops.mkldnn._nbytes(blocked)))
         payload = memoryview(bytearray(made.size_bytes))
         made.copy_to(payload)
-        return torch.equal(unflatten(made.meta, payload).rest[0].to_dense(), weight)
+        again = unflatten(made.meta, payload)
+        return isinstance(again, Packed) and torch.equal(again.rest[0].to_dense(), weight)
     except (OSError, AttributeError, RuntimeError, ValueError):
         return False
 
 
-def flatten(packed: Packed) -> Flat:
+def flatten(packed: Packed | Blocked) -> Flat:
     """Return the flat form of a packed weight. It refers to the weight; nothing is copied yet."""
+    if isinstance(packed, Blocked):
+        fields = [SCHEME, _fingerprint(), _BLOCKS, list(dataclasses.astuple(packed.layout))]
+        return Flat(msgpack.packb(fields, use_bin_type=True), packed.size_bytes, packed.weight, packed.bias)
     weight, bias, *steps = packed.rest
     weight_bytes = _weight_bytes(weight)
     blocked = weight.is_mkldnn
@@ -100,16 +108,18 @@ def flatten(packed: Packed) -> Flat:
     layout = torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes() if blocked else b""
     bias_count = None if bias is None else bias.numel()
     fields = [SCHEME, _fingerprint(), kind, list(packed.shape), layout, weight_bytes, bias_count, steps]
-    return Flat(msgpack.packb(fields, use_bin_type=True), packed.size_bytes, packed)
+    return Flat(msgpack.packb(fields, use_bin_type=True), packed.size_bytes, weight, bias)
 
 
-def unflatten(meta: bytes, payload: memoryview) -> Packed:
+def unflatten(meta: bytes, payload: memoryview) -> Packed | Blocked:
     """Return the packed weight whose bytes ``payload`` are, without a copy; the payload, writable, is held as long as needed.
 
     The payload begins on a boundary of 64 bytes. Raises ValueError when the meta is for another torch or processor, or does
     not fit the payload. What it says beyond that is believed.
     """
     form = _parsed(meta, _fingerprint())
+    if isinstance(form, Layout):
+        return over(form, payload)
     if payload.nbytes != form.size_bytes:
         raise ValueError(f"the packed weight has {form.size_bytes} bytes, {payload.nbytes} were read; make it anew")
     with torch.inference_mode():
@@ -139,11 +149,14 @@ class _Form(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _parsed(meta: bytes, fingerprint: bytes) -> _Form:
+def _parsed(meta: bytes, fingerprint: bytes) -> _Form | Layout:
     """Return what a meta says, which is the same for every weight of its form. Raises ValueError as ``unflatten`` does."""
     fields = msgpack.unpackb(meta, use_list=True, strict_map_key=True)
     if not isinstance(fields, list) or fields[:2] != [SCHEME, fingerprint]:
         raise ValueError("the packed weight was laid out by another torch or for another processor; make it anew")
+    if fields[2] == _BLOCKS:
+        blocks: list[Any] = [tuple(field) if isinstance(field, list) else field for field in fields[3]]
+        return Layout(*blocks)
     kind, shape, layout, weight_bytes, bias_count, steps = fields[2:]
     if kind != _TRANSPOSED:
         # Nothing is read or written there, so it takes no memory.

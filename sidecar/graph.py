@@ -26,7 +26,7 @@ class Looked(NamedTuple):
 
     graph: Graph
     identities: Identities
-    tokens: dict[bytes, bytes]
+    tokens: Tokens
     blocks: dict[str, Block]
     staged: Staged
 
@@ -84,18 +84,18 @@ class FusedGraph:
 
     def look(self, bundle: Bundle) -> Looked:
         """Find out what there is to know of a model; that takes long, and nothing changes. Raises BundleError for a collision."""
-        graph, tokens = bundle.graph, self._tokens.none()
+        graph, like = bundle.graph, self._like(bundle.graph)
+        tokens = self._tokens.of(() if like is None else _ids(like))
         try:
-            if (like := self._like(graph)) is None:
+            if like is None:
                 found = tokens.identify(graph)
                 blocks = _named(cut(graph), found)
             else:
-                tokens.add(self._tokens.of(_ids(like)))
                 found = tokens.identify_again(like.identities, graph.domain)
                 blocks = _named(like.blocks.values(), found)
         except CollisionError as error:
             raise _not_told_apart(bundle, error) from error
-        return Looked(graph, found, tokens.all(), blocks, split(graph, found, blocks))
+        return Looked(graph, found, tokens, blocks, split(graph, found, blocks))
 
     def add(self, bundle: Bundle, looked: Looked | None = None) -> None:
         """Add a model, or replace the one of its name. ``looked`` is what there is to know of it, if somebody has looked.

@@ -1,5 +1,8 @@
 """Lowering: a graph rewritten so that its convolutions and linear layers take weights packed for one device.
 
+There are two ways to pack: as oneDNN wants them, for torch's operators, and in blocks of channels, for ONNX Runtime's
+(``sidecar.blocked``). A graph is lowered to one of them as a whole.
+
 The rewritten graph computes the same up to rounding. A batch norm is folded into the weights of the convolution before it,
 padding with zeros into the convolution after it; an activation, and the addition of a residual, become part of the operator.
 How one packed weight is made is written down as a *recipe*: from which weights of the store, with which settings. Packed
@@ -32,19 +35,26 @@ SCHEME: Final = 1
 CONV2D: Final = "packed.conv2d"
 LINEAR: Final = "packed.linear"
 TURNED_LINEAR: Final = "packed.turned_linear"
+BLOCKED_CONV2D: Final = "blocked.conv2d"
+BLOCKED_LINEAR: Final = "blocked.linear"
 # The operators of lowered graphs: (input, packed weight, activation, its numbers, what is added before it or None).
-OPERATORS: Final = frozenset({CONV2D, LINEAR, TURNED_LINEAR})
+BLOCKED: Final = frozenset({BLOCKED_CONV2D, BLOCKED_LINEAR})
+OPERATORS: Final = frozenset({CONV2D, LINEAR, TURNED_LINEAR}) | BLOCKED
 
 # A linear weight larger than this stays as it is: packing one takes its size again for a moment.
 LARGEST_LINEAR_BYTES: Final = 32 * 1024 * 1024
 # From this size on, blocks are faster than a transposed matrix at most batch sizes. Below, what oneDNN needs to begin, some
 # 60 µs, is more than they gain (measured with 1 to 128 rows).
 SMALLEST_BLOCKED_BYTES: Final = 2 * 1024 * 1024
+# ONNX Runtime puts channels into blocks four at a time.
+CHANNELS_AT_ONCE: Final = 4
 # Blocks of a few channels are mostly padding: they would need more memory and take longer than the weight as it is.
 LARGEST_GROWTH: Final = 1.5
 
 Option = int | float | str | tuple[int, ...]
 Kind = Literal["conv2d", "linear"]
+# How weights are packed: for oneDNN, or in blocks of channels for ONNX Runtime.
+Form = Literal["packed", "blocked"]
 
 
 @dataclass(frozen=True)
@@ -55,12 +65,20 @@ class Recipe:
     ``norm mean``, ``norm variance``. Sources have the shape of their role, all are float32. ``options``, sorted by name:
     of conv2d ``stride``, ``padding``, ``dilation`` (two numbers each), ``groups``, ``epsilon`` where there is a norm, and
     ``zeros`` where the kernel is widened (left, right, above, below); of linear ``layout``: ``blocked`` or ``transposed``.
+    With ``block``, the number of channels in a block, either is in blocks of channels, linear without ``layout``.
     """
 
     kind: Kind
     roles: tuple[str, ...]
     sources: tuple[Weight, ...]
     options: tuple[tuple[str, Option], ...]
+
+    @property
+    def block(self) -> int | None:
+        """Return the number of channels in a block; None where the weight is packed for oneDNN."""
+        block = dict(self.options).get("block")
+        assert block is None or isinstance(block, int)
+        return block
 
     @property
     def digest(self) -> str:
@@ -84,13 +102,19 @@ class Lowered:
     graph: Graph
     recipes: dict[str, Recipe]
 
+    @property
+    def form(self) -> Form:
+        """Return how its weights are packed."""
+        return "blocked" if any(recipe.block is not None for recipe in self.recipes.values()) else "packed"
 
-def lower(graph: Graph, packed_bytes: Callable[[Recipe], int]) -> Lowered:
+
+def lower(graph: Graph, packed_bytes: Callable[[Recipe], int], block: int = 0) -> Lowered:
     """Return ``graph`` with whatever can be packed packed; itself and no recipes where that is nothing.
 
-    ``packed_bytes`` tells the bytes of a packed weight. A weight that several nodes take stays as it is.
+    ``packed_bytes`` tells the bytes of a packed weight. A weight that several nodes take stays as it is. With ``block``, weights
+    are packed in blocks of so many channels, else for oneDNN.
     """
-    return _Lowering(graph, packed_bytes).run()
+    return _Lowering(graph, packed_bytes, block).run()
 
 
 @dataclass
@@ -108,15 +132,19 @@ class _Fusion:
 
     @property
     def op(self) -> str:
+        options = dict(self.recipe.options)
+        if "block" in options:
+            return BLOCKED_CONV2D if self.recipe.kind == "conv2d" else BLOCKED_LINEAR
         if self.recipe.kind == "conv2d":
             return CONV2D
-        return LINEAR if dict(self.recipe.options)["layout"] == "blocked" else TURNED_LINEAR
+        return LINEAR if options["layout"] == "blocked" else TURNED_LINEAR
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, packed_bytes: Callable[[Recipe], int]) -> None:
+    def __init__(self, graph: Graph, packed_bytes: Callable[[Recipe], int], block: int) -> None:
         self.graph = graph
         self.packed_bytes = packed_bytes
+        self.block = block
         # Who takes the result of each node, once per time it is taken; a result of the graph is taken by nobody (-1).
         self.users: dict[int, list[int]] = {}
         self.weight_uses: dict[str, int] = {}
@@ -168,14 +196,14 @@ class _Lowering:
     def _conv2d(self, number: int, node: Node, may_widen: bool) -> _Fusion | None:
         names = ("input", "weight", "bias", "stride", "padding", "dilation")
         if node.op == "aten.convolution.default":
-            found = _arguments(node, (*names, "transposed", "output_padding", "groups"))
+            found = arguments_of(node, (*names, "transposed", "output_padding", "groups"))
             if found.get("transposed") is not False:
                 return None
         else:
-            found = _arguments(node, (*names, "groups"))
+            found = arguments_of(node, (*names, "groups"))
         source, groups = found.get("input"), found.get("groups", 1)
         weight = self._weight(found.get("weight"), once=True)
-        steps = _pair(found.get("stride", 1), 1), _pair(found.get("padding", 0), 0), _pair(found.get("dilation", 1), 1)
+        steps = pair(found.get("stride", 1), 1), pair(found.get("padding", 0), 0), pair(found.get("dilation", 1), 1)
         if not isinstance(source, Value) or weight is None or len(weight.shape) != 4 or type(groups) is not int or groups < 1:
             return None
         stride, padding, dilation = steps
@@ -185,7 +213,10 @@ class _Lowering:
         parts = {"weight": weight}
         if not self._add_part(parts, "bias", found.get("bias"), channels):
             return None
+        if self.block and not _fits_blocks(weight.shape, groups, self.block):
+            return None
         options: dict[str, Option] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        options |= self._blocks
         members, last = {number}, number
         padded = self._padding(number, source)
         if padded is not None and (
@@ -208,9 +239,9 @@ class _Lowering:
             return None
         node = self.graph.nodes[source.index]
         if node.op == "aten.pad.default":
-            found = _arguments(node, ("self", "pad", "mode", "value"))
+            found = arguments_of(node, ("self", "pad", "mode", "value"))
         elif node.op == "aten.constant_pad_nd.default":
-            found = _arguments(node, ("self", "pad", "value"))
+            found = arguments_of(node, ("self", "pad", "value"))
         else:
             return None
         inner, sizes = found.get("self"), found.get("pad")
@@ -224,20 +255,27 @@ class _Lowering:
         return (inner, margins) if len(margins) == len(sizes) == 4 and not found.get("value") else None
 
     def _linear(self, number: int, node: Node) -> _Fusion | None:
-        found = _arguments(node, ("input", "weight", "bias"))
+        found = arguments_of(node, ("input", "weight", "bias"))
         source, weight = found.get("input"), self._weight(found.get("weight"), once=True)
         if not isinstance(source, Value) or weight is None or len(weight.shape) != 2 or not math.prod(weight.shape):
             return None
         parts = {"weight": weight}
         if weight.size_bytes > LARGEST_LINEAR_BYTES or not self._add_part(parts, "bias", found.get("bias"), weight.shape[:1]):
             return None
+        if self.block and (weight.shape[1] < self.block or weight.shape[1] % CHANNELS_AT_ONCE):
+            return None
         layout = "blocked" if weight.size_bytes >= SMALLEST_BLOCKED_BYTES else "transposed"
-        return _Fusion(_recipe("linear", parts, {"layout": layout}), source, node.origin, number, {number})
+        options: dict[str, Option] = self._blocks or {"layout": layout}
+        return _Fusion(_recipe("linear", parts, options), source, node.origin, number, {number})
+
+    @property
+    def _blocks(self) -> dict[str, Option]:
+        return {"block": self.block} if self.block else {}
 
     def _norm(self, number: int, before: int, channels: tuple[int, ...]) -> tuple[dict[str, Weight], float] | None:
         """Return the parts and the epsilon of a batch norm that can be folded into node ``before``, whose result it takes."""
         names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
-        found = _arguments(self.graph.nodes[number], names)
+        found = arguments_of(self.graph.nodes[number], names)
         epsilon = found.get("eps")
         parts: dict[str, Weight] = {}
         if found.get("input") != Value("node", before) or found.get("training") is not False:
@@ -279,7 +317,7 @@ class _Lowering:
         number = self._only_user(fusion.last, "aten.add.Tensor")
         if number is None:
             return
-        found = _arguments(self.graph.nodes[number], ("self", "other", "alpha"))
+        found = arguments_of(self.graph.nodes[number], ("self", "other", "alpha"))
         first, second, scale = found.get("self"), found.get("other"), found.get("alpha", 1)
         added = second if first == Value("node", fusion.last) else first
         is_size = isinstance(added, Value) and added.kind == "node" and self.graph.nodes[added.index].op in SIZES
@@ -291,14 +329,14 @@ class _Lowering:
     def _take_in_activation(self, fusion: _Fusion) -> None:
         # After an addition oneDNN's convolution takes in a relu and nothing else, its linear layer nothing.
         if fusion.added is None:
-            number = self._only_user(fusion.last, *_ACTIVATIONS)
+            number = self._only_user(fusion.last, *ACTIVATIONS)
         elif fusion.recipe.kind == "conv2d":
             number = self._only_user(fusion.last, "aten.relu.default")
         else:
             return
         if number is None:
             return
-        activation = _activation(self.graph.nodes[number])
+        activation = activation_of(self.graph.nodes[number])
         if activation is not None:
             fusion.activation, fusion.numbers = activation
             fusion.members.add(number)
@@ -356,11 +394,22 @@ class _Rewriting:
         return Value("weight", self.weights.setdefault(weight, len(self.weights)))
 
 
+def _fits_blocks(shape: tuple[int, ...], groups: int, block: int) -> bool:
+    """Say whether ONNX Runtime has a convolution in blocks for a weight of this shape: [out, in each group, height, width]."""
+    outside, inside = shape[:2]
+    if groups == 1:
+        # Pictures of a few channels are read as they are.
+        return inside < block or inside % CHANNELS_AT_ONCE == 0
+    if inside == 1 and outside == groups:
+        return outside >= block and outside % CHANNELS_AT_ONCE == 0
+    return inside % block == 0 and outside // groups % block == 0
+
+
 def _recipe(kind: Kind, parts: dict[str, Weight], options: dict[str, Option]) -> Recipe:
     return Recipe(kind, tuple(parts), tuple(parts.values()), tuple(sorted(options.items())))
 
 
-def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Argument]:
+def arguments_of(node: Node, names: tuple[str, ...]) -> dict[str, Argument]:
     """Return a node's arguments by name; nothing when one has no name or is given twice."""
     given = [*zip(names, node.args, strict=False), *node.kwargs]
     found = dict(given)
@@ -368,7 +417,7 @@ def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Argument]:
     return found if fits else {}
 
 
-def _pair(argument: Argument, smallest: int) -> tuple[int, int] | None:
+def pair(argument: Argument, smallest: int) -> tuple[int, int] | None:
     """Return two constant sizes of at least ``smallest``; one stands for both."""
     sizes = argument if isinstance(argument, tuple) else (argument,)
     numbers = [size for size in sizes if type(size) is int and size >= smallest]
@@ -392,7 +441,7 @@ def _joined(margins: tuple[int, ...], padding: tuple[int, int], may_widen: bool)
 
 
 # What oneDNN calls each activation, and the names and values of the constants it takes.
-_ACTIVATIONS: dict[str, tuple[str, dict[str, Argument]]] = {
+ACTIVATIONS: dict[str, tuple[str, dict[str, Argument]]] = {
     "aten.relu.default": ("relu", {}),
     "aten.relu6.default": ("hardtanh", {}),
     "aten.hardtanh.default": ("hardtanh", {"min_val": -1.0, "max_val": 1.0}),
@@ -406,15 +455,15 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, Argument]]] = {
 }
 
 
-def _activation(node: Node) -> tuple[str, tuple[float, ...]] | None:
+def activation_of(node: Node) -> tuple[str, tuple[float, ...]] | None:
     """Return the word and the numbers of an activation, or None where it has other arguments than constants."""
-    word, defaults = _ACTIVATIONS[node.op]
+    word, defaults = ACTIVATIONS[node.op]
     if word == "gelu":
-        form = _arguments(node, ("self", "approximate")).get("approximate", Enum("none"))
+        form = arguments_of(node, ("self", "approximate")).get("approximate", Enum("none"))
         return {Enum("none"): ("gelu", ()), Enum("tanh"): ("gelu_tanh", ())}.get(form) if isinstance(form, Enum) else None
     if node.op == "aten.relu6.default":
         return word, (0.0, 6.0)
-    found = defaults | _arguments(node, ("self", *defaults))
+    found = defaults | arguments_of(node, ("self", *defaults))
     numbers = [found[name] for name in defaults]
     floats = tuple(float(number) for number in numbers if isinstance(number, int | float) and not isinstance(number, bool))
     return (word, floats) if len(floats) == len(numbers) else None

@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -81,27 +81,23 @@ class Tokens:
     def name(self, token: bytes) -> bytes:
         """Return the id of ``token``. Raises CollisionError when another token has it."""
         found = self._digest(token)
-        if self._tokens.setdefault(found, token) != token:
-            raise CollisionError(f"two tokens have the id {found.hex()[:16]}")
+        self._hold(found, token)
         return found
 
-    def none(self) -> Tokens:
-        """Return one without any, of the same ids."""
-        return Tokens(self._digest)
+    def of(self, ids: Iterable[bytes]) -> Tokens:
+        """Return some of them: the tokens behind ``ids``."""
+        found = Tokens(self._digest)
+        found._tokens = {each: self._tokens[each] for each in ids}
+        return found
 
-    def of(self, ids: Iterable[bytes]) -> dict[bytes, bytes]:
-        """Return the tokens behind some ids."""
-        return {each: self._tokens[each] for each in ids}
+    def add(self, other: Tokens) -> None:
+        """Have the tokens of ``other``, too. Raises CollisionError, in which case some of them may be here."""
+        for found, token in other._tokens.items():
+            self._hold(found, token)
 
-    def all(self) -> dict[bytes, bytes]:
-        """Return the token behind each id."""
-        return dict(self._tokens)
-
-    def add(self, tokens: Mapping[bytes, bytes]) -> None:
-        """Have further tokens by their ids. Raises CollisionError, in which case some of them may be here."""
-        for found, token in tokens.items():
-            if self._tokens.setdefault(found, token) != token:
-                raise CollisionError(f"two tokens have the id {found.hex()[:16]}")
+    def _hold(self, found: bytes, token: bytes) -> None:
+        if self._tokens.setdefault(found, token) != token:
+            raise CollisionError(f"two tokens have the id {found.hex()[:16]}")
 
     def forget(self, ids: set[bytes]) -> None:
         """Drop the tokens of ids that are in use no more."""

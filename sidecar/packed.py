@@ -71,7 +71,16 @@ def pack(recipe: Recipe, sources: Sequence[torch.Tensor]) -> Packed:
 
 
 def _pack_conv2d(parts: dict[str, torch.Tensor], options: dict[str, Any]) -> Packed:
-    weight, bias = parts["weight"], _copy(parts.get("bias"))
+    weight, bias = folded_conv2d(parts, options)
+    steps = (list(options["padding"]), list(options["stride"]), list(options["dilation"]), options["groups"])
+    turned = weight.contiguous(memory_format=torch.channels_last)
+    blocked = torch.ops.mkldnn._reorder_convolution_weight(turned, *steps)
+    return Packed(tuple(weight.shape), (blocked, _copy(bias), *steps), _size_bytes(torch.ops.mkldnn._nbytes(blocked), bias))
+
+
+def folded_conv2d(parts: dict[str, torch.Tensor], options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weight and bias of a convolution, a norm after it folded in, its kernel widened. They may be the sources."""
+    weight, bias = parts["weight"], parts.get("bias")
     if "norm mean" in parts:
         # norm(conv(x)) = conv(x) * scale + (bias - mean) * scale + norm bias; in float64, so that nothing is rounded twice.
         scale = (parts["norm variance"].double() + options["epsilon"]).rsqrt()
@@ -83,10 +92,7 @@ def _pack_conv2d(parts: dict[str, torch.Tensor], options: dict[str, Any]) -> Pac
         weight, bias = weight * scale.float()[:, None, None, None], shift.float()
     if "zeros" in options:
         weight = torch.nn.functional.pad(weight, options["zeros"])
-    steps = (list(options["padding"]), list(options["stride"]), list(options["dilation"]), options["groups"])
-    turned = weight.contiguous(memory_format=torch.channels_last)
-    blocked = torch.ops.mkldnn._reorder_convolution_weight(turned, *steps)
-    return Packed(tuple(weight.shape), (blocked, bias, *steps), _size_bytes(torch.ops.mkldnn._nbytes(blocked), bias))
+    return weight, bias
 
 
 def _copy(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -109,7 +115,7 @@ _FORMS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 
 def operator(node: Node) -> Callable[..., torch.Tensor]:
-    """Return the callable of a node of a lowered graph: of the input, the packed weight, and what is added, if anything is."""
+    """Return the callable of a node of a graph lowered for oneDNN: of input, packed weight, and what is added, if anything."""
     _, _, activation, numbers, added = node.args
     assert isinstance(activation, Enum)
     assert isinstance(numbers, tuple)

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sidecar import indices, operators, packed, quotients
+from sidecar import blocked, indices, operators, packed, quotients
 from sidecar.errors import BundleError
 from sidecar.graphfile import MAX_LISTED_INTEGER
 from sidecar.ir import Argument, Dtype, Enum, Graph, Node, Value, node_values, values_in
+from sidecar.lowering import BLOCKED
 from sidecar.lowering import OPERATORS as PACKED
 from sidecar.programs import Program, Step
 from sidecar.recurrent import checked
@@ -261,7 +262,8 @@ class _Preparation:
             if self._kind(value, where) != "Tensor":
                 raise BundleError(f"{where}: must be Tensor, not {self._kind(value, where)}", node=index, operator=node.op)
         places = tuple(self._slot(value) for value in node_values(node))
-        self.calls.append(_Call(packed.operator(node), places, self.base + index, index))
+        function = blocked.operator(node) if node.op in BLOCKED else packed.operator(node)
+        self.calls.append(_Call(function, places, self.base + index, index))
         self.kinds.append("Tensor")
         self.sources.append(frozenset())
 

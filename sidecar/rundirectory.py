@@ -81,6 +81,15 @@ class RunDirectory:
         return [folder for folder in sorted(self.root.glob("device-*")) if folder not in own and _DEVICE.fullmatch(folder.name)]
 
     @property
+    def pull_list(self) -> Path:
+        """Return where it stands what has come of the list of models to pull."""
+        return self.root / "pull-list.json"
+
+    @property
+    def pull_list_lock(self) -> Path:
+        return self.root / "pull-list.lock"
+
+    @property
     def quotas(self) -> Path:
         return self.root / "quotas.toml"
 
@@ -136,14 +145,11 @@ class RunDirectory:
 
     def has_successor(self) -> bool:
         """Say whether a sidecar lives that is about to take over. Not for that itself."""
-        try:
-            with opened(self.successor_lock, os.O_RDWR) as descriptor:
-                # Not by taking the lock, which would be in the way of whoever is about to.
-                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-                kind, *_ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
-        except FileNotFoundError:
-            return False
-        return bool(kind != fcntl.F_UNLCK)
+        return _is_locked(self.successor_lock)
+
+    def has_owner(self) -> bool:
+        """Say whether a sidecar lives that has the directory. Not for that itself, which would lose it."""
+        return _is_locked(self.lock)
 
     def _refusal(self, problem: str) -> ConfigError:
         return ConfigError(f"{problem} in {self.root}; wait until it has, or choose another --run-dir", run_dir=str(self.root))
@@ -199,6 +205,18 @@ class Ownership:
                 log.warning("a sidecar that was killed has left processes in %s; they are waited for", root)
             waiting = True
             time.sleep(_LOOK_S)
+
+
+def _is_locked(path: Path) -> bool:
+    """Say whether another process has the record lock of a file."""
+    try:
+        with opened(path, os.O_RDWR) as descriptor:
+            # Not by taking the lock, which would be in the way of whoever is about to.
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, *_ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+    except FileNotFoundError:
+        return False
+    return bool(kind != fcntl.F_UNLCK)
 
 
 def write_token(path: Path, token: bytes = b"") -> bytes:

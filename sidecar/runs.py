@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError, ValueOutOfBounds
 
-from sidecar.catalog import Step
+from sidecar.catalog import Deployed, Step
 from sidecar.costs import BatchCosts
 from sidecar.journal import Page
 from sidecar.lanecount import LaneChoice
@@ -24,12 +25,16 @@ from sidecar.loads import Loads
 from sidecar.ports import Device
 from sidecar.shortage import Shortage, Splits
 from sidecar.streams import Streams
+from sidecar.stretches import LONGEST_S, Stretch
 from sidecar.turns import Turns
 from sidecar.underway import Call, UnderWay
-from sidecar.wavefront import Group, Wavefront
+from sidecar.wavefront import Group, Ticket, Wavefront
 
 log = logging.getLogger("trunkline.engine")
 
+# Whoever begins so soon after a stretch has waited for it; then, and where requests met, stages are run one by one for a while.
+_NEXT_S: Final = 0.0005
+_CROWDED_FOR_S: Final = 1.0
 # Where stacking did not pay, nobody looks for something to stack the next time, twice as often each time, so often at most.
 _LONGEST_REST: Final = 64
 
@@ -43,11 +48,13 @@ class Counts:
     stage_requests: int = 0
     # Stages that were run within another's run, their weights stacked.
     stacked: int = 0
+    # Stages that were run within another's run, as one with it.
+    joined: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """A stage on its way through the device: of one group, or of several whose weights are ``stacked``.
+    """A stage on its way through the device: of one group, or of several whose weights are ``stacked``; or a ``stretch`` of them.
 
     What is noted of it is of when it began: meanwhile tickets come and go, and nobody may be left in its groups.
     """
@@ -62,6 +69,7 @@ class _Run:
     seen: tuple[Group[Call], ...]
     # If it is stacked, the one of them that it is noted under.
     stacked: tuple[object, ...] | None = None
+    stretch: Stretch | None = None
     # What the engine needs for it, beside the device: most of what small stages take.
     engine_s: float = 0.0
     splits: Splits = field(default_factory=Splits)
@@ -77,6 +85,11 @@ class _Run:
     place: int = -1
     # In device time: where several lanes compute at the same time, each has its part of that.
     began_s: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """Return how many stages are run for each of its groups."""
+        return 1 if self.stretch is None else self.stretch.count
 
 
 @dataclass(slots=True)
@@ -147,6 +160,9 @@ class Runs:
         self._reckoned_s = 0.0
         # Of structures that it did not pay for of late.
         self._rests: dict[int, _Rest] = {}
+        # When requests met last, and when the last stretch ended, with the call that it was for.
+        self._crowded_s = -math.inf
+        self._stretched: tuple[float, Call | None] = (-math.inf, None)
 
     def divide(self, count: int) -> int:
         """Divide the device into so many lanes; return how many there are. Nothing is under way."""
@@ -193,7 +209,11 @@ class Runs:
                 self.fail(group, error)
                 return
             if self._choice is not None:
-                run.stages = tuple((each.cost_key(each.step), each.extent or 1) for each in run.groups)
+                run.stages = tuple(
+                    (each.cost_key(step), each.extent or 1)
+                    for each in run.groups
+                    for step in each.first.steps[each.index : each.index + run.count]
+                )
                 run.under_way = self._wavefront.row_count
             run.engine_s = self._clock() - began_s
             if run.whole:
@@ -225,9 +245,18 @@ class Runs:
         known_s = self._costs.expected_s(run.cost_key, run.extent, lanes)
         if known_s:
             return known_s
-        ticket = run.groups[0].first
-        deployed = next((each for each in ticket.call.parts if each.steps is ticket.steps), None)
-        return 0.0 if deployed is None else lanes * deployed.reckoned_s(run.groups[0].index, ticket.inputs, run.extent)
+        group = run.groups[0]
+        each_s = [self._stage_s(group, index, lanes) for index in range(group.index, group.index + run.count)]
+        return sum(each_s) if all(each_s) else 0.0
+
+    def _stage_s(self, group: Group[Call], index: int, lanes: int) -> float:
+        """Return what a stage takes that a group comes to: as it was measured, or reckoned; 0 where nobody knows."""
+        ticket = group.first
+        known_s = self._costs.expected_s(group.cost_key(ticket.steps[index]), group.extent, lanes)
+        if known_s:
+            return known_s
+        deployed = _asked(ticket)
+        return 0.0 if deployed is None else lanes * deployed.reckoned_s(index, ticket.inputs, group.extent)
 
     def _idle_count(self) -> int:
         """Return how many stages may be begun now."""
@@ -259,6 +288,8 @@ class Runs:
         """Return the next run of a group, and what computes the outputs of each group in it. Raises what a device raises."""
         step = group.step
         assert isinstance(step, Step)
+        if (alone := self._prepared_stretch(group)) is not None:
+            return alone
         # A lane must not look at what changes meanwhile.
         seen = group if self._lanes is None else group.frozen()
         structures = () if step.stacked is None else _structures(group, step)
@@ -267,6 +298,35 @@ class Runs:
             return run, stacked
         weights, splits, program = self._loads.bind(step), run.splits, step.program
         return run, lambda: [self._shortage.run(seen, program, weights, splits)]
+
+    def _prepared_stretch(self, group: Group[Call]) -> tuple[_Run, Callable[[], Sequence[Sequence[Any]]]] | None:
+        """Have a request beside which there is nothing run through several stages as one; None where that is not so."""
+        ticket, now = group.first, self._clock()
+        ended_s, before = self._stretched
+        if self._wavefront.group_count > 1 or (ticket.call is not before and now - ended_s < _NEXT_S):
+            self._crowded_s = now
+        is_alone = len(group.rows) == 1 and len(group.rows[0].tickets) == 1 and not group.apart
+        if not is_alone or now - self._crowded_s < _CROWDED_FOR_S or self._streams.deployed is not None:
+            return None
+        if self._lanes is not None and (self.running or not self._device.is_shared_by_lanes):
+            return None
+        deployed = _asked(ticket)
+        stretch = None if deployed is None else deployed.stretches.get(group.index)
+        if deployed is None or stretch is None:
+            return None
+        steps = deployed.steps[group.index : group.index + stretch.count]
+        if not all(map(self._loads.is_ready, steps)):
+            return None
+        key = ("stretch", steps[0].key, stretch.count, ticket.scale)
+        run = _Run((group,), steps[0], group.extent, key, (), (group,), stretch=stretch)
+        # Many rows, or long ones, take a multiple of what was reckoned with: others would wait long, for little to be gained.
+        if not 0 < self._expected_s(run) <= 2 * LONGEST_S:
+            return None
+        weights, inputs = (
+            [weight for step in steps for weight in self._loads.bind(step)],
+            [group.values[key] for key in stretch.takes],
+        )
+        return run, lambda: [self._device.run(stretch.program, weights, inputs)]
 
     def _prepared_stacked(self, group: Group[Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
         """Have a stage of several models run as one; None when there is nothing to stack, or it does not pay."""
@@ -367,12 +427,13 @@ class Runs:
         # What failed took its time as well.
         for each in run.seen:
             self._turns.charge(each, device_s / len(run.seen))
+        if run.stretch is not None:
+            self._stretched = self._clock(), run.calls[0]
         if error is None:
-            self.counts.stages += 1
             self._record_run(run, outcome.seconds)
             ended_s = self._clock()
             for each, outputs in zip(run.groups, outcome.given, strict=True):
-                self._go_on_with(each, outputs)
+                self._go_on_with(each, outputs, run.stretch)
             in_all_s = outcome.seconds + run.engine_s + self._clock() - ended_s
             if self._choice is not None:
                 # In a lane, what the engine needs is hidden behind the others.
@@ -380,6 +441,9 @@ class Runs:
                 self._choice.ran(ended_s, self._wavefront.lanes, run.stages, busy_s, run.under_way)
             for structure in run.structures if run.stacked is None else (run.stacked,):
                 self._costs.record(structure, len(run.groups), in_all_s, 1 if run.whole else None)
+        elif run.stretch is not None and isinstance(error, TrunklineError):
+            # Which stage it was, and whether there is room for each, shows when they are run one by one.
+            group.apart = True
         elif run.stacked is not None and isinstance(error, ValueOutOfBounds):
             # Whose index it was shows when each is run by itself.
             for each in run.groups:
@@ -405,6 +469,8 @@ class Runs:
 
     def _record_run(self, run: _Run, seconds: float) -> None:
         """Note what a run has cost."""
+        self.counts.stages += run.count
+        self.counts.joined += run.count - 1
         if run.stacked is not None:
             self.counts.stacked += len(run.groups) - 1
             return
@@ -412,12 +478,15 @@ class Runs:
         if self._streams.deployed is not None:
             self._streams.ran(run.step, seconds)
 
-    def _go_on_with(self, group: Group[Call], outputs: Sequence[Any]) -> None:
+    def _go_on_with(self, group: Group[Call], outputs: Sequence[Any], stretch: Stretch | None) -> None:
         if next(group.tickets(), None) is None:
             return  # its calls failed with another stage of theirs, or their callers left
-        self.counts.stage_rows += len(group.rows)
-        self.counts.stage_requests += sum(1 for _ in group.tickets())
+        count = 1 if stretch is None else stretch.count
+        self.counts.stage_rows += count * len(group.rows)
+        self.counts.stage_requests += count * sum(1 for _ in group.tickets())
         try:
+            if stretch is not None:
+                outputs = self._wavefront.leap(group, count, dict(zip(stretch.gives, outputs, strict=True)))
             self._under_way.advance(group, outputs)
         except Exception as error:  # noqa: BLE001 - what is not ours is logged
             self.fail(group, error)
@@ -439,6 +508,11 @@ class Runs:
     def check_invariants(self) -> None:
         """Raise AssertionError when runs and what waits for them do not fit together."""
         self._under_way.check_invariants([run.calls for run in self.running])
+
+
+def _asked(ticket: Ticket[Call]) -> Deployed | None:
+    """Return the model that a ticket is for."""
+    return next((each for each in ticket.call.parts if each.steps is ticket.steps), None)
 
 
 def _structures(group: Group[Call], step: Step) -> tuple[tuple[object, ...], ...]:

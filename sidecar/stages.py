@@ -28,7 +28,7 @@ Key = bytes
 
 _ANEW: Final = SIZES | LISTS
 # What a stage takes is known only when it runs.
-_UNKNOWN: Final = TensorSpec("tensor", "float32", ())
+UNKNOWN: Final = TensorSpec("tensor", "float32", ())
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def _stage(graph: Graph, block_id: str, part: _Part, gives: tuple[Key, ...], ali
     weights: tuple[Weight, ...] = tuple(graph.weights[index] for index in part.weights)
     own = Graph(
         symbols=(),
-        inputs=(_UNKNOWN,) * len(part.takes),
-        outputs=(_UNKNOWN,) * len(gives),
+        inputs=(UNKNOWN,) * len(part.takes),
+        outputs=(UNKNOWN,) * len(gives),
         weights=weights,
         nodes=tuple(part.nodes),
         results=tuple(part.places[key] for key in gives),

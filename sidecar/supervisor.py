@@ -87,6 +87,8 @@ class Supervisor:
         self._notifier = notifier or Notifier("")
         # What is at the functions' socket while it is this sidecar's.
         self._own: os.stat_result | None = None
+        # Whether that was the end of this one.
+        self.is_succeeded = False
 
     def run(self) -> int:
         """Serve until told to stop, or until another has taken over; return the exit code. The run directory is the caller's.
@@ -187,6 +189,7 @@ class Supervisor:
             elif self._is_replaced():
                 if self._run.has_successor():
                     log.info("another sidecar has taken over; this one drains, and ends")
+                    self.is_succeeded = True
                     return listeners
                 listeners = self._listen_again(listeners)
             if not self._engine_pid and time.monotonic() >= self._engine_started_s + self._pause_s:

@@ -44,5 +44,6 @@ class Notifier:
             return
         # Never waited for: a full queue of a supervisor that hangs must not hold up this one.
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        with socket.socket(socket.AF_UNIX, kind) as sock, contextlib.suppress(OSError):
+        # Nor does it end for want of a descriptor.
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as sock:
             sock.sendto(state.encode(), self._address)

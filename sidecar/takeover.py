@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
@@ -29,6 +30,25 @@ log = logging.getLogger("trunkline.supervisor")
 
 # An engine that serves answers at once.
 _ANSWER_S: Final = 1.0
+# How often one that has ended looks whether the other still lives, and how often in a row it must be missed: when the locks
+# change hands, nobody has them for a moment.
+_LOOK_S: Final = 0.5
+_LOOKS: Final = 4
+
+
+def outstay(run: RunDirectory) -> None:
+    """Wait, as one that another has taken over from, until told to end; or until that other is gone.
+
+    For what starts a sidecar anew however it has ended: it would take over in turn. With the locks of the run directory released,
+    and SIGTERM and SIGINT blocked, which are waited for.
+    """
+    log.info("this sidecar waits to be told to end")
+    looks = 0
+    while looks < _LOOKS:
+        if signal.sigtimedwait({signal.SIGTERM, signal.SIGINT}, _LOOK_S) is not None:
+            return
+        looks = 0 if run.has_owner() or run.has_successor() else looks + 1
+    log.error("the sidecar that took over has ended; this one ends as well, so that it is started again")
 
 
 class TakeOver:

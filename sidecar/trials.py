@@ -7,8 +7,10 @@ zeros, and in reverse order. Rows are independent when what belongs to the three
 them, and agrees with what they give alone. Zeros only, or random numbers only, would pass models whose rows do touch each other:
 a global maximum, a dynamic quantisation. The same runs show where the rows lie in all that passes from stage to stage.
 
-*Form.* Where a stage can be lowered (``sidecar.lowering``), both forms of it take turns. The lowered one is taken where it agrees
-and is faster. Stages of one structure have one form, whichever models they are in, so that their weights are shared.
+*Form.* Where a stage can be lowered (``sidecar.lowering``), all forms of it take turns: as it is, packed for oneDNN, in blocks
+for ONNX Runtime. The fastest of those that agree is taken, blocks also where they are a little slower, since several stages in
+blocks can be run as one (``sidecar.stretches``). Stages of one structure have one form, whichever models they are in, so that
+their weights are shared.
 
 *Seconds.* What each stage takes for one row is noted on the way, so that how long a run takes can be told before the first.
 
@@ -21,7 +23,6 @@ import logging
 import math
 import os
 import queue
-import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from trunkline.errors import DeviceOutOfMemory, TrunklineError
 from sidecar.bundle import Bundle
 from sidecar.errors import BundleError, StoreError
 from sidecar.ir import Graph
-from sidecar.lowering import Lowered, Recipe, lower
+from sidecar.lowering import Form, Lowered, Recipe, lower
 from sidecar.memory import packed_from_store, reader
 from sidecar.merkle import skeleton_id
 from sidecar.ports import Device, Source
@@ -50,7 +51,8 @@ _ROWS: Final = 4
 _FIXED: Final = (0, 2, 3)
 _FILLINGS: Final = ("random", "not-a-number", "infinity", "1e30", "zeros")
 # Sizes to try for axes that differ between calls; some models refuse small ones.
-SHORTEST_TRIED: Final = 8
+# Of eight tokens a product takes as long in any form.
+SHORTEST_TRIED: Final = 32
 _SIZES: Final = (SHORTEST_TRIED, 64, 224)
 # Nothing waits for a trial: it must not take the processor from those who are waited for.
 _NICE: Final = 10
@@ -62,6 +64,10 @@ _LARGEST_INPUT_BYTES: Final = 16 * 2**20
 _LONGER: Final = 5
 # How often each form of a stage is run, and what folding and another order of additions may change of its results.
 _TURNS: Final = 5
+_FORMS: Final = ("plain", "packed", "blocked")
+# What a stage in blocks takes of that where it is run as one with its neighbours (``sidecar.stretches``), for which all must have
+# this form: 0.75 to 0.8 was measured.
+_JOINED: Final = 0.75
 _ROUNDING: Final = 1e-4
 
 
@@ -186,18 +192,29 @@ class Trials:
         if (input_bytes := _input_bytes(bundle, _SIZES[0])) > _LARGEST_INPUT_BYTES:
             return Verdict(None, f"its inputs take {input_bytes} bytes, at most {_LARGEST_INPUT_BYTES} are tried")
         lowered = [self._lowered(stage) for stage in staged.stages]
-        structures = {number: skeleton_id(staged.stages[number].graph) for number, each in enumerate(lowered) if each is not None}
+        structures = {number: skeleton_id(staged.stages[number].graph) for number, each in enumerate(lowered) if each}
         forms = {structure: self._verdicts.find("form", structure) for structure in structures.values()}
         return _State(bundle, staged, tried_as, self._verdicts.find("rows", tried_as), lowered, structures, forms)
 
-    def _lowered(self, stage: Stage) -> Lowered | None:
+    def _lowered(self, stage: Stage) -> dict[Form, Lowered]:
+        """Return the forms that a stage might be run in, beside the one it has."""
         if not self._packing:
-            return None
-        lowered = lower(stage.graph, self._packed_bytes)
-        return lowered if lowered.recipes else None
+            return {}
+        found: dict[Form, Lowered] = {}
+        if (packed := lower(stage.graph, self._packed_bytes)).recipes:
+            found["packed"] = packed
+        block = self._device.block
+        # What can be stacked with others of its structure gains more by that.
+        if block and not self._device.stacks(packed.graph):
+            blocked = lower(stage.graph, self._packed_bytes, block)
+            if blocked.recipes and self._device.can_run_in_session(blocked.graph):
+                found["blocked"] = blocked
+        return found
 
     def _packed_bytes(self, recipe: Recipe) -> int:
-        """Return the bytes of a packed weight. To find out, one is packed: that is done once on a machine."""
+        """Return the bytes of a packed weight. To find out, one is packed for oneDNN: that is done once on a machine."""
+        if recipe.block is not None:
+            return self._device.packed_bytes(recipe)
         size_bytes = self._sizes.get(recipe.skeleton)
         if size_bytes is None:
             known = (self._verdicts.find("size", recipe.skeleton) or {}).get("bytes")
@@ -209,7 +226,7 @@ class Trials:
         return size_bytes
 
     def _try(
-        self, bundle: Bundle, staged: Staged, lowered: Mapping[int, Lowered | None]
+        self, bundle: Bundle, staged: Staged, lowered: Mapping[int, Mapping[Form, Lowered]]
     ) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
         """Return the verdict on the rows, and one on the form of each stage that can be lowered."""
         failed = ""
@@ -243,7 +260,7 @@ class _State:
     staged: Staged
     tried_as: str
     rows: dict[str, Any] | None
-    lowered: list[Lowered | None]
+    lowered: list[dict[Form, Lowered]]
     structures: dict[int, str]
     forms: dict[str, dict[str, Any] | None]
 
@@ -263,7 +280,7 @@ class _State:
 
     def outcome(self, rows: Mapping[str, Any]) -> Verdict:
         taken = tuple(
-            each if each is not None and (self.forms[self.structures[number]] or {}).get("packed") else None
+            each.get((self.forms[self.structures[number]] or {}).get("form", "plain")) if each else None
             for number, each in enumerate(self.lowered)
         )
         run_s = self._run_s(rows, taken)
@@ -288,6 +305,10 @@ class _State:
         return tuple(seconds)
 
 
+class _Unfit(Exception):
+    """A stage is not to be run in a form: it fails in it, or gives something else."""
+
+
 class _Dependent(Exception):
     """Rows touch each other, or it cannot be told where they lie."""
 
@@ -310,6 +331,11 @@ class _Trial:
         self.run_us: list[int] = []
         random = np.random.default_rng(0)
         sizes = _sizes(bundle, size)
+        symbol = _masked(bundle)
+        least, most = next(((each.minimum, each.maximum) for each in bundle.graph.symbols if each.name == symbol), (0, 0))
+        if symbol:
+            # What is padded must be of a size that the model takes, too.
+            sizes[symbol] = max(least, min(sizes[symbol], most - _LONGER))
         self._inputs: list[dict[str, NDArray[Any]]] = []
         for spec in bundle.graph.inputs:
             shape = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape]
@@ -327,15 +353,13 @@ class _Trial:
             filled["reverse order"] = np.ascontiguousarray(base[::-1])
             filled["alone"] = base[:1].copy()
             self._inputs.append(filled)
-        symbol = _masked(bundle)
-        longer = sizes.get(symbol, 0) + _LONGER
-        if symbol and not self.dependence and longer <= next(s.maximum for s in bundle.graph.symbols if s.name == symbol):
+        if symbol and not self.dependence and sizes[symbol] + _LONGER <= most:
             self.padded = symbol
             for spec, filled in zip(bundle.graph.inputs, self._inputs, strict=True):
                 widths = [(0, _LONGER if axis == symbol else 0) for axis in spec.shape]
                 filled["padded"] = np.pad(filled["alone"], widths)
 
-    def run(self, staged: Staged, lowered: Mapping[int, Lowered | None]) -> list[list[int | None]]:
+    def run(self, staged: Staged, lowered: Mapping[int, Mapping[Form, Lowered]]) -> list[list[int | None]]:
         """Return where rows lie in all that each stage gives; fill all that can be asked for. Raises what a device raises."""
         runs: dict[str, dict[Key, Any]] = {}
         for filling in self._inputs[0] if self._inputs else ():
@@ -355,8 +379,8 @@ class _Trial:
                 if filling == "alone":
                     self.run_us.append(round((time.perf_counter() - started) * 1e6))
                 values.update(zip(stage.gives, given, strict=True))
-            if (form := lowered.get(number)) is not None:
-                compared = self.forms[number] = self._compare(stage, program, weights, form, runs["alone"])
+            if forms := lowered.get(number):
+                compared = self.forms[number] = self._compare(stage, program, weights, forms, runs["alone"])
                 # The same run, measured more than once.
                 self.run_us[number] = compared.get("base_us", self.run_us[number])
             del weights
@@ -385,11 +409,37 @@ class _Trial:
         return True
 
     def _compare(
-        self, stage: Stage, program: Any, weights: Sequence[Any], lowered: Lowered, values: Mapping[Key, Any]
+        self, stage: Stage, program: Any, weights: Sequence[Any], forms: Mapping[Form, Lowered], values: Mapping[Key, Any]
     ) -> dict[str, Any]:
-        """Run a stage in both forms in turns; return which one is to be taken, and why."""
-        device = self._device
+        """Run a stage in all its forms in turns; return which one is to be taken, and why."""
         inputs = [values[key] for key in stage.takes]
+        expected = [values[key] for key in stage.gives]
+        found: dict[str, Any] = {"form": "plain"}
+        ways: dict[str, tuple[Any, Sequence[Any]]] = {"plain": (program, weights)}
+        for form, lowered in forms.items():
+            try:
+                ways[form] = self._made(lowered, inputs, expected)
+            except _Unfit as unfit:
+                log.warning("a stage does not run in the form %s: %s", form, unfit)
+                found[f"{form}_reason"] = str(unfit)
+        if len(ways) == 1:
+            return found
+        seconds: dict[str, list[float]] = {form: [] for form in ways}
+        for _ in range(_TURNS):
+            for way, (made, bound) in ways.items():
+                # Its threads are awake then, as after the stage before.
+                self._device.run(made, bound, inputs)
+                started = time.perf_counter()
+                self._device.run(made, bound, inputs)
+                seconds[way].append(time.perf_counter() - started)
+        # Others have the processor, too: what was not disturbed tells most.
+        least_s = {way: min(each) for way, each in seconds.items()}
+        found |= {_figure(way): round(each_s * 1e6) for way, each_s in least_s.items()}
+        return found | {"form": _fastest(least_s)}
+
+    def _made(self, lowered: Lowered, inputs: Sequence[Any], expected: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """Return the program and the weights of a stage in another form. Raises _Unfit where that gives something else."""
+        device = self._device
         handles = []
         for weight in lowered.graph.weights:
             if (recipe := lowered.recipes.get(weight.digest)) is not None:
@@ -397,23 +447,14 @@ class _Trial:
             else:
                 handles.append(device.new_weight(weight, reader(self._source, weight)))
         try:
-            packed = device.prepare_lowered(lowered.graph)
-            given = device.run(packed, handles, inputs)
+            program = device.prepare_lowered(lowered.graph)
+            given = device.run(program, handles, inputs)
         except TrunklineError as error:
-            log.warning("a stage does not run with packed weights (%s); it runs as it is", error.message)
-            return {"packed": False, "reason": error.message}
+            raise _Unfit(error.message) from error
         tolerance = max(self._tolerance, _ROUNDING)
-        if not all(device.agree(one, values[key], tolerance) for one, key in zip(given, stage.gives, strict=True)):
-            log.warning("a stage gives something else with packed weights; it runs as it is")
-            return {"packed": False, "reason": "the results differ"}
-        seconds: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(_TURNS):
-            for is_packed, form, bound in ((False, program, weights), (True, packed, handles)):
-                started = time.perf_counter()
-                device.run(form, bound, inputs)
-                seconds[is_packed].append(time.perf_counter() - started)
-        base_s, packed_s = (statistics.median(seconds[is_packed]) for is_packed in (False, True))
-        return {"packed": _is_faster(packed_s, base_s), "base_us": round(base_s * 1e6), "packed_us": round(packed_s * 1e6)}
+        if not all(device.agree(one, other, tolerance) for one, other in zip(given, expected, strict=True)):
+            raise _Unfit("the results differ")
+        return program, handles
 
     def _axis(self, runs: Mapping[str, Mapping[Key, Any]], key: Key, where: str) -> int | None:
         alone, together = runs["alone"][key], runs["random"][key]
@@ -477,8 +518,12 @@ def _input_bytes(bundle: Bundle, size: int) -> int:
     )
 
 
-def _is_faster(packed_s: float, base_s: float) -> bool:
-    return packed_s < base_s
+def _fastest(seconds: Mapping[str, float]) -> str:
+    return min(seconds, key=lambda form: seconds[form] * (_JOINED if form == "blocked" else 1.0))
+
+
+def _figure(form: str) -> str:
+    return "base_us" if form == "plain" else f"{form}_us"
 
 
 def _fixed_size(bundle: Bundle) -> str:
@@ -513,9 +558,9 @@ def _values(
 
 
 def _ratio(form: Mapping[str, Any]) -> float:
-    """Return how long a stage takes with packed weights / as it is; 1 where that is not known."""
-    base_us, packed_us = form.get("base_us"), form.get("packed_us")
-    return packed_us / base_us if _is_count(base_us) and _is_count(packed_us) and base_us else 1.0
+    """Return how long a stage takes in the form that was taken / as it is; 1 where that is not known."""
+    base_us, form_us = form.get("base_us"), form.get(_figure(form["form"]))
+    return form_us / base_us if _is_count(base_us) and _is_count(form_us) and base_us else 1.0
 
 
 def _is_count(found: object) -> TypeGuard[int]:
@@ -523,7 +568,7 @@ def _is_count(found: object) -> TypeGuard[int]:
 
 
 def _is_form(plain: Mapping[str, Any] | None) -> bool:
-    return plain is not None and isinstance(plain.get("packed"), bool)
+    return plain is not None and plain.get("form") in _FORMS
 
 
 def _is_whole(plain: Mapping[str, Any], staged: Staged) -> bool:

@@ -24,6 +24,7 @@ from sidecar.http.server import AdminServer, check_settings, listen_tcp, listen_
 from sidecar.inflight import InFlight
 from sidecar.machine import raise_descriptor_limit
 from sidecar.pins import Pins
+from sidecar.prepull import read_list
 from sidecar.processes import end_within, forbid_core_dumps
 from sidecar.quarantine import Suspects
 from sidecar.quotas import read_quotas
@@ -33,7 +34,7 @@ from sidecar.server import MOST_GREETING
 from sidecar.store import Store
 from sidecar.supervisor import EXIT_GRACE_S, Supervisor
 from sidecar.systemd import Notifier
-from sidecar.takeover import TakeOver
+from sidecar.takeover import TakeOver, outstay
 from sidecar.tenants import OPEN, Quotas
 from sidecar.tenantsockets import Keeper, Listeners, TenantSockets
 from sidecar.tracing import Tracer
@@ -53,13 +54,21 @@ _DEVICE_LOST = os.EX_SOFTWARE
 _LAST_SPANS_S = 1.0
 
 
-def serve(settings: Settings, *, take_over: bool = False) -> int:
+def serve(settings: Settings, *, take_over: bool = False, stay: bool = False) -> int:
     """Run a sidecar until SIGTERM or SIGINT, or until another takes over; return the exit code. Raises ConfigError.
 
-    One that is to ``take_over`` gets ready beside the one that runs in the run directory, if one does.
+    One that is to ``take_over`` gets ready beside the one that runs in the run directory, if one does. One that is to ``stay``
+    does not return when another has taken over, but when it is told to end.
     """
     run = RunDirectory(settings.run_dir)
     run.create()
+    if _serve_in(run, settings, take_over=take_over) and stay:
+        outstay(run)
+    return 0
+
+
+def _serve_in(run: RunDirectory, settings: Settings, *, take_over: bool) -> bool:
+    """Run a sidecar; return whether another has taken over."""
     with run.ownership() as ownership, contextlib.ExitStack() as succession:
         if take_over:
             succession.enter_context(run.succession())
@@ -73,8 +82,8 @@ def serve(settings: Settings, *, take_over: bool = False) -> int:
 
 def _serve(
     settings: Settings, run: RunDirectory, ownership: Ownership | None = None, succession: contextlib.ExitStack | None = None
-) -> int:
-    """Run a sidecar that has the run directory, or else takes it over with these."""
+) -> bool:
+    """Run a sidecar that has the run directory, or else takes it over with these; return whether another has taken over."""
     forbid_core_dumps()
     descriptors = raise_descriptor_limit()
     # Whoever comes beyond it is told so, which takes a descriptor, too.
@@ -110,6 +119,9 @@ def _serve(
 
         # As above: each pull reads it again.
         read_signers(settings.pull_signers)
+    if settings.pull_list is not None:
+        # As above: it is looked at again and again.
+        read_list(settings.pull_list, settings.pull_policy)
     # Opened here as well, so that a folder that cannot be written to is told at once, and not by each engine.
     store = Store(settings.store_dir)
 
@@ -144,7 +156,8 @@ def _serve(
         notifier=Notifier.from_environment(),
     )
     try:
-        return supervisor.run()
+        supervisor.run()
+        return supervisor.is_succeeded
     finally:
         for each in tcp:
             each.close()

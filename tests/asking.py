@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,7 @@ from trunkline.errors import TrunklineError
 
 from sidecar.ports import OutputSpecs, Work
 from tests.fakes import Running
-
-WAIT_S = 60.0
+from tests.waiting import PATIENCE_S, soon
 
 
 class Asked:
@@ -44,7 +42,7 @@ class Asked:
 
     def result(self) -> dict[str, NDArray[Any]]:
         """Return the outputs by name, once they are there. Raises what the request was refused with."""
-        assert self._told.wait(WAIT_S), "a request was lost"
+        assert self._told.wait(PATIENCE_S), "a request was lost"
         if self._error is not None:
             raise self._error
         return self._given
@@ -61,7 +59,7 @@ def submitted(running: Running, name: str, inputs: Mapping[str, NDArray[Any]]) -
     asked = Asked(engine.view)
     arrays = [np.array(inputs[spec.name]) for spec in signature.inputs]
     views = [_viewed(engine.view, array) for array in arrays]
-    engine.submit(Work(asked, 1, name, time.monotonic() + WAIT_S, "test", views, signature))
+    engine.submit(Work(asked, 1, name, soon(), "test", views, signature))
     return asked
 
 
@@ -73,7 +71,7 @@ def called(running: Running, name: str, inputs: Mapping[str, NDArray[Any]]) -> d
 def called_at_once(running: Running, *calls: tuple[str, Mapping[str, NDArray[Any]]]) -> list[dict[str, NDArray[Any]]]:
     """Ask while the engine is held up, so that all requests are there when the first is begun."""
     release = threading.Event()
-    running.engine._post(lambda: release.wait(WAIT_S))  # type: ignore[arg-type, return-value]
+    running.engine._post(lambda: release.wait(PATIENCE_S))  # type: ignore[arg-type, return-value]
     asked = [submitted(running, name, inputs) for name, inputs in calls]
     release.set()
     return [each.result() for each in asked]

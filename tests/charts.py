@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from tests.rows import ROOT
+from tests.waiting import PATIENCE_S
 
 CHART = ROOT / "deploy" / "helm" / "trunkline"
 KUSTOMIZE = ROOT / "deploy" / "kustomize"
@@ -72,7 +73,7 @@ def helm(*arguments: str, values: Mapping[str, object] | None = None) -> subproc
         input=yaml.safe_dump(dict(values or {})),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
         env={"PATH": os.environ["PATH"], "HOME": str(home)},
     )
@@ -88,7 +89,12 @@ def rendered(*arguments: str, values: Mapping[str, object] | None = None) -> lis
 def built(folder: Path) -> list[Manifest]:
     """Return what kustomize makes of a folder."""
     done = subprocess.run(
-        [tool("kubectl"), "kustomize", str(folder)], capture_output=True, text=True, timeout=120, check=False, env={"HOME": "/"}
+        [tool("kubectl"), "kustomize", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        env={"HOME": "/"},
     )
     assert done.returncode == 0, done.stderr
     return manifests(done.stdout)
@@ -104,6 +110,18 @@ def chosen(mode: str, injection: str, *, gpu: bool = False) -> dict[str, object]
     if mode == "pvc":
         attach["pvc"] = {"namespaces": ["openfaas-fn", "default"]}
     return {"attach": attach, "gpu": {"enabled": gpu}}
+
+
+# By namespace. The namespaces of all functions are those of ``chosen``, and a third without a tenant.
+TENANTS = {"openfaas-fn": "vision", "default": "text"}
+
+
+@functools.cache
+def with_tenants(mode: str, injection: str) -> tuple[Manifest, ...]:
+    """Return what is rendered where pods of some namespaces get their tenant's own socket. Not to be changed."""
+    values = chosen(mode, injection)
+    attach = {**values["attach"], "tenants": TENANTS}  # type: ignore[dict-item]
+    return tuple(rendered(values={**values, "attach": attach, "quotas": "[tenants.vision]\nsocket = true\n"}))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.nodes import until
+from tests.waiting import until
 
 KINDS = {1: "internal", 2: "server"}
 

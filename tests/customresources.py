@@ -83,6 +83,20 @@ _CONDITIONS: Final = _object(
         )
     )
 )
+_RESOURCES: Final = _object(
+    any=_list(
+        _object(
+            ("resources",),
+            resources=_object(
+                kinds=_list(_TEXT),
+                operations=_list(_enum("CREATE", "UPDATE", "DELETE", "CONNECT")),
+                namespaces=_list(_TEXT),
+                selector=_SELECTOR,
+                namespaceSelector=_SELECTOR,
+            ),
+        )
+    )
+)
 _CLUSTER_POLICY: Final = _resource(
     "kyverno.io/v1",
     "ClusterPolicy",
@@ -94,19 +108,8 @@ _CLUSTER_POLICY: Final = _resource(
             _object(
                 ("name", "match", "mutate"),
                 name=_TEXT | {"maxLength": 63},
-                match=_object(
-                    any=_list(
-                        _object(
-                            ("resources",),
-                            resources=_object(
-                                kinds=_list(_TEXT),
-                                operations=_list(_enum("CREATE", "UPDATE", "DELETE", "CONNECT")),
-                                selector=_SELECTOR,
-                                namespaceSelector=_SELECTOR,
-                            ),
-                        )
-                    )
-                ),
+                match=_RESOURCES,
+                exclude=_RESOURCES,
                 preconditions=_CONDITIONS,
                 mutate=_object(
                     patchStrategicMerge={"type": "object"},
@@ -121,7 +124,9 @@ _CLUSTER_POLICY: Final = _resource(
 )
 
 # https://cert-manager.io/docs/reference/api-docs/#cert-manager.io/v1
-_ISSUER: Final = _resource("cert-manager.io/v1", "Issuer", _object(("selfSigned",), selfSigned={"type": "object"}))
+_ISSUER: Final = _resource(
+    "cert-manager.io/v1", "Issuer", _object(selfSigned={"type": "object"}, ca=_object(("secretName",), secretName=_TEXT))
+)
 _CERTIFICATE: Final = _resource(
     "cert-manager.io/v1",
     "Certificate",
@@ -129,6 +134,9 @@ _CERTIFICATE: Final = _resource(
         ("secretName", "issuerRef"),
         secretName=_TEXT,
         dnsNames=_list(_TEXT),
+        commonName={"type": "string", "maxLength": 64},
+        isCA={"type": "boolean"},
+        duration={"type": "string", "pattern": "^[0-9]+h$"},
         privateKey=_object(
             algorithm=_enum("RSA", "ECDSA", "Ed25519"), size={"type": "integer"}, rotationPolicy=_enum("Always", "Never")
         ),

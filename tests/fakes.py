@@ -29,6 +29,7 @@ from sidecar.server import Reload, Server
 from sidecar.tenants import OPEN, Quotas
 from sidecar.tenantsockets import listen_at
 from sidecar.tracing import Tracer
+from tests.waiting import PATIENCE_S
 
 ADMIN_TOKEN = b"administrator"
 
@@ -307,7 +308,7 @@ def running_server(
         serving.drain(server.stop)
         releases.stop()
         for thread in threads:
-            thread.join(20)
+            thread.join(PATIENCE_S)
         for each, at in ((listener, path), (relay, relay_path)):
             each.close()
             at.unlink()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from sidecar.verdicts import Verdicts
 from tests.fakes import FakeSource, Running, running_server
 from tests.integration.test_sharing import ask
 from tests.networks import Network, agrees
+from tests.waiting import until
 
 BUDGET_BYTES = 8 << 20
 
@@ -61,13 +60,6 @@ class Node:
 def moved(running: Running) -> dict[str, int]:
     memory = ask(running, "memory")
     return {name: memory[name] for name in ("kept_bytes", "block_file_bytes", "store_bytes")}
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def until_on_disk(node: Node, running: Running, name: str) -> None:

@@ -23,8 +23,7 @@ from cryptography.x509.oid import NameOID
 from trunkline.protocol import TensorSpec
 
 from sidecar.bundle import Bundle, Graph, Node, Symbol, Value, Weight, graph_digest, write_bundle
-
-WAIT_S = 60.0
+from tests.waiting import PATIENCE_S
 
 
 class OriginServer:
@@ -60,7 +59,7 @@ class OriginServer:
     def close(self) -> None:
         self.release.set()
         self._server.shutdown()
-        self._thread.join(WAIT_S)
+        self._thread.join(PATIENCE_S)
         self._server.server_close()
 
     def ranges(self) -> list[str]:
@@ -202,7 +201,7 @@ def silent_in_the_middle(handler: Handler, content: bytes) -> None:
 def silent(handler: Handler, content: bytes) -> None:
     handler.wfile.flush()
     handler.served.waited_for.set()
-    handler.served.release.wait(WAIT_S)
+    handler.served.release.wait(PATIENCE_S)
     handler.close_connection = True
 
 

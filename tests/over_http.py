@@ -19,6 +19,7 @@ from sidecar.http.oip import add_open_inference
 from sidecar.openinference import MAX_JSON_BYTES
 from sidecar.store import Store
 from tests.fakes import ADMIN_TOKEN, Running
+from tests.waiting import PATIENCE_S
 
 
 class _Handler(WSGIRequestHandler):
@@ -77,7 +78,7 @@ def odd_server(answers: Sequence[bytes | Callable[[socket.socket], None]]) -> It
             except OSError:
                 return
             with peer, contextlib.suppress(OSError):
-                peer.settimeout(20)
+                peer.settimeout(PATIENCE_S)
                 while left:
                     asked.append(_head(peer))
                     if not asked[-1]:
@@ -96,7 +97,7 @@ def odd_server(answers: Sequence[bytes | Callable[[socket.socket], None]]) -> It
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        thread.join(20)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
 

@@ -16,6 +16,7 @@ from trunkline.errors import TrunklineError
 from sidecar.admin_client import AdminClient
 from sidecar.segment import SHARED_MEMORY, segment_name
 from tests.forks import Forked, fork
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 START_S = 120.0
@@ -73,7 +74,7 @@ class SidecarProcess:
         """Send SIGTERM and return the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(PATIENCE_S)
 
 
 @contextlib.contextmanager

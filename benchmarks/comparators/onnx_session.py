@@ -1,8 +1,9 @@
-"""The same model in ONNX Runtime, on the CPU. Needs the packages of the dependency group ``bench``."""
+"""The same model in ONNX Runtime, on the CPU."""
 
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 def onnx_session(model: torch.nn.Module, example: torch.Tensor, threads: int) -> Callable[[np.ndarray], Any]:
     """Return the model as a function of one array. Raises ImportError where onnx or onnxruntime is not installed."""
     import onnx  # noqa: F401  (torch's exporter needs it, and says so less clearly)
+
+    # It tells its makers what it is used for otherwise.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
     file = io.BytesIO()

@@ -13,9 +13,10 @@ import click
 
 from sidecar.cli.endpoint import endpoint_of
 from sidecar.errors import ConfigError
-from sidecar.kubernetes.injection import LEFT_ALONE, MODES, Injection
-from sidecar.kubernetes.names import ACCOUNT, HOST_FOLDER, SOCKET, VOLUME
+from sidecar.kubernetes.injection import LEFT_ALONE, MODES, MODES_OF_TENANTS, Injection
+from sidecar.kubernetes.names import ACCOUNT, HOST_FOLDER, HOST_TENANTS, SOCKET, VOLUME
 from sidecar.logs import log_to_stderr
+from sidecar.tenants import NAME
 
 _PLUGINS = "/var/lib/kubelet/device-plugins"
 _LOOK_S = 1.0
@@ -34,6 +35,18 @@ def _logged(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--log-level", type=levels, default="info", envvar="TRUNKLINE_LOG_LEVEL", show_default=True)(command)
 
 
+def _tenants(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    """Return tenants by namespace. Both are named by the same rule."""
+    found: dict[str, str] = {}
+    for text in value:
+        namespace, _, tenant = text.partition("=")
+        if not NAME.fullmatch(namespace) or not NAME.fullmatch(tenant):
+            raise click.BadParameter(f"{text[:80]!r} must be NAMESPACE=TENANT")
+        if found.setdefault(namespace, tenant) != tenant:
+            raise click.BadParameter(f"{namespace} is said to be {found[namespace]}'s and {tenant}'s")
+    return found
+
+
 @click.command()
 @click.option("--tls-cert", type=click.Path(path_type=Path), required=True, help="PEM file; read again when it is replaced.")
 @click.option("--tls-key", type=click.Path(path_type=Path), required=True, help="PEM file with its key.")
@@ -43,6 +56,15 @@ def _logged(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--url", default="", help="Given to functions as TRUNKLINE_URL, for where there is no socket.")
 @click.option("--host-path", default=HOST_FOLDER, show_default=True, help="With hostPath: the folder of the socket on nodes.")
 @click.option("--claim", default=VOLUME, show_default=True, help="With pvc: the claim, in each namespace of functions.")
+@click.option(
+    "--tenant",
+    "tenants",
+    multiple=True,
+    metavar="NAMESPACE=TENANT",
+    callback=_tenants,
+    help="With hostPath or pvc: whose socket, other than that of all, pods of a namespace get; may be repeated.",
+)
+@click.option("--tenants-path", default=HOST_TENANTS, show_default=True, help="With hostPath: the folder of theirs on nodes.")
 @click.option("--leave-alone", multiple=True, metavar="CONTAINER", help="Beside proxies that are known; may be repeated.")
 @click.option("--linger", "linger_s", type=click.FloatRange(0, 600), default=5.0, help="Seconds after SIGTERM.")
 @_logged
@@ -55,6 +77,8 @@ def webhook(
     url: str,
     host_path: str,
     claim: str,
+    tenants: dict[str, str],
+    tenants_path: str,
     leave_alone: tuple[str, ...],
     linger_s: float,
     log_level: str,
@@ -65,8 +89,12 @@ def webhook(
 
     if mode == "none" and not url:
         raise click.UsageError("with --mode none functions need --url, such as http://trunkline.trunkline.svc:9470")
+    if tenants and mode not in MODES_OF_TENANTS:
+        raise click.UsageError(
+            f"--tenant needs --mode {' or '.join(MODES_OF_TENANTS)}: with {mode} all pods get one and the same"
+        )
     log_to_stderr(log_level, log_format)
-    injection = Injection(mode, url, host_path, claim, (*LEFT_ALONE, *leave_alone))
+    injection = Injection(mode, url, host_path, claim, (*LEFT_ALONE, *leave_alone), tenants, tenants_path)
     WebhookServer(injection, listen(host, port), tls_cert, tls_key, linger_s=linger_s).run()
 
 

@@ -45,6 +45,7 @@ def _given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 )
 @click.option("--pull-network", "pull_networks", multiple=True, callback=_given, help="A private network that origins may be in.")
 @click.option("--pull-signers", help="Public keys, one of which must have signed what is pulled.")
+@click.option("--pull-list", help="File with models to bring in by itself, a reference in each line.")
 @click.option("--pull-timeout", "pull_timeout_s", help="Seconds that one pull may take.")
 @click.option("--queue-limit", help="Requests that may wait.")
 @click.option("--batch-limit", help="Rows of different requests that are run as one batch; 1: none are.")
@@ -62,14 +63,15 @@ def _given(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
 @click.option("--log-format", help="human, or json: one object a line.")
 @click.option("--traces", help="auto, on or off: spans of requests, sent as OTEL_EXPORTER_OTLP_* say.")
 @click.option("--take-over", is_flag=True, help="Take the place of a sidecar that runs there, once this one is ready.")
-def serve(config: Path | None, take_over: bool, **flags: str | tuple[str, ...] | None) -> None:
+@click.option("--stay", is_flag=True, help="When another has taken over, wait to be told to end: for what would start it again.")
+def serve(config: Path | None, take_over: bool, stay: bool, **flags: str | tuple[str, ...] | None) -> None:
     """Run the sidecar until SIGTERM, then drain."""
     from sidecar.wiring import serve as run
 
     path = config or (Path(found) if (found := os.environ.get("TRUNKLINE_CONFIG")) else None)
     settings = load_settings(flags, os.environ, path)
     log_to_stderr(settings.log_level, settings.log_format)
-    sys.exit(run(settings, take_over=take_over))
+    sys.exit(run(settings, take_over=take_over, stay=stay))
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 A client of the engine like any other: it runs in processes of its own and may die without a function noticing. Weights are
 pushed straight into the store, which is safe for several processes; the engine is told when a model is whole. Every
-request passes ``sidecar.http.access`` first, and every failure leaves through ``failures.told``: no path, no trace. Keeps no
+request passes ``sidecar.http.access`` first, and every failure leaves through ``failures.answered``: no path, no trace. Keeps no
 state between requests, so any thread may serve one. Must not import torch.
 """
 
@@ -33,7 +33,7 @@ from sidecar.http.audit import Audit, note
 from sidecar.http.engineclient import EngineClient, check_ready
 from sidecar.http.events import Feed
 from sidecar.http.jobs import Command, LongWork, add_jobs
-from sidecar.http.metrics import CONTENT_TYPE, SpanCounts, exposition
+from sidecar.http.metrics import CONTENT_TYPE, Listed, SpanCounts, exposition
 from sidecar.http.openapi import add_openapi
 from sidecar.http.page import add_page
 from sidecar.http.versions import Releasing, add_versions, version_asked
@@ -70,6 +70,7 @@ def create_app(
     policy: Policy | None = None,
     spans: SpanCounts | None = None,
     vet: Vet | None = None,
+    listed: Listed | None = None,
 ) -> Flask:
     """Return the endpoint's WSGI application. Blobs longer than ``blob_limit_bytes`` are refused before they are read.
 
@@ -77,6 +78,7 @@ def create_app(
     jobs do, by one that does not. ``gate`` lets requests in; by default, those from this machine. ``jobs`` are kept in the folder
     of the store unless it says where. ``policy`` says from where models may be pulled: from nowhere, unless it does. ``spans``
     counts those of this process, where requests are traced. ``vet`` looks at the files of bundles before anybody else does.
+    ``listed`` returns what has come of models that are pulled ahead, where some are.
     """
     app = Flask("trunkline", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
@@ -88,7 +90,7 @@ def create_app(
     gate = gate or Gate()
     app.before_request(gate.check)
     app.after_request(Audit().record)
-    app.register_error_handler(Exception, _failed)
+    app.register_error_handler(Exception, failures.answered)
     add_openapi(app)
     long_work = LongWork(jobs or Jobs(store.root / "jobs"), engine.command, (patient or engine).command)
     add_jobs(app, long_work, store, policy or Policy(), _json_object, vet)
@@ -109,7 +111,7 @@ def create_app(
         check_ready(engine)
         return jsonify(status="ok")
 
-    scrape = exposition((scraped or engine).command, spans)
+    scrape = exposition((scraped or engine).command, spans, listed)
 
     @app.get("/metrics")
     @needs(READ)
@@ -401,14 +403,6 @@ def _device() -> dict[str, object]:
     """Return the argument of a command that is for one device, where one is named."""
     device = request.args.get("device")
     return {} if device is None else {"device": device[:64]}
-
-
-def _failed(error: Exception) -> Response:
-    told = failures.told(error, request.path)
-    response = jsonify(told.body)
-    response.headers.update(told.headers)
-    response.status_code = told.status
-    return response
 
 
 def _name(name: str, rest: str = "") -> str:

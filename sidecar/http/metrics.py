@@ -29,6 +29,8 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 Command = Callable[[str], Any]
 # Returns what a process counts of spans (``sidecar.tracing``).
 SpanCounts = Callable[[], Mapping[str, Any]]
+# Returns what has come of the models that are pulled ahead (``sidecar.prepull.told_of``).
+Listed = Callable[[], Mapping[str, Any]]
 
 
 class Kind(NamedTuple):
@@ -63,6 +65,13 @@ METRICS: Final[Mapping[str, Kind]] = {
     "trunkline_draining": _gauge("1 once the sidecar is shutting down and takes no requests"),
     "trunkline_device_info": _gauge("1; what chooses evictions on a device, and the torch it runs", "device", "policy", "torch"),
     "trunkline_device_threads": _gauge("Threads of an operator on a device", "device"),
+    # Models that are pulled ahead; absent without a list of them.
+    "trunkline_listed_models": _gauge(
+        "Models of pull_list: present, waiting to be pulled, or failed, which are tried again", "state"
+    ),
+    "trunkline_listed_fetched_bytes_total": _counter(
+        "Bytes of weights that came for models of pull_list since the endpoint began"
+    ),
     # Connections.
     "trunkline_clients": _gauge("Open connections; the empty tenant is the administrator, and who still shakes hands", "tenant"),
     "trunkline_connection_limit": _gauge("Connections that may be open, of all tenants together"),
@@ -121,6 +130,9 @@ METRICS: Final[Mapping[str, Kind]] = {
         "Requests that stages were run for: what nobody shares has one in each run", "device"
     ),
     "trunkline_stages_stacked_total": _counter("Stages that were run within another's run, their weights stacked", "device"),
+    "trunkline_stages_joined_total": _counter(
+        "Stages that were run within another's run, for a request that was alone", "device"
+    ),
     "trunkline_programs": _gauge("Programs that are prepared; stages that differ in nothing but weights have one", "device"),
     "trunkline_lanes": _gauge("Stages that may run at the same time", "device"),
     "trunkline_lanes_running": _gauge("Stages that run in lanes now", "device"),
@@ -199,6 +211,7 @@ _FIELDS: Final = {
     ("sharing", "stage_rows"): "trunkline_stage_rows_total",
     ("sharing", "stage_requests"): "trunkline_stage_requests_total",
     ("sharing", "stacked"): "trunkline_stages_stacked_total",
+    ("sharing", "joined"): "trunkline_stages_joined_total",
     ("sharing", "programs"): "trunkline_programs",
     ("lanes", "count"): "trunkline_lanes",
     ("lanes", "running"): "trunkline_lanes_running",
@@ -298,9 +311,10 @@ class _Sheet:
 class EngineMetrics(Collector):
     """What a scrape is told."""
 
-    def __init__(self, command: Command, spans: SpanCounts | None = None) -> None:
+    def __init__(self, command: Command, spans: SpanCounts | None = None, listed: Listed | None = None) -> None:
         self._command = command
         self._spans = spans
+        self._listed = listed
 
     def collect(self) -> Iterable[Metric]:
         sheet = _Sheet()
@@ -317,6 +331,8 @@ class EngineMetrics(Collector):
         sheet.put("trunkline_up", 1)
         _put_engine(sheet, next(iter(devices.values()))["engine"])
         _put_connections(sheet, connections)
+        if self._listed is not None:
+            _put_listed(sheet, self._listed())
         if connections.get("spans") is not None:
             _put_spans(sheet, "engine", connections["spans"])
         for device, found in devices.items():
@@ -331,10 +347,10 @@ class EngineMetrics(Collector):
         return devices, self._command("connections"), self._command("placement") if len(devices) > 1 else None
 
 
-def exposition(command: Command, spans: SpanCounts | None = None) -> Callable[[], bytes]:
-    """Return what gives the text of a scrape; ``spans`` counts those of this process."""
+def exposition(command: Command, spans: SpanCounts | None = None, listed: Listed | None = None) -> Callable[[], bytes]:
+    """Return what gives the text of a scrape; ``spans`` counts those of this process, ``listed`` tells of models pulled ahead."""
     registry = CollectorRegistry()
-    registry.register(EngineMetrics(command, spans))
+    registry.register(EngineMetrics(command, spans, listed))
     return lambda: generate_latest(registry)
 
 
@@ -368,6 +384,12 @@ def _put_connections(sheet: _Sheet, found: Mapping[str, Any]) -> None:
         sheet.put("trunkline_requests_asked_total", sum(asked.values()), transport)
     for reason, count in found["refused"].items():
         sheet.put("trunkline_requests_total", count, "", "", reason)
+
+
+def _put_listed(sheet: _Sheet, found: Mapping[str, Any]) -> None:
+    for state, count in found.get("models", {}).items():
+        sheet.put("trunkline_listed_models", count, state)
+    sheet.put("trunkline_listed_fetched_bytes_total", found.get("fetched_bytes"))
 
 
 def _put_spans(sheet: _Sheet, process: str, found: Mapping[str, Any]) -> None:

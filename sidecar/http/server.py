@@ -14,7 +14,10 @@ import os
 import queue
 import socket
 import ssl
+import threading
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,12 @@ from sidecar.http.engineclient import EngineClient
 from sidecar.http.events import MOST_VIEWERS
 from sidecar.http.oip import add_open_inference
 from sidecar.http.tokenfile import TokenFile
-from sidecar.http.worker import ImpatientWorker, PlainLogger, impatient_tls
-from sidecar.jobs import Jobs
+from sidecar.http.worker import configure, impatient_tls
+from sidecar.jobs import Jobs, Unwatched
 from sidecar.libc import LIBC
 from sidecar.openinference import MAX_JSON_BYTES
+from sidecar.origins import Reference
+from sidecar.prepull import Fetched, Prepull, is_stored, told_of
 from sidecar.rundirectory import RunDirectory
 from sidecar.store import Store
 from sidecar.tracing import Tracer
@@ -166,6 +171,26 @@ def listen_unix(path: Path) -> socket.socket:
     return listener
 
 
+def _prepull(settings: Settings, path: Path, store: Store, engine: EngineClient, vet: Vet | None) -> Prepull:
+    """Return what brings in the models that are listed in a file."""
+
+    def pulled(reference: Reference) -> Fetched:
+        # Not before it is needed: what it fetches with takes half a second to be loaded.
+        from sidecar.pulling import pull
+
+        return pull(reference, store, settings.pull_policy, Unwatched(), vet=vet)
+
+    return Prepull(
+        path,
+        RunDirectory(settings.run_dir).pull_list,
+        settings.pull_policy,
+        stored=lambda reference: is_stored(reference, store),
+        pull=pulled,
+        tell=lambda name: engine.command("model_changed", {"name": name}),
+        clock=time.monotonic,
+    )
+
+
 class AdminServer(BaseApplication):  # type: ignore[misc]
     """gunicorn with the settings given here instead of a command line."""
 
@@ -177,44 +202,36 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
         self._listeners = listeners
         self._tracer = tracer
         self._vet = vet
+        self._prepull: Prepull | None = None
         super().__init__()
 
     def load_config(self) -> None:
         chosen: dict[str, Any] = {
             "bind": [f"fd://{listener.fileno()}" for listener in self._listeners],
             "workers": self._settings.admin_workers,
-            "worker_class": ImpatientWorker,
             "threads": _THREADS,
             "timeout": _TIMEOUT_S,
             "graceful_timeout": 2,
             "keepalive": 5,
-            "preload_app": True,
-            "logger_class": PlainLogger,
             "pre_fork": _freeze,
             "post_worker_init": self._begin,
             "worker_exit": self._end,
-            "loglevel": "warning",
             "proc_name": "trunkline-admin",
-            "control_socket_disable": True,
             "limit_request_field_size": 2048,
-            # Else a header (SCRIPT_NAME) may say which route is meant, past a proxy on this machine which lets but some paths by.
-            "forwarded_allow_ips": "",
-            "forwarder_headers": "",
-            "secure_scheme_headers": {},
         }
         if self._settings.admin_tls_certificate is not None:
             chosen |= {"certfile": str(self._settings.admin_tls_certificate), "keyfile": str(self._settings.admin_tls_key)}
             chosen["ssl_context"] = impatient_tls
-        if os.access("/dev/shm", os.W_OK):  # noqa: S108 - gunicorn's heartbeat file, not ours
-            chosen["worker_tmp_dir"] = "/dev/shm"  # noqa: S108
-        for key, value in chosen.items():
-            if key in self.cfg.settings:
-                self.cfg.set(key, value)
+        configure(self.cfg, chosen)
 
     def _begin(self, worker: object) -> None:
         _reuse_memory()
         if self._tracer is not None:
             self._tracer.start()
+        if self._prepull is not None:
+            # Ends with the worker: what came until then is kept, and another goes on.
+            lock, stopped = RunDirectory(self._settings.run_dir).pull_list_lock, threading.Event()
+            threading.Thread(target=self._prepull.run, args=(lock, stopped), name="prepull", daemon=True).start()
 
     def _end(self, server: object, worker: object) -> None:
         if self._tracer is not None:
@@ -233,17 +250,21 @@ class AdminServer(BaseApplication):  # type: ignore[misc]
         gate = Gate(tokens, is_exposed=settings.is_exposed, has_tenants=settings.quota_file is not None)
         if settings.audit_file is not None:
             append_to(settings.audit_file)
+        patient = EnginePool(lambda: AdminConnection(path, token, _JOB_S))
+        if settings.pull_list is not None:
+            self._prepull = _prepull(settings, settings.pull_list, store, patient, self._vet)
         app = create_app(
             engine,
             store,
             blob_limit_bytes=settings.blob_limit_bytes,
             scraped=scraped,
-            patient=EnginePool(lambda: AdminConnection(path, token, _JOB_S)),
+            patient=patient,
             gate=gate,
             jobs=Jobs(settings.run_dir / "jobs"),
             policy=settings.pull_policy,
             spans=None if self._tracer is None else self._tracer.counts,
             vet=self._vet,
+            listed=None if settings.pull_list is None else partial(told_of, RunDirectory(settings.run_dir).pull_list),
         )
         # What fits into an arena, and the JSON before it.
         limit_bytes = settings.arena_limit_bytes + MAX_JSON_BYTES

@@ -2,23 +2,26 @@
 
 A thread that serves somebody serves nobody else meanwhile, and the main thread takes connections for all. So whoever sends no
 byte, or takes none, for some seconds is let go; and after some more, whoever sends a header byte by byte. A body has as long as
-its length takes at a low rate. Must not import torch.
+its length takes at a low rate. And the settings that the servers with such workers have in common. Must not import torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
+import os
+import selectors
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from flask import Flask
-from gunicorn.config import make_settings
+from gunicorn.config import Config, make_settings
 from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import ThreadWorker
 from trunkline import logs
@@ -27,7 +30,7 @@ from sidecar.logs import RateLimit
 
 # Whoever sends nothing for so long in the middle of a request, or takes nothing of its answer, is not waited for.
 SILENCE_S: Final = 10
-# How long a header may take, TLS before it included, from when somebody has connected or has sent a byte of the next request.
+# How long a header may take.
 _HEADER_S: Final = 20.0
 # And a body: so long, and as long as it takes at so many bytes a second.
 _BODY_S: Final = 60.0
@@ -88,7 +91,19 @@ class ImpatientWorker(ThreadWorker):  # type: ignore[misc]
         self._until_s: dict[Any, float] = {}
         super().init_process()
 
+    # How long a header may take, TLS before it included, from when somebody has sent the first byte of it.
+    header_s = _HEADER_S
+
     def enqueue_req(self, conn: Any) -> None:
+        """Have a connection served. Runs in the main thread, when somebody has connected, and when there is something to read."""
+        if not (conn.initialized or conn.data_ready):
+            # Who has connected and says nothing has no thread; gunicorn would have one wait for some seconds.
+            conn.sock.setblocking(False)
+            conn.timeout = time.monotonic() + SILENCE_S
+            self.pending_conns.append(conn)
+            readable = functools.partial(self.on_pending_socket_readable, conn)
+            self.poller.register(conn.sock, selectors.EVENT_READ, readable)
+            return
         if conn.sock.family == socket.AF_UNIX:
             conn.cfg = self._plain
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
@@ -97,7 +112,7 @@ class ImpatientWorker(ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: Any) -> Any:
         """Serve one request of a connection. Runs in a thread of the pool."""
-        self._until_s[conn] = time.monotonic() + _HEADER_S
+        self._until_s[conn] = time.monotonic() + self.header_s
         try:
             kept = super().handle(conn)
         finally:
@@ -139,3 +154,26 @@ class ImpatientWorker(ThreadWorker):  # type: ignore[misc]
 
 def _is_closed(graceful: bool = False) -> None:
     """Stand in for the end of a connection that has come to it."""
+
+
+def configure(cfg: Config, chosen: Mapping[str, Any]) -> None:
+    """Have gunicorn serve with impatient workers, and with ``chosen`` besides, each setting by its name in gunicorn's manual.
+
+    What this version of gunicorn does not know yet is left out.
+    """
+    common: dict[str, Any] = {
+        "worker_class": ImpatientWorker,
+        "logger_class": PlainLogger,
+        "loglevel": "warning",
+        "preload_app": True,
+        "control_socket_disable": True,
+        # Else a header (SCRIPT_NAME) may say which route is meant, past a proxy on this machine which lets but some paths by.
+        "forwarded_allow_ips": "",
+        "forwarder_headers": "",
+        "secure_scheme_headers": {},
+    }
+    if os.access("/dev/shm", os.W_OK):  # noqa: S108 - gunicorn's heartbeat file, not ours
+        common["worker_tmp_dir"] = "/dev/shm"  # noqa: S108
+    for name, value in {**common, **chosen}.items():
+        if name in cfg.settings:
+            cfg.set(name, value)

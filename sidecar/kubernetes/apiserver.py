@@ -94,6 +94,7 @@ def _retry_after_s(answer: requests.Response) -> float:
         return float(told[:9])
     try:
         at, now = parsedate_to_datetime(told), parsedate_to_datetime(answer.headers.get("Date", ""))
-    except ValueError:
+        return max(0.0, (at - now).total_seconds())
+    # TypeError: one of the two names a time zone, and the other none.
+    except (ValueError, TypeError):
         return 0.0
-    return max(0.0, (at - now).total_seconds())

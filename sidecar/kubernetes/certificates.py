@@ -53,12 +53,12 @@ class Certificate:
             return self._context
 
     def _look(self) -> _Seen:
-        """Return what changes with the files. A file that is not there is like none that is."""
+        """Return what changes with the files. A file that is not there, or not to be had, is like none that is."""
         found = []
         for path in self._files:
             try:
                 stat = os.stat(path)
-            except FileNotFoundError:
+            except OSError:
                 found.append((0, 0, 0))
             else:
                 found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
@@ -68,5 +68,6 @@ class Certificate:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.sslsocket_class = self._socket_class
-        context.load_cert_chain(*self._files)
+        # With a password of no length: a key that demands one is refused, instead of asking at a terminal.
+        context.load_cert_chain(*self._files, password="")
         return context

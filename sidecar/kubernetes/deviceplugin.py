@@ -41,6 +41,8 @@ _HELLO_S: Final = 4.0
 _STOP_S: Final = 2.0
 # A hello costs the sidecar a session, so it is asked at every so many looks only, and whenever its socket is another.
 _LOOKS_PER_HELLO: Final = 5
+# A kubelet that has registered a plugin calls back at once; one that could not, or has hung up, does not try again by itself.
+_LOOKS_UNWATCHED: Final = 15
 
 _Identity = tuple[int, int, int] | None
 
@@ -71,6 +73,11 @@ class Sockets(services.DevicePluginServicer):
         self._changed = threading.Condition()
         self._is_healthy = False
         self._is_ended = False
+        self._streams = 0
+
+    def is_watched(self) -> bool:
+        """Say whether a kubelet is being told."""
+        return bool(self._streams)
 
     def tell(self, is_healthy: bool) -> None:
         """Have the kubelet know whether new containers may be given a socket."""
@@ -93,16 +100,13 @@ class Sockets(services.DevicePluginServicer):
         """Tell all sockets with their health, and again whenever that changes."""
         # A kubelet that is gone would else hold a thread for ever.
         context.add_callback(self._look)
-        told: bool | None = None
-        while True:
+        with self._changed:
+            self._streams += 1
+        try:
+            yield from self._lists(context)
+        finally:
             with self._changed:
-                while told == self._is_healthy and not self._is_ended and context.is_active():
-                    self._changed.wait()
-                if self._is_ended or not context.is_active():
-                    return
-                told = self._is_healthy
-            health = _HEALTHY if told else _UNHEALTHY
-            yield messages.ListAndWatchResponse(devices=[messages.Device(ID=each, health=health) for each in self._ids])
+                self._streams -= 1
 
     def Allocate(self, request: Any, context: grpc.ServicerContext) -> Any:
         """Return for each container the mount and the variables that it gets."""
@@ -124,6 +128,18 @@ class Sockets(services.DevicePluginServicer):
         """Do nothing: it is not asked for."""
         return messages.PreStartContainerResponse()
 
+    def _lists(self, context: grpc.ServicerContext) -> Iterator[Any]:
+        told: bool | None = None
+        while True:
+            with self._changed:
+                while told == self._is_healthy and not self._is_ended and context.is_active():
+                    self._changed.wait()
+                if self._is_ended or not context.is_active():
+                    return
+                told = self._is_healthy
+            health = _HEALTHY if told else _UNHEALTHY
+            yield messages.ListAndWatchResponse(devices=[messages.Device(ID=each, health=health) for each in self._ids])
+
     def _look(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -143,7 +159,9 @@ class DevicePlugin:
         self._served: _Identity = None
         self._registered: _Identity = None
         self._answered: _Identity = None
+        self._refusal: str | None = None
         self._looks = 0
+        self._looks_unwatched = 0
 
     def look(self) -> None:
         """Look once at the sidecar, at the kubelet, and at the own socket; do what follows from it."""
@@ -155,8 +173,11 @@ class DevicePlugin:
         if self._server is None or _identity(self._own) != self._served:
             self._registered = None
             self._serve()
+        self._looks_unwatched = 0 if self._sockets.is_watched() else self._looks_unwatched + 1
+        if self._looks_unwatched > _LOOKS_UNWATCHED:
+            self._registered = None
         if kubelet != self._registered and self._register():
-            self._registered = kubelet
+            self._registered, self._looks_unwatched = kubelet, 0
 
     def run(self, stopped: threading.Event, pause_s: float) -> None:
         """Look every ``pause_s`` seconds until ``stopped``, then withdraw; also when looking raises."""
@@ -213,8 +234,12 @@ class DevicePlugin:
             try:
                 services.RegistrationStub(channel).Register(request, timeout=_REGISTER_S)
             except grpc.RpcError as error:
-                log.warning("the kubelet does not take %s yet (%s: %s)", RESOURCE, error.code().name, error.details())
+                # Tried at every look, and told when it is another.
+                if (refusal := error.code().name) != self._refusal:
+                    log.warning("the kubelet does not take %s yet (%s: %s)", RESOURCE, refusal, error.details())
+                self._refusal = refusal
                 return False
+        self._refusal = None
         log.info("the kubelet offers %s to pods", RESOURCE)
         return True
 

@@ -1,7 +1,8 @@
 """What a pod lacks to ask the sidecar of its node: a volume and its mounts, or a device; variables; a preference for nodes. Pure.
 
 Only pods with the label ``trunkline: enabled`` are changed, and only by adding: what the pod has of the same name, or at the
-same path, is its author's and stays. So a second pass over a pod adds nothing.
+same path, is its author's and stays. So a second pass over a pod adds nothing. Whose socket a pod gets, where tenants have their
+own, is decided by its namespace, as the API server tells it, and by the operator; nothing in the pod has a say in that.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from sidecar.kubernetes.affinity import MOST_MODELS, preferred_terms
 from sidecar.kubernetes.jsonpatch import Additions
-from sidecar.kubernetes.names import DRIVER, ENABLED, FOLDER, HOST_FOLDER, LABEL, MODELS, RESOURCE, SOCKET, VOLUME
+from sidecar.kubernetes.names import DRIVER, ENABLED, FOLDER, HOST_FOLDER, HOST_TENANTS, LABEL, MODELS, RESOURCE, SOCKET, VOLUME
 
 # By how a function's socket gets into its pod; ``none``: it does not, and the function asks over HTTP.
 MODES: Final = ("csi", "pvc", "devicePlugin", "hostPath", "none")
+# Those in which each namespace may have a folder of its own.
+MODES_OF_TENANTS: Final = ("pvc", "hostPath")
 # Proxies that others have put beside the function, and that ask no model.
 LEFT_ALONE: Final = ("queue-proxy", "istio-proxy", "linkerd-proxy")
 _PREFERRED: Final = "preferredDuringSchedulingIgnoredDuringExecution"
@@ -31,13 +34,28 @@ class UnreadablePod(ValueError):
 
 @dataclass(frozen=True)
 class Injection:
-    """What pods are given: by which of ``MODES``, and ``url`` as TRUNKLINE_URL unless it is empty."""
+    """What pods are given: by which of ``MODES``, and ``url`` as TRUNKLINE_URL unless it is empty.
+
+    ``tenants`` are those with a socket of their own, by the namespaces whose pods get it (``of``); all others get ``host_path``.
+    """
 
     mode: str
     url: str = ""
     host_path: str = HOST_FOLDER
     claim: str = VOLUME
     left_alone: tuple[str, ...] = LEFT_ALONE
+    tenants: Mapping[str, str] = field(default_factory=dict)
+    tenants_path: str = HOST_TENANTS
+    # A pod may come before the sidecar does; the folder is never made anew, so the socket appears in it.
+    host_path_type: str = "DirectoryOrCreate"
+
+    def of(self, namespace: object) -> Injection:
+        """Return what pods of a namespace are given."""
+        if not isinstance(namespace, str) or (tenant := self.tenants.get(namespace)) is None:
+            return self
+        # No URL: over HTTP such a tenant is nobody, and would be refused for good instead of waiting for its socket. The folder
+        # is the sidecar's to make, with its owner and mode: until it is there the kubelet has the pod wait.
+        return replace(self, url="", host_path=posixpath.join(self.tenants_path, tenant), host_path_type="Directory")
 
     def volume_source(self) -> dict[str, object] | None:
         """Return what the volume is, None where the mode has none."""
@@ -47,8 +65,7 @@ class Injection:
             case "pvc":
                 return {"persistentVolumeClaim": {"claimName": self.claim, "readOnly": True}}
             case "hostPath":
-                # A pod may come before the sidecar does; the folder is never made anew, so the socket appears in it.
-                return {"hostPath": {"path": self.host_path, "type": "DirectoryOrCreate"}}
+                return {"hostPath": {"path": self.host_path, "type": self.host_path_type}}
             case _:
                 return None
 

@@ -17,6 +17,8 @@ VOLUME: Final = "trunkline"
 # The folder of the socket in functions; and on nodes, where its parent has what is the sidecar's alone.
 FOLDER: Final = "/run/trunkline"
 HOST_FOLDER: Final = "/run/trunkline/public"
+# Where the folders of tenants are on nodes that have sockets of their own.
+HOST_TENANTS: Final = "/run/trunkline/tenants"
 SOCKET: Final = f"{FOLDER}/trunkline.sock"
 # Where the kubelet puts a pod's token, and the authority of the API server's certificate.
 ACCOUNT: Final = "/var/run/secrets/kubernetes.io/serviceaccount"

@@ -37,7 +37,8 @@ def answer(body: bytes, injection: Injection) -> dict[str, Any]:
     try:
         if not isinstance(pod := request.get("object"), dict):
             raise UnreadablePod("the request has no object")
-        patch = patch_of(pod, injection)
+        # Where the API server puts the pod, whatever that says itself.
+        patch = patch_of(pod, injection.of(request.get("namespace")))
     except UnreadablePod as error:
         return _allowed(request["uid"], warnings=(f"the pod is left as it is: {error}",))
     return _allowed(request["uid"], patch.operations, patch.warnings)

@@ -43,7 +43,6 @@ preload_app = True
 keepalive = 75
 # A request may take as long as the watchdog allows; the watchdog, not gunicorn, ends those that take longer.
 timeout = 0
-graceful_timeout = 30
 loglevel = os.environ.get("gunicorn_log_level", "warning")
 accesslog = None
 # Nothing may be written below a read-only root.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import math
 import os
 import re
 import time
@@ -29,6 +30,8 @@ from trunkline import frame
 
 # A request that the watchdog let in at the very end of its window needs a moment to arrive here.
 _WINDOW_MARGIN_S = 0.5
+# What the watchdog takes for a duration that it is not given, or cannot read.
+_WATCHDOG_S = 30.0
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -41,6 +44,14 @@ def duration_s(text: str) -> float:
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ValueError(f"{text!r} is no duration such as 10s or 1m30s")
     return sum(float(number) * _UNIT_S[unit] for number, unit in parts)
+
+
+def _watchdog_s(name: str) -> float:
+    """Return how long the watchdog waits by one of its variables, and 30 s at least."""
+    try:
+        return max(_WATCHDOG_S, duration_s(os.environ.get(name, "")))
+    except ValueError:
+        return _WATCHDOG_S
 
 
 class LingeringArbiter(Arbiter):
@@ -78,6 +89,8 @@ class FunctionServer(Application):
 
     def load_config(self) -> None:
         self.load_config_from_file(str(Path(__file__).with_name("gunicorn.conf.py")))
+        # After the window the watchdog waits for what is under way, and what it waits for must not be ended here.
+        self.cfg.set("graceful_timeout", math.ceil(max(_watchdog_s("exec_timeout"), _watchdog_s("write_timeout"))))
 
     def load(self) -> flask.Flask:
         handler = importlib.import_module("function.handler")

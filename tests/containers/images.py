@@ -1,184 +1,40 @@
-"""`make containers`: both images as a container engine builds and runs them. Not part of `make test`: it takes minutes, and root.
-
-No image is pulled. What the Dockerfiles begin with is made here: a Debian with Python, by debootstrap, under a tag of its own;
-of-watchdog's image, unless it is there, by the stand-in of ``tests.openfaas.watchdog``. pip asks in a build whom it asks here;
-folders on this machine that it looks into are served to it for as long.
-"""
+"""`make containers`: both images as a container engine runs them. Not part of `make test`: it takes minutes, and root."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import os
 import re
-import shutil
+import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
+from functions import demo
+from sidecar.packing import pack
 from tests.bundles import write_adding_bundle
-from tests.nodes import until
-from tests.openfaas import faascli
+from tests.containers.conftest import ARGUMENTS, LISTED
+from tests.containers.engine import docker, running, state
+from tests.fault.matrix import write_model
+from tests.namespaces.confinement import within
+from tests.namespaces.test_confined import INPUT_BYTES, LIMIT_BYTES, WIDTH, Total
 from tests.rows import ROOT
 from tests.unit.test_hardening import docker_run
+from tests.waiting import until
 
 # All of it, from an empty disk.
 pytestmark = pytest.mark.timeout(3600)
 
-PYTHON, DEBIAN, LOCAL = "3.11", "bookworm", "trunkline-local"
-BASE = f"python:{PYTHON}-{LOCAL}"
-WATCHDOG = re.findall(r"(\S+/of-watchdog:\S+)", (ROOT / "template/python3-trunkline/Dockerfile").read_text())[0]
-ARGUMENTS = ("--build-arg", f"PYTHON_VERSION={PYTHON}", "--build-arg", f"DEBIAN_OS={LOCAL}", "--network", "host")
-SIDECAR, LISTED, FUNCTION = "trunkline:tried", "trunkline:listed", "trunkline-function:tried"
 # OpenFaaS runs functions as this user on Kubernetes.
 FUNCTION_UID = 12000
-HANDLER = """
-import json
-
-from trunkline import model
-
-
-def handle(event, context):
-    return json.dumps(model("adding")([[1.0, 2.0]]).tolist())
-"""
-ASK = """
-import sys, urllib.error, urllib.request
-
-try:
-    with urllib.request.urlopen("http://127.0.0.1:8080/", b"", 60) as answer:
-        print(answer.status, answer.read().decode())
-except urllib.error.HTTPError as error:
-    print(error.code, error.read().decode())
-except OSError as error:
-    print("nobody listens:", error)
-"""
-
-
-def docker(*arguments: str, **options: Any) -> str:
-    """Run docker; return what it printed."""
-    done = subprocess.run(["docker", *arguments], stdout=subprocess.PIPE, check=False, text=True, **options)
-    assert done.returncode == 0, f"docker {' '.join(arguments)[:200]} ended with {done.returncode}"
-    return done.stdout.strip()
-
-
-@pytest.fixture(scope="module")
-def engine() -> None:
-    """A container engine that answers, and what the base is made with."""
-    missing = [program for program in ("docker", "debootstrap") if shutil.which(program) is None]
-    if missing or os.geteuid():
-        pytest.fail(f"this takes root and docker and debootstrap; apt install docker.io debootstrap (missing: {missing})")
-    if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
-        pytest.fail("docker does not answer; start its daemon: systemctl start docker, or dockerd")
-
-
-class Files(SimpleHTTPRequestHandler):
-    """Files, of which nothing is said."""
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def served(folders: set[str]) -> Iterator[dict[str, str]]:
-    """Serve folders of this machine on loopback; yield their addresses."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory="/")) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield {folder: f"http://127.0.0.1:{server.server_port}{folder}" for folder in folders}
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def pip_settings() -> Iterator[str]:
-    """A pip.conf that has pip in a build find what it finds here, as long as builds go on."""
-    printed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], stdout=subprocess.PIPE, check=True, text=True
-    ).stdout
-    found = dict(re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", printed, re.MULTILINE))
-    lines = {key: found[key] for key in ("index-url", "extra-index-url", "find-links") if key in found}
-    local = {
-        re.sub("^file://", "", word) for line in lines.values() for word in line.split() if word.startswith(("file:///", "/"))
-    }
-    with served(local) as addresses:
-        for key, line in lines.items():
-            lines[key] = "\n  ".join(addresses.get(re.sub("^file://", "", word), word) for word in line.split())
-        yield "[global]\ntrusted-host = 127.0.0.1\n" + "".join(f"{key} = {line}\n" for key, line in lines.items())
-
-
-@pytest.fixture(scope="module")
-def base(engine: None, pip_settings: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Debian's own Python under the name that the Dockerfiles begin with, but for its tag."""
-    root = tmp_path_factory.mktemp("debian")
-    packages = "python3,python3-venv,python3-pip,ca-certificates"
-    subprocess.run(
-        ["debootstrap", "--variant=minbase", f"--include={packages}", DEBIAN, str(root)], check=True, stdout=subprocess.DEVNULL
-    )
-    (root / "usr/local/bin/python").symlink_to("/usr/bin/python3")
-    (root / f"usr/lib/python{PYTHON}/EXTERNALLY-MANAGED").unlink()
-    authorities = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"))
-    shutil.copy(authorities, root / "etc/ssl/certs/ca-certificates.crt")
-    (root / "etc/pip.conf").write_text(pip_settings)
-    with subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE) as packed:
-        docker("import", "--change", "ENV PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "-", BASE, stdin=packed.stdout)
-    yield BASE
-    docker("rmi", "--force", BASE)
-
-
-@pytest.fixture(scope="module")
-def watchdog(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The image of of-watchdog: the real one where it is, else that of the stand-in."""
-    if not subprocess.run(["docker", "image", "inspect", WATCHDOG], capture_output=True, check=False).returncode:
-        yield "of-watchdog"
-        return
-    folder = tmp_path_factory.mktemp("watchdog")
-    program = folder / "fwatchdog"
-    program.write_text("#!/usr/bin/python3\n" + (ROOT / "tests/openfaas/watchdog.py").read_text())
-    program.chmod(0o755)
-    (folder / "Dockerfile").write_text("FROM scratch\nCOPY fwatchdog /fwatchdog\n")
-    docker("build", "--quiet", "--tag", WATCHDOG, str(folder))
-    yield "the stand-in"
-    docker("rmi", "--force", WATCHDOG)
-
-
-@pytest.fixture(scope="module")
-def sidecar_image(base: str) -> Iterator[str]:
-    # torch from the index that pip is told of: its own may be out of reach.
-    docker("build", "--tag", SIDECAR, *ARGUMENTS, "--build-arg", "TORCH_INDEX=", str(ROOT))
-    yield SIDECAR
-    docker("rmi", "--force", SIDECAR)
-
-
-@pytest.fixture(scope="module")
-def function_image(base: str, watchdog: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("function")
-    shutil.copytree(ROOT / "template", folder / "template", ignore=shutil.ignore_patterns("__pycache__"))
-    handler = faascli.new(folder, "python3-trunkline", "adding")
-    (handler / "handler.py").write_text(HANDLER)
-    (handler / "handler_test.py").write_text("def test_it() -> None:\n    import handler\n\n    assert handler.handle\n")
-    context = faascli.build(folder, "python3-trunkline", "adding", handler)
-    docker("build", "--tag", FUNCTION, *ARGUMENTS, str(context))
-    yield FUNCTION
-    docker("rmi", "--force", FUNCTION)
-
-
-@contextlib.contextmanager
-def running(*arguments: str) -> Iterator[str]:
-    """Run a container until the block ends; yield its id."""
-    container = docker("run", "--detach", *arguments)
-    try:
-        yield container
-    except BaseException:
-        print(docker("logs", container, stderr=subprocess.STDOUT))
-        raise
-    finally:
-        docker("rm", "--force", "--volumes", container)
+MODELS = "/models/adder", "/models/total", "/models/classify"
+# As many at once ask while the sidecar is stopped and started.
+CALLERS = 4
 
 
 def flags(folder: Path, image: str) -> list[str]:
@@ -186,48 +42,133 @@ def flags(folder: Path, image: str) -> list[str]:
     shown = [word.replace("/run/trunkline:", f"{folder}/run:") for word in docker_run() if word != "-d"]
     at = shown.index("--name")
     del shown[at : at + 2]
-    return [image if word == "trunkline" else word.replace("trunkline-store", f"trunkline-{folder.name}") for word in shown]
+    return [image if word == "trunkline" else word.replace("trunkline-store", volume(folder)) for word in shown]
 
 
-def test_a_function_asks_the_sidecar_both_in_containers(
-    sidecar_image: str, function_image: str, watchdog: str, tmp_path: Path
-) -> None:
-    write_adding_bundle(tmp_path / "adding", "adding", [10.0, 20.0])
-    # As the documentation says: its folder belongs to its user.
-    subprocess.run(["chmod", "-R", "a+rX", str(tmp_path / "adding")], check=True)
-    (tmp_path / "run").mkdir()
-    os.chown(tmp_path / "run", 10001, 10001)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a node: bundles in it, and where the sidecar's sockets come to lie."""
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "run").mkdir()
+    os.chown(folder / "run", 10001, 10001)
+    write_adding_bundle(folder / "models/adder", "adder", [10.0, 20.0])
+    write_model(folder / "models", "total", Total(), torch.ones(2, WIDTH))
+    pack("functions.sources:classify", folder / "models/classify", name="classify")
+    # As the documentation says: bundles are read by the sidecar's user.
+    subprocess.run(["chmod", "-R", "a+rX", str(folder / "models")], check=True)
+    for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)
-    with running(*flags(tmp_path, sidecar_image)) as sidecar:
-        until(lambda: healthy(sidecar))
-        docker("cp", str(tmp_path / "adding"), f"{sidecar}:/var/lib/trunkline/adding")
-        docker("exec", sidecar, "trunkline", "push", "/var/lib/trunkline/adding")
-        confined = ("--network", "none", "--user", str(FUNCTION_UID), "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL")
-        mount = ("--volume", f"{tmp_path}/run/public:/run/trunkline:ro")
-        with running(*confined, "--memory", "128m", *mount, function_image) as function:
-            until(lambda: ask(function) == "200 [[11.0, 22.0]]")
-            # Within what Docker allows before it kills.
-            began_s = time.monotonic()
-            docker("stop", sidecar)
-            assert json.loads(docker("inspect", sidecar))[0]["State"]["ExitCode"] == 0
-            assert time.monotonic() - began_s < 10
-            # The sidecar is away, or the watchdog has not waited for as long as the function does.
-            assert re.match("50[34] ", ask(function))
-            docker("start", sidecar)
-            until(lambda: ask(function) == "200 [[11.0, 22.0]]")
-            assert json.loads(docker("inspect", function))[0]["State"]["OOMKilled"] is False
-        print(f"asked through {watchdog}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sidecar(sidecar_image: str, node: Path) -> Iterator[str]:
+    """A sidecar as SECURITY.md runs it, but for larger arenas."""
+    try:
+        with running(*flags(node, sidecar_image), "--arena-limit", str(2 * INPUT_BYTES)) as container:
+            until(lambda: healthy(container))
+            docker("run", "--rm", "--volumes-from", container, "-v", f"{node}/models:/models:ro", sidecar_image, "push", *MODELS)
+            yield container
+    finally:
+        docker("volume", "rm", "--force", volume(node))
+
+
+@pytest.fixture(scope="module")
+def function(function_image: str, node: Path, sidecar: str) -> Iterator[str]:
+    """A function that has nothing but the folder of the sidecar's socket."""
+    confined = ("--network", "none", "--user", str(FUNCTION_UID), "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL")
+    mount = ("--volume", f"{node}/run/public:/run/trunkline:ro")
+    with running(*confined, "--memory", str(LIMIT_BYTES), *mount, function_image) as container:
+        until(lambda: ask(container)[0] == 200)
+        yield container
+
+
+def volume(folder: Path) -> str:
+    return f"trunkline-{folder.name}"
 
 
 def healthy(container: str) -> bool:
-    state = json.loads(docker("inspect", container))[0]["State"]
-    assert state["Running"], docker("logs", container, stderr=subprocess.STDOUT)
-    return bool(state["Health"]["Status"] == "healthy")
+    found = state(container)
+    assert found["Running"], docker("logs", container, stderr=subprocess.STDOUT)
+    return bool(found["Health"]["Status"] == "healthy")
 
 
-def ask(function: str) -> str:
-    return docker("exec", function, "python", "-c", ASK)
+def ask(function: str, path: str = "/", body: str = "[[1, 1]]") -> tuple[int, bytes]:
+    """POST to a function's watchdog, from within its network; return the status, 0 without an answer, and the body."""
+    url = f"http://127.0.0.1:8080{path}"
+    asked = within(state(function)["Pid"], "curl", "-s", "-w", "%{http_code}", "--data-binary", body, url)
+    return int(asked.stdout[-3:] or b"0"), asked.stdout[:-3]
+
+
+def is_right(answer: tuple[int, bytes]) -> bool:
+    return answer[0] == 200 and json.loads(answer[1])["sum"] == [[11.0, 21.0]]
+
+
+def test_a_function_without_any_right_asks_the_sidecar(function: str, watchdog: str) -> None:
+    print(f"asked through {watchdog}")
+    status, body = ask(function)
+    assert (status, json.loads(body)) == (200, {"sum": [[11.0, 21.0]], "by": "unix:/run/trunkline/trunkline.sock"})
+    assert json.loads(ask(function, "/write")[1]) == []
+    facts = Path(f"/proc/{state(function)['Pid']}/status").read_text()
+    assert f"Uid:\t{FUNCTION_UID}\t{FUNCTION_UID}" in facts
+    assert re.search(r"^CapEff:\t0+$", facts, re.MULTILINE)
+    assert os.listdir(f"/proc/{state(function)['Pid']}/root/sys/class/net") == ["lo"]
+
+
+def test_a_picture_is_answered_as_by_the_original_model(function: str, tmp_path: Path) -> None:
+    for name, expected in demo.original_probabilities().items():
+        (tmp_path / name).write_bytes(demo.picture(name))
+        status, body = ask(function, "/picture", f"@{tmp_path / name}")
+        assert status == 200, body
+        labels = json.loads(body)["labels"]
+        assert labels[0]["label"].split(",")[0] in demo.PICTURES[name]
+        assert all(abs(each["probability"] - expected[each["label"]]) <= demo.TOLERANCE for each in labels)
+
+
+def test_memory_of_an_arena_is_not_the_functions(function: str, function_image: str) -> None:
+    """It may have less than what it sends; who takes as much by itself is killed."""
+    greedy = ("docker", "run", "--rm", "--memory", str(LIMIT_BYTES), function_image, "python", "-c", f"b'1' * {INPUT_BYTES}")
+    assert subprocess.run(greedy, check=False).returncode == 128 + signal.SIGKILL
+    rows = INPUT_BYTES // (4 * WIDTH)
+    status, body = ask(function, f"/large?rows={rows}", "")
+    assert (status, json.loads(body)) == (200, {"total": [float(WIDTH)] * rows})
+    assert state(function)["OOMKilled"] is False
+
+
+def test_no_call_is_lost_while_the_sidecar_is_stopped_and_started(sidecar: str, function: str) -> None:
+    pid, answers, enough = state(function)["Pid"], list[tuple[int, bytes]](), threading.Event()
+
+    def call() -> None:
+        while not enough.is_set():
+            answers.append(ask(function))
+
+    with ThreadPoolExecutor(CALLERS) as pool:
+        calls = [pool.submit(call) for _ in range(CALLERS)]
+        try:
+            until(lambda: len(answers) > CALLERS)
+            docker("stop", sidecar)
+            # It drained, and was not killed for having taken too long.
+            assert state(sidecar)["ExitCode"] == 0
+            before = len(answers)
+            docker("start", sidecar)
+            # Those that were under way then, and as many that began after it.
+            until(lambda: len(answers) > before + 2 * CALLERS)
+        finally:
+            enough.set()
+        for each in calls:
+            each.result()
+    assert [answer for answer in answers if not is_right(answer)] == []
+    assert state(function)["Pid"] == pid
+
+
+def test_a_function_whose_sidecar_stays_away_says_so_until_it_is_back(sidecar: str, function: str) -> None:
+    pid = state(function)["Pid"]
+    docker("stop", sidecar)
+    # 504 is the watchdog's, when it has not waited for as long as the function does.
+    assert ask(function)[0] in (503, 504)
+    docker("start", sidecar)
+    until(lambda: is_right(ask(function)))
+    assert state(function)["Pid"] == pid
 
 
 def test_the_list_of_what_is_in_the_image_has_torch(sidecar_image: str) -> None:

@@ -16,10 +16,13 @@ import pytest
 import yaml
 
 from sidecar.admintokens import parse_tokens
+from sidecar.origins import Policy, parse_origin
+from sidecar.prepull import read_list
 from sidecar.segment import LEDGER_END
 from sidecar.tenants import hash_of
-from tests.charts import CHART, helm, named, rendered, tool
+from tests.charts import CHART, MODES, combination, helm, identity, named, rendered, tool
 from tests.rows import ROOT
+from tests.waiting import PATIENCE_S
 
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
 VALUES = (CHART / "values.yaml").read_text()
@@ -89,11 +92,28 @@ def test_links_lead_somewhere() -> None:
         ({"socketDir": "/run/trunkline; reboot"}, "/socketDir"),
         ({"image": {"digest": "sha256:12"}}, "/image/digest"),
         ({"update": {"maxUnavailable": 0}}, "/update/maxUnavailable"),
+        ({"update": {"takeOver": True}, "gpu": {"enabled": True}}, "update.takeOver does not go with gpu.enabled"),
+        ({"update": {"takeOver": True}, "store": {"kind": "emptyDir"}}, "update.takeOver needs store.kind"),
         ({"gpus": 1}, "gpus"),
         ({"attach": {"pvc": {"namespaces": ["A B"]}}}, "/attach/pvc/namespaces/0"),
         ({"extraEnv": [{"nam": "A"}]}, "/extraEnv/0"),
         ({"podMonitor": {"enabled": True}, "http": {"enabled": False}}, "podMonitor.enabled needs http.enabled"),
+        ({"pull": {"models": ["https://a.example/m"]}}, "/pull/models/0"),
+        ({"pull": {"models": [f"https://a.example/m@sha256:{64 * '0'}\nx"]}}, "/pull/models/0"),
+        (
+            {"pull": {"models": [f"https://a.example/m@sha256:{64 * '0'}"], "origins": ["https://a.example/models"]}},
+            "at none of pull.origins",
+        ),
         ({"attach": {"mode": "pvc"}}, "attach.pvc.namespaces"),
+        ({"attach": {"mode": "hostPath", "tenants": {"a": "../public"}}}, "/attach/tenants/a"),
+        ({"attach": {"mode": "hostPath", "tenants": {"A b": "a"}}}, "invalid propertyName 'A b'"),
+        ({"attach": {"mode": "csi", "tenants": {"a": "vision"}}, "quotas": "x"}, "with csi all pods get one"),
+        ({"attach": {"mode": "hostPath", "tenants": {"a": "vision"}}}, "attach.tenants needs quotas"),
+        (
+            {"attach": {"mode": "pvc", "pvc": {"namespaces": ["b"]}, "tenants": {"a": "vision"}}, "quotas": "x"},
+            "a is none of attach.pvc.namespaces",
+        ),
+        ({"fullnameOverride": "1st"}, "a Service cannot be called 1st"),
         ({"attach": {"injection": "webhook"}, "http": {"enabled": False}}, "attach.injection has nothing to give"),
         ({"attach": {"injection": "kyverno"}, "http": {"tlsSecret": "tls"}}, "attach.injection has nothing to give"),
         (
@@ -108,9 +128,51 @@ def test_a_wrong_value_is_refused_by_its_key(values: dict[str, object], said: st
     assert said in done.stderr
 
 
+def test_a_release_whose_name_no_service_can_have_is_refused_before_half_of_it_is_there() -> None:
+    done = subprocess.run(
+        [tool("helm"), "template", "of.two", str(CHART)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert done.returncode
+    assert "a Service cannot be called of.two" in done.stderr
+    assert rendered("--set", "fullnameOverride=of-two")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_second_release_for_other_nodes_takes_nothing_of_the_first_ones(mode: str) -> None:
+    """As docs/kubernetes.md has it for nodes without a GPU: helm refuses to install what another release has made."""
+    first = {identity(each) for each in combination(mode, "webhook", True)}
+    attach = {"mode": "none" if mode == "pvc" else mode, "injection": "none", "csi": {"createDriver": mode != "csi"}}
+    second = rendered(values={"fullnameOverride": "cpu", "attach": attach, "nodeLabels": {"enabled": True}})
+    assert not first & {identity(each) for each in second}
+    assert any(kind == "DaemonSet" and name == "cpu-csi" for kind, _, name in map(identity, second)) == (mode == "csi")
+
+
+@pytest.mark.parametrize("mode", ["devicePlugin", "csi"])
+def test_all_pods_that_have_to_do_with_the_socket_have_the_options_of_selinux(mode: str) -> None:
+    options = {"type": "spc_t", "level": "s0"}
+    made = rendered(values={"attach": {"mode": mode}, "seLinuxOptions": options, "nodeLabels": {"enabled": True}})
+    daemons = [each["spec"]["template"]["spec"]["securityContext"] for each in made if each["kind"] == "DaemonSet"]
+    assert [each.get("seLinuxOptions") for each in daemons] == [options] * 3
+
+
+def test_drains_of_nodes_take_one_pod_of_the_webhook_after_the_other() -> None:
+    webhook: dict[str, object] = {"nodeSelector": {"pool": "system"}, "tolerations": [{"operator": "Exists"}]}
+    values = {"attach": {"mode": "hostPath", "injection": "webhook", "webhook": webhook}}
+    made = rendered(values=values)
+    (budget,) = (each["spec"] for each in made if each["kind"] == "PodDisruptionBudget")
+    (deployment,) = (each["spec"] for each in made if each["kind"] == "Deployment")
+    assert budget["maxUnavailable"] == 1
+    assert budget["selector"] == deployment["selector"]
+    pod = deployment["template"]["spec"]
+    assert {key: pod[key] for key in webhook} == webhook
+    # Of a single one it would hold every drain up.
+    webhook["replicas"] = 1
+    assert not [each for each in rendered(values=values) if each["kind"] == "PodDisruptionBudget"]
+
+
 def test_helm_finds_nothing_to_complain_of() -> None:
     done = subprocess.run(
-        [tool("helm"), "lint", "--strict", str(CHART)], capture_output=True, text=True, timeout=120, check=False
+        [tool("helm"), "lint", "--strict", str(CHART)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert done.returncode == 0, done.stdout
 
@@ -121,6 +183,19 @@ def test_the_ledger_has_room_beside_the_weights() -> None:
     assert int(size.removesuffix("Mi")) << 20 >= (1000 << 20) + LEDGER_END
 
 
+def test_models_to_pull_ahead_are_a_list_that_the_sidecar_reads(tmp_path: Path) -> None:
+    models = [f"https://models.example/bundles/{name}@sha256:{64 * digit}" for name, digit in (("a", "0"), ("b", "1"))]
+    # A change of it makes no pod anew: the kubelet brings the file, and the sidecar looks at it.
+    one, two = ({"pull": {"origins": ["https://models.example/"], "models": models[:count]}} for count in (1, 2))
+    before, after = (named(rendered(values=each), "DaemonSet", "trunkline") for each in (one, two))
+    assert before == after
+    (sidecar,) = after["spec"]["template"]["spec"]["containers"]
+    assert sidecar["args"][sidecar["args"].index("--pull-list") + 1] == "/etc/trunkline/files/models"
+    (tmp_path / "models").write_text(named(rendered(values=two), "ConfigMap", "trunkline")["data"]["models"])
+    policy = Policy(origins=(parse_origin("https://models.example/"),))
+    assert [str(each) for each in read_list(tmp_path / "models", policy)] == models
+
+
 def prepared(host: Path) -> subprocess.CompletedProcess[str]:
     """Run what the first container runs, on folders of a host's stand-in, with its one capability."""
     pod = named(rendered(), "DaemonSet", "trunkline")["spec"]["template"]["spec"]
@@ -128,7 +203,7 @@ def prepared(host: Path) -> subprocess.CompletedProcess[str]:
     (script,) = prepare["args"]
     script = re.sub(r"/(run|var/lib)/trunkline", lambda found: f"{host}{found[0]}", script)
     limits = ["setpriv", "--bounding-set=-all,+chown", "--inh-caps=-all", "--no-new-privs"]
-    return subprocess.run([*limits, *prepare["command"], script], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([*limits, *prepare["command"], script], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def state(path: Path) -> tuple[int, int, int]:
@@ -189,7 +264,7 @@ def test_the_document_names_values_that_there_are() -> None:
 def test_what_the_document_says_to_type_makes_a_token_file_and_is_taken_by_helm(tmp_path: Path) -> None:
     (commands,) = (each for each in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL) if "helm install" in each)
     made, _, rest = commands.partition("kubectl create namespace")
-    subprocess.run(["sh", "-euc", made + '\nprintf %s "$TOKEN" > token'], cwd=tmp_path, timeout=60, check=True)
+    subprocess.run(["sh", "-euc", made + '\nprintf %s "$TOKEN" > token'], cwd=tmp_path, timeout=PATIENCE_S, check=True)
     (token,) = parse_tokens((tmp_path / "tokens.toml").read_text(), "tokens.toml")
     assert (token.name, token.role) == ("prometheus", "read")
     assert token.token_hash == hash_of((tmp_path / "token").read_bytes())

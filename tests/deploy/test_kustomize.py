@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 
 from sidecar.quotas import read_quotas
 from tests.charts import CHART, KUSTOMIZE, Manifest, built, by_identity, rendered, tool
@@ -78,14 +78,16 @@ def in_pairs(arguments: list[str]) -> tuple[str, list[tuple[str, str]]]:
 
 
 def test_an_overlay_of_ones_own_sets_the_image(tmp_path: Path) -> None:
-    shutil.copytree(KUSTOMIZE, tmp_path / "kustomize")
+    """As docs/kubernetes.md writes it, in a folder beside a checkout."""
+    shutil.copytree(KUSTOMIZE, tmp_path / "trunkline" / "deploy" / "kustomize")
     own = tmp_path / "own"
     own.mkdir()
-    image = {"name": "trunkline", "newName": "registry.example/trunkline", "newTag": "7"}
-    (own / "kustomization.yaml").write_text(yaml.safe_dump({"resources": ["../kustomize/overlays/csi"], "images": [image]}))
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    (block,) = re.findall(r"^```yaml\n# kustomization.yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (own / "kustomization.yaml").write_text(block.replace("REGISTRY", "registry.example"))
     pod = by_identity(built(own))["DaemonSet", "trunkline", "trunkline"]["spec"]["template"]["spec"]
     images = {each["image"] for each in (*pod["initContainers"], *pod["containers"])}
-    assert images == {"registry.example/trunkline:7"}
+    assert images == {"registry.example/trunkline:0.1.0"}
 
 
 def test_the_example_of_a_quota_file_is_one() -> None:

@@ -15,8 +15,23 @@ import pytest
 
 from sidecar.cli.main import main
 from sidecar.config import PREFIX, Settings, parse_size
+from sidecar.kubernetes.injection import MODES_OF_TENANTS
 from sidecar.supervisor import EXIT_GRACE_S
-from tests.charts import INJECTIONS, MODES, NAMESPACE, Manifest, combination, containers, named, of_kind, pods, rendered
+from tests.charts import (
+    INJECTIONS,
+    MODES,
+    NAMESPACE,
+    TENANTS,
+    Manifest,
+    chosen,
+    combination,
+    containers,
+    named,
+    of_kind,
+    pods,
+    rendered,
+    with_tenants,
+)
 from tests.customresources import SCHEMAS
 
 COMBINATIONS = list(itertools.product(MODES, INJECTIONS, (False, True)))
@@ -52,6 +67,16 @@ def test_every_manifest_is_of_the_published_schema(mode: str, injection: str, gp
     assert not flaws(combination(mode, injection, gpu), NEWEST)
 
 
+@pytest.mark.parametrize("mode", MODES_OF_TENANTS)
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_what_tenants_have_of_their_own_is_of_the_schema(mode: str, injection: str) -> None:
+    found = with_tenants(mode, injection)
+    assert not flaws(found, NEWEST)
+    volumes = {each["spec"]["claimRef"]["namespace"]: each["spec"]["hostPath"] for each in of_kind(found, "PersistentVolume")}
+    expected = {space: {"path": f"/run/trunkline/tenants/{tenant}", "type": "Directory"} for space, tenant in TENANTS.items()}
+    assert volumes == (expected if mode == "pvc" else {})
+
+
 def test_what_all_clusters_get_is_of_the_oldest_schema_that_the_chart_is_for() -> None:
     for mode in MODES:
         assert not flaws(combination(mode, "webhook", False), OLDEST)
@@ -62,7 +87,12 @@ def test_everything_that_may_be_said_is_of_the_schema() -> None:
         "image": {"digest": "sha256:" + 64 * "0"},
         "imagePullSecrets": [{"name": "registry"}],
         "quotas": "[tenants.a]\ntokens = []\n",
-        "pull": {"origins": ["https://models.example.com/"], "networks": ["10.0.0.0/8"], "signers": "ssh-ed25519 AAAA me"},
+        "pull": {
+            "origins": ["https://models.example.com/"],
+            "networks": ["10.0.0.0/8"],
+            "models": [f"https://models.example.com/a/m@sha256:{64 * '0'}"],
+            "signers": "ssh-ed25519 AAAA me",
+        },
         "settings": {"queue_limit": 64, "log_format": "json"},
         "extraEnv": [{"name": "AWS_PROFILE", "valueFrom": {"secretKeyRef": {"name": "origin", "key": "profile"}}}],
         "http": {"tlsSecret": "tls"},
@@ -91,6 +121,33 @@ def test_everything_that_may_be_said_is_of_the_schema() -> None:
     assert "cuda:0,cuda:1" in sidecar["args"]
     assert sidecar["resources"]["limits"]["nvidia.com/gpu"] == "2"
     assert named(found, "ConfigMap", "trunkline")["data"]["quotas.toml"].startswith("[tenants.a]\n")
+
+
+def test_a_new_pod_takes_over_beside_the_old_one_where_that_is_said() -> None:
+    found = rendered(values={"update": {"takeOver": True, "maxUnavailable": "10%"}})
+    assert not flaws(found, NEWEST) + flaws(found, OLDEST)
+    spec = named(found, "DaemonSet", "trunkline")["spec"]
+    # Kubernetes takes no two of them that are not 0.
+    assert spec["updateStrategy"]["rollingUpdate"] == {"maxSurge": "10%", "maxUnavailable": 0}
+    (sidecar,) = spec["template"]["spec"]["containers"]
+    probes = {kind: sidecar[f"{kind}Probe"]["exec"]["command"][3:] for kind in ("startup", "readiness", "liveness")}
+    # What was taken over from has no endpoint, and is to be left alone.
+    assert probes == {"startup": ["--own"], "readiness": ["--own"], "liveness": ["--live"]}
+    assert not spec["template"]["spec"]["hostPID"]
+    assert not any("hostPort" in port for port in sidecar["ports"])
+
+
+def test_the_device_plugin_asks_with_a_token_where_there_is_one() -> None:
+    attach = {"mode": "devicePlugin", "devicePlugin": {"tokenSecret": "plugin-token"}}
+    found = rendered(values={"quotas": "[tenants.a]\n", "attach": attach})
+    assert not flaws(found, NEWEST)
+    spec = named(found, "DaemonSet", "trunkline-device-plugin")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    (variable,) = container["env"]
+    (folder,) = (each["mountPath"] for each in container["volumeMounts"] if each["name"] == "token")
+    assert variable == {"name": "TRUNKLINE_TOKEN_FILE", "value": f"{folder}/token"}
+    # It is root without any capability: what is not its own file it could not read.
+    assert {"name": "token", "secret": {"secretName": "plugin-token", "defaultMode": 0o400}} in spec["volumes"]
 
 
 def test_a_schema_refuses_what_it_does_not_know() -> None:
@@ -246,7 +303,12 @@ def serve_options(*, everything: bool) -> set[str]:
     if everything:
         values = {
             "quotas": "[tenants.a]\n",
-            "pull": {"origins": ["file:///x"], "networks": ["10.0.0.0/8"], "signers": "x"},
+            "pull": {
+                "origins": ["file:///x"],
+                "networks": ["10.0.0.0/8"],
+                "models": [f"file:///x/m@sha256:{64 * '0'}"],
+                "signers": "x",
+            },
             "http": {"tlsSecret": "tls"},
             "gpu": {"enabled": True},
         }
@@ -302,6 +364,27 @@ def test_without_tcp_nobody_is_let_in() -> None:
     assert not any(each["metadata"]["name"] == "trunkline" for each in of_kind(found, "Service"))
 
 
+def test_what_the_api_server_believes_outlives_the_webhooks_certificate() -> None:
+    """One that vouches for itself is replaced in the API server before it is in the pods."""
+    found = combination("csi", "webhook", False)
+    (secret,) = (
+        each["secret"]["secretName"]
+        for each in named(found, "Deployment", "trunkline-webhook")["spec"]["template"]["spec"]["volumes"]
+        if "secret" in each
+    )
+    certificates = {each["spec"]["secretName"]: each for each in of_kind(found, "Certificate")}
+    issuers = {each["metadata"]["name"]: each["spec"] for each in of_kind(found, "Issuer")}
+    leaf = certificates[secret]
+    hook: Any = named(found, "MutatingWebhookConfiguration", "trunkline")
+    assert hook["metadata"]["annotations"]["cert-manager.io/inject-ca-from"] == f"{NAMESPACE}/{leaf['metadata']['name']}"
+    service = hook["webhooks"][0]["clientConfig"]["service"]
+    assert leaf["spec"]["dnsNames"] == [f"{service['name']}.{service['namespace']}.svc"]
+    authority = certificates[issuers[leaf["spec"]["issuerRef"]["name"]]["ca"]["secretName"]]
+    assert authority["spec"]["isCA"] is True
+    assert authority["spec"]["duration"] == "87600h"
+    assert issuers[authority["spec"]["issuerRef"]["name"]] == {"selfSigned": {}}
+
+
 @pytest.mark.parametrize("injection", ["webhook", "admissionPolicy", "kyverno"])
 def test_only_labelled_pods_of_others_are_changed_and_none_is_refused(injection: str) -> None:
     found = combination("csi", injection, False)
@@ -339,6 +422,22 @@ def test_functions_are_given_what_their_mode_takes(mode: str, injection: str) ->
     assert ("/run/trunkline/trunkline.sock" in text) == (mode in sources)
     assert "http://trunkline.trunkline.svc:9470" in text
     assert all(each in text for each in ("queue-proxy", "istio-proxy", "linkerd-proxy"))
+
+
+def has_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(has_null(each) for each in value.values())
+    return any(has_null(each) for each in value) if isinstance(value, list) else value is None
+
+
+@pytest.mark.parametrize("http", [{}, {"enabled": False}, {"tlsSecret": "tls"}])
+def test_nothing_is_null_which_in_a_patch_would_take_away_what_a_pod_has(http: dict[str, object]) -> None:
+    for mode, injection in itertools.product(MODES, INJECTIONS):
+        # There would be nothing to inject.
+        if http and mode == "none" and injection != "none":
+            continue
+        found = rendered(values={**chosen(mode, injection), "http": http}) if http else combination(mode, injection, False)
+        assert not [each["kind"] for each in found if has_null(each)], (mode, injection)
 
 
 def test_functions_are_given_the_folder_public_and_nothing_else_of_the_sidecar() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import itertools
+import json
 from typing import Any
 
 import jsonpatch
 import pytest
 
 from sidecar.cli.main import main
-from sidecar.kubernetes.injection import LEFT_ALONE, Injection, patch_of
+from sidecar.kubernetes import webhook
+from sidecar.kubernetes.injection import LEFT_ALONE, MODES_OF_TENANTS, Injection, patch_of
 from sidecar.kubernetes.names import DRIVER, ENABLED, LABEL, RESOURCE, SOCKET
-from tests.charts import INJECTIONS, MODES, Manifest, combination, containers, pods, rendered
+from sidecar.kubernetes.review import answer
+from tests.charts import INJECTIONS, MODES, TENANTS, Manifest, combination, containers, pods, rendered, with_tenants
 from tests.deploy.test_manifests_policies import changed, pod
 
 URL = "http://trunkline.trunkline.svc:9470"
@@ -22,6 +26,7 @@ def arguments() -> list[tuple[str, ...]]:
     """Return what containers of our image are told, each once."""
     found = [combination(mode, injection, False) for mode, injection in itertools.product(MODES, INJECTIONS)]
     found.append(tuple(rendered(values={"nodeLabels": {"enabled": True}})))
+    found.append(tuple(rendered(values={"update": {"takeOver": True}})))
     told = {
         tuple(container["args"])
         for each in found
@@ -70,6 +75,38 @@ def without_requests(made: Manifest) -> Manifest:
 )
 def test_the_policy_makes_of_a_pod_what_the_webhook_makes(mode: str, before: Manifest) -> None:
     assert without_requests(changed(mode, before)) == socket_and_url(mode, before)
+
+
+@pytest.mark.parametrize("mode", MODES_OF_TENANTS)
+@pytest.mark.parametrize("namespace", [*TENANTS, "elsewhere"])
+def test_the_webhook_is_told_the_tenants_that_the_policy_knows(
+    mode: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (args,) = {
+        tuple(container["args"])
+        for _, template in pods(with_tenants(mode, "webhook"))
+        for container in containers(template)
+        if container["name"] == "webhook"
+    }
+    given: list[Injection] = []
+
+    class Told:
+        def __init__(self, injection: Injection, *rest: object, **more: object) -> None:
+            given.append(injection)
+
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setattr(webhook, "WebhookServer", Told)
+    monkeypatch.setattr(webhook, "listen", lambda *address: None)
+    assert main.commands["webhook"].main(list(args[1:]), standalone_mode=False) is None
+    before = pod({"name": "function"})
+    whole = {"metadata": {"labels": {LABEL: ENABLED}, "namespace": "default"}, **before}
+    review = {"uid": "u", "kind": {"group": "", "version": "v1", "kind": "Pod"}, "operation": "CREATE", "object": whole}
+    asked = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": {**review, "namespace": namespace}}
+    response = answer(json.dumps(asked).encode(), given[0])["response"]
+    made = jsonpatch.apply_patch(whole, json.loads(base64.b64decode(response["patch"])))
+    assert {"spec": made["spec"]} == changed(mode, before, namespace)
 
 
 def test_names_are_the_same_everywhere() -> None:

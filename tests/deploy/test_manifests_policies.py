@@ -9,7 +9,8 @@ from typing import Any
 import cel
 import pytest
 
-from tests.charts import MODES, Manifest, combination, named, rendered
+from sidecar.kubernetes.injection import MODES_OF_TENANTS
+from tests.charts import MODES, TENANTS, Manifest, combination, named, rendered, with_tenants
 
 MOUNT = {"name": "trunkline", "mountPath": "/run/trunkline", "readOnly": True}
 SOCKET = {"name": "TRUNKLINE_SOCKET", "value": "/run/trunkline/trunkline.sock"}
@@ -35,12 +36,15 @@ def merged(old: Any, new: Any, field: str = "") -> Any:
     return new
 
 
-def changed(mode: str, pod: Manifest) -> Manifest:
-    """Return the pod as the policy makes it."""
-    spec = named(combination(mode, "admissionPolicy", False), "MutatingAdmissionPolicy", "trunkline")["spec"]
-    context = {"object": copy.deepcopy(pod)}
+def changed(mode: str, pod: Manifest, namespace: str = "") -> Manifest:
+    """Return the pod as the policy makes it; with a namespace, as that does where tenants have sockets of their own."""
+    found = with_tenants(mode, "admissionPolicy") if namespace else combination(mode, "admissionPolicy", False)
+    spec = named(found, "MutatingAdmissionPolicy", "trunkline")["spec"]
+    context: Manifest = {"object": copy.deepcopy(pod), "request": {"namespace": namespace}, "variables": {}}
     if not all(cel.evaluate(each["expression"], context) for each in spec.get("matchConditions", ())):
         return pod
+    for each in spec.get("variables", ()):
+        context["variables"][each["name"]] = cel.evaluate(each["expression"], context)
     (mutation,) = spec["mutations"]
     # The API server has a type for each place of a pod, and no other evaluator does: to merge them, maps will do.
     expression = re.sub(r"\bObject[.\w]*\{", "{", mutation["applyConfiguration"]["expression"])
@@ -104,6 +108,24 @@ def test_what_has_the_name_or_the_place_already_stays(mode: str) -> None:
     assert container["env"] == named_so["env"]
 
 
+def own_folder(tenant: str) -> Manifest:
+    return {"hostPath": {"path": f"/run/trunkline/tenants/{tenant}", "type": "Directory"}}
+
+
+@pytest.mark.parametrize("mode", MODES_OF_TENANTS)
+@pytest.mark.parametrize("namespace", [*TENANTS, "elsewhere", "vision"])
+def test_whose_socket_a_pod_gets_is_said_by_its_namespace_and_not_by_the_pod(mode: str, namespace: str) -> None:
+    liar = {"namespace": "default", "labels": {"trunkline": "enabled", "trunkline.dev/tenant": "text", "tenant": "text"}}
+    after = changed(mode, {**pod({"name": "function"}), "metadata": liar}, namespace)
+    (volume,), (container,) = after["spec"]["volumes"], after["spec"]["containers"]
+    own = namespace in TENANTS
+    source = own_folder(TENANTS[namespace]) if own and mode == "hostPath" else SOURCES[mode]
+    assert volume == {"name": "trunkline", **source}
+    # A tenant that has a socket of its own is nobody over HTTP.
+    assert container["env"] == ([SOCKET] if own else [SOCKET, URL])
+    assert changed(mode, after, namespace) == after
+
+
 ACCOUNT = "system:serviceaccount:trunkline:trunkline-node-labels"
 OWN_NODE = {"authentication.kubernetes.io/node-name": ["n1"]}
 MODEL = "model.trunkline.dev/resnet"
@@ -131,6 +153,10 @@ def refusals(user: str, extra: Manifest, old: Manifest | None, new: Manifest) ->
         (node(labels={"zone": "a", MODEL: "stored"}), node(labels={"zone": "a", "model.trunkline.dev/bert": "stored"})),
         (node(labels={"zone": "a", MODEL: "stored"}), node(labels={"zone": "a"})),
         (node(annotations={"a": "b"}), node(annotations={"a": "b"}, labels={MODEL: "resident"})),
+        (
+            node(finalizers=["a"], ownerReferences=[{"uid": "1"}]),
+            node(finalizers=["a"], ownerReferences=[{"uid": "1"}], labels={MODEL: "stored"}),
+        ),
     ],
 )
 def test_a_node_may_be_labelled_with_its_models(old: Manifest, new: Manifest) -> None:
@@ -148,6 +174,11 @@ def test_a_node_may_be_labelled_with_its_models(old: Manifest, new: Manifest) ->
         (OWN_NODE, node(labels={"zone": "a"}), node()),
         (OWN_NODE, node(), node(spec={"taints": []})),
         (OWN_NODE, node(), node(annotations={"a": "b"})),
+        # Whose owner does not exist is collected as garbage.
+        (OWN_NODE, node(), node(ownerReferences=[{"kind": "Node", "name": "none", "uid": "1"}])),
+        (OWN_NODE, node(ownerReferences=[{"uid": "1"}]), node()),
+        (OWN_NODE, node(), node(finalizers=["example.com/stays"])),
+        (OWN_NODE, node(finalizers=["example.com/stays"]), node()),
     ],
 )
 def test_nothing_else_of_a_node_may_be_changed(extra: Manifest, old: Manifest | None, new: Manifest) -> None:

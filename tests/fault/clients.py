@@ -27,7 +27,8 @@ from trunkline.endpoint import Endpoint
 from trunkline.pool import Pool
 from trunkline.protocol import Fault, Placement, Result
 
-from tests.fault.wire import PATIENCE_S, Refused, Wire, changes_of_arenas, connected, hello, infer
+from tests.fault.wire import Refused, Wire, changes_of_arenas, connected, hello, infer
+from tests.waiting import PATIENCE_S, soon
 
 WEIGHTS: Final = np.arange(8, dtype=np.float32)
 _WIDTH: Final = len(WEIGHTS)
@@ -85,12 +86,12 @@ def _live(socket: str, choose: random.Random) -> None:
             models=("scaled",),
             request_bytes=choose.choice((0, 1 << 20)),
             reply_bytes=choose.choice((0, 1 << 20)),
-            deadline=time.monotonic() + PATIENCE_S,
+            deadline=soon(),
         )
         for _ in range(choose.randrange(1, 30)):
             rows = choose.randrange(1, 9)
             connection.request[: 4 * _WIDTH * rows] = b"\0" * (4 * _WIDTH * rows)
-            connection.infer("scaled", (Placement("x", "float32", (rows, _WIDTH), 0),), time.monotonic() + PATIENCE_S)
+            connection.infer("scaled", (Placement("x", "float32", (rows, _WIDTH), 0),), soon())
         connection.close()
 
 

@@ -24,16 +24,15 @@ from trunkline.pool import Pool
 from sidecar.bundle import write_bundle
 from sidecar.export import convert
 from sidecar.segment import SHARED_MEMORY, segment_name
-from tests.nodes import until
 from tests.rows import Size
 from tests.sidecar_process import SidecarProcess
+from tests.waiting import PATIENCE_S, until
 
 log = logging.getLogger(__name__)
 
 # How much larger the counts of a night are.
 NIGHTLY: Final = 20
-# Of a neighbour's call; it has to outlast a restart of everything on a busy machine.
-PATIENCE_S: Final = 60.0
+_MOST_REASONS: Final = 3
 # Of a session with the engine: a socket, and what Python's mmap keeps of each arena.
 DESCRIPTORS_EACH: Final = 3
 _REST_S: Final = 0.002
@@ -95,6 +94,8 @@ class Row:
     answered: int = 0
     wrong: int = 0
     lost: int = 0
+    # What became of the first that were lost.
+    reasons: list[str] = field(default_factory=list)
     leaked: dict[str, int] = field(default_factory=dict)
     longest_stall_s: float = 0.0
     seconds: float = 0.0
@@ -107,11 +108,16 @@ class Row:
             return push
         return full * NIGHTLY if self.size == "night" else full
 
+    def lose(self, *errors: BaseException) -> None:
+        """Count requests that were lost."""
+        self.lost += len(errors)
+        self.reasons += [repr(error) for error in errors[: _MOST_REASONS - len(self.reasons)]]
+
     def check(self) -> None:
         """Raise AssertionError for anything that must not be."""
         assert self.attempts, f"{self.ids}: nothing was tried"
         assert not self.wrong, f"{self.ids}: {self.wrong} wrong answers of {self.answered}"
-        assert not self.lost, f"{self.ids}: {self.lost} requests lost of {self.answered + self.lost}"
+        assert not self.lost, f"{self.ids}: {self.lost} requests lost of {self.answered + self.lost}: {self.reasons}"
         assert not any(self.leaked.values()), f"{self.ids}: left behind: {self.leaked}"
 
     def to_plain(self) -> dict[str, Any]:
@@ -142,13 +148,17 @@ class Neighbour:
         self.await_answers(len(self._threads))
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def stop(self) -> None:
+        """Ask no more; return when the last calls are over."""
         self._stopping.set()
         for thread in self._threads:
             thread.join(2 * PATIENCE_S)
             assert not thread.is_alive(), "a neighbour's call does not end"
+
+    def __exit__(self, *raised: object) -> None:
+        self.stop()
         self._row.answered += self.answered
-        self._row.lost += len(self.errors)
+        self._row.lose(*self.errors)
 
     def await_answers(self, more: int = 5) -> None:
         """Return when so many more calls were answered."""

@@ -34,9 +34,9 @@ from sidecar.ledger import Ledger
 from sidecar.segment import SHARED_MEMORY, segment_name
 from sidecar.unixhttp import SCHEME, mount_unix
 from tests.fault.matrix import EXPECTED, Neighbour, Row, descendants, pool_at
-from tests.nodes import until
 from tests.registered import registered_off_the_list
 from tests.sidecar_process import SidecarProcess
+from tests.waiting import PATIENCE_S, until
 
 Plain = dict[str, Any]
 MUTANTS = 3000
@@ -68,7 +68,7 @@ class Pushing:
         return self._sent(path, body, kind)
 
     def _sent(self, path: str, body: bytes, kind: str = "application/json") -> requests.Response:
-        return self._session.put(self._base + path, data=body, headers={"Content-Type": kind}, timeout=60)
+        return self._session.put(self._base + path, data=body, headers={"Content-Type": kind}, timeout=PATIENCE_S)
 
     def close(self) -> None:
         self._session.close()

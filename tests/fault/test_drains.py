@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from trunkline.protocol import Placement
 
 from tests.fakes import FakeSource, bundle_of, running_server
 from tests.fault.matrix import Neighbour, Row
-from tests.nodes import until
 from tests.sidecar_process import SidecarProcess
+from tests.waiting import PATIENCE_S, soon, until
 
 IN_FLIGHT = 64
 # Most of them in this process, where it can be seen what was accepted before the drain began.
@@ -29,7 +28,7 @@ EXIT_S = 10.0
 def asked(connection: Connection, value: float) -> float | TrunklineError:
     np.frombuffer(connection.request, np.float32, 3)[...] = value
     try:
-        (_, answer), *_ = connection.infer("m", (Placement("x", "float32", (1, 3), 0),), time.monotonic() + 60)
+        (_, answer), *_ = connection.infer("m", (Placement("x", "float32", (1, 3), 0),), soon())
     except TrunklineError as error:
         return error
     return float(answer[0, 0])
@@ -43,8 +42,8 @@ def drained(row: Row, folder: Path) -> None:
         running_server(folder, source, connection_limit=2 * IN_FLIGHT) as running,
         ThreadPoolExecutor(IN_FLIGHT + 1) as threads,
     ):
-        running.device.on_run = lambda: leave.wait(60)  # type: ignore[func-returns-value]
-        connections = [Connection(running.path, deadline=time.monotonic() + 20) for _ in range(IN_FLIGHT + 1)]
+        running.device.on_run = lambda: leave.wait(PATIENCE_S)  # type: ignore[func-returns-value]
+        connections = [Connection(running.path, deadline=soon()) for _ in range(IN_FLIGHT + 1)]
 
         def under_way() -> int:
             return sum(session.busy for session in list(running.server._sessions.values()))
@@ -58,13 +57,13 @@ def drained(row: Row, folder: Path) -> None:
         until(lambda: late.done() or under_way() == IN_FLIGHT + 1)
         leave.set()
         for number, each in enumerate(answers):
-            answer = each.result(60)
+            answer = each.result(PATIENCE_S)
             if isinstance(answer, TrunklineError):
-                row.lost += 1
+                row.lose(answer)
             else:
                 row.answered += 1
                 row.wrong += answer != number + sum(WEIGHT)
-        told = late.result(60)
+        told = late.result(PATIENCE_S)
         assert isinstance(told, Draining), told
         assert told.retryable
         for connection in connections:

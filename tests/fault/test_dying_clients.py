@@ -13,9 +13,9 @@ from trunkline.client import Model
 from sidecar.tenants import hash_of
 from tests.fault import attacks
 from tests.fault.attacks import Clients
-from tests.fault.matrix import DESCRIPTORS_EACH, EXPECTED, PATIENCE_S, Neighbour, Row, held, left, pool_at, tiers_of, until_tried
-from tests.nodes import until
+from tests.fault.matrix import DESCRIPTORS_EACH, EXPECTED, Neighbour, Row, held, left, pool_at, tiers_of, until_tried
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S, until
 
 # Far beyond what a victim of a flood waits for on a busy machine.
 FAR_S = 5.0

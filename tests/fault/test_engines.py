@@ -19,8 +19,8 @@ from trunkline.pool import Pool
 from sidecar.bundle import write_bundle
 from sidecar.export import convert
 from sidecar.segment import SHARED_MEMORY, segment_name
-from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S, until
 
 WIDTH = 512
 NAMES = ("one", "other")
@@ -96,7 +96,7 @@ def test_engines_that_are_killed_under_load_lose_nothing_and_are_back_where_they
                 assert sidecar.await_engine() != before
         finally:
             stop.set()
-        assert all(each.result(60) for each in asked)
+        assert all(each.result(PATIENCE_S) for each in asked)
     # Perhaps the last engine has not been asked yet.
     for name in NAMES:
         np.testing.assert_allclose(answer(name, pool), expected[name], rtol=1e-4, atol=1e-5)
@@ -117,7 +117,7 @@ def test_what_there_is_for_a_device_goes_with_it(sidecar: SidecarProcess) -> Non
     assert segment.exists()
     # Killed, the supervisor leaves all there is.
     sidecar.process.kill()
-    sidecar.process.wait(30)
+    sidecar.process.wait(PATIENCE_S)
     assert segment.exists()
     notes = second.parent / "device-notes"
     notes.mkdir()

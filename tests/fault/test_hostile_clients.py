@@ -21,8 +21,8 @@ from tests.fault.attacks import LARGEST, OFFSET, ask_without_reading, is_served,
 from tests.fault.launching import through
 from tests.fault.matrix import Neighbour, Row, held, names_of, settled, tiers_of, until_tried
 from tests.fault.wire import Wire, infer
-from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from tests.bundles import write_adding_bundle
 from tests.fault.matrix import Neighbour, Row
 from tests.integration.test_admin_http import free_port
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S
 
 VALUES = [1.0, 2.0, 3.0]
 CALLERS, KILLS = 3, 20
@@ -58,7 +59,7 @@ def test_a_worker_that_is_killed_costs_its_requests_alone(row: Row, sidecar: tup
         try:
             while not stop.is_set():
                 try:
-                    answer = session.post(f"{url}/v2/models/adder/infer", json=body, timeout=60)
+                    answer = session.post(f"{url}/v2/models/adder/infer", json=body, timeout=PATIENCE_S)
                 except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
                     # Killed before its answer, or between the header and the body of it.
                     counts["lost"] += 1
@@ -93,7 +94,7 @@ def test_a_worker_that_is_killed_costs_its_requests_alone(row: Row, sidecar: tup
             until_more("answers", 20)
         stop.set()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE_S)
     assert failures == []
     # Each had one request under way at most, and each of those one connection.
     assert counts["lost"] <= row.attempts * CALLERS

@@ -23,10 +23,10 @@ from sidecar.publishing import publish
 from sidecar.pulling import pull
 from sidecar.store import Store
 from tests.bundles import write_adding_bundle
-from tests.fault.matrix import PATIENCE_S, Row, pool_at
-from tests.nodes import until
+from tests.fault.matrix import Row, pool_at
 from tests.origin_server import write_chained_bundle
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S, until
 
 # With those between any two instructions of what keeps weights in memory (test_hosttier), far more than fifty.
 PULL_KILLS, SWAP_KILLS = 40, 10

@@ -24,9 +24,9 @@ from tests.fault import circumstances
 from tests.fault.launching import through
 from tests.fault.matrix import Neighbour, Row, left, pool_at, settled
 from tests.fault.matrix import held as held_of
-from tests.nodes import until
 from tests.origin_server import Handler, origin_server, write_chained_bundle
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S, until
 
 WIDTH = 1 << 18
 # What somebody else writes.
@@ -84,6 +84,8 @@ def test_shared_memory_that_somebody_else_fills_refuses_what_is_not_in_it(
     with in_little_room(tmp_path, monkeypatch, SHARED_MEMORY, *flags) as box:
         for path in (scaled, tmp_path / "one", tmp_path / "other"):
             box.admin.push(path)
+        # Whoever is not asked for a while leaves for the other two, and cannot come back where somebody else has filled the rest.
+        box.admin.post("models/scaled/pin")
         settled(box)
         before, engine = held_of(box), box.await_engine()
         memory = as_seen_by(box, SHARED_MEMORY)
@@ -120,9 +122,11 @@ def test_shared_memory_smaller_than_the_budget_is_not_used(
     write_adding_bundle(tmp_path / "large", "large", [3.0] * (8 * WIDTH))
     write_adding_bundle(tmp_path / "larger", "larger", [4.0] * (16 * WIDTH))
     with in_little_room(tmp_path, monkeypatch, SHARED_MEMORY, "--memory-budget", "64MiB") as box:
-        for path in (scaled, tmp_path / "large", tmp_path / "larger"):
-            box.admin.push(path)
+        # Before there are others to be tried, which takes seconds for what is that large.
+        box.admin.push(scaled)
         settled(box)
+        for name in ("large", "larger"):
+            box.admin.push(tmp_path / name)
         with Neighbour(row, box.socket) as neighbour, filled(as_seen_by(box, SHARED_MEMORY)):
             for name in ("large", "larger"):
                 row.attempts += 1
@@ -148,7 +152,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_pull_keeps_nothing_of_it(
         with filled(disk), contextlib.suppress(OSError):
             handler.wfile.write(content[len(content) // 2 :])
             handler.wfile.flush()
-            assert ended.wait(60)
+            assert ended.wait(PATIENCE_S)
 
     with (
         origin_server(root) as server,

@@ -17,8 +17,8 @@ from trunkline.errors import QueueFull
 from sidecar.machine import raise_descriptor_limit
 from tests.fault.matrix import DESCRIPTORS_EACH, EXPECTED, Neighbour, Row, held_by, pool_at
 from tests.fault.wire import connected
-from tests.nodes import until
 from tests.sidecar_process import SidecarProcess
+from tests.waiting import PATIENCE_S, until
 
 CLIENTS = 1000
 # The default.
@@ -77,7 +77,7 @@ def silent(path: Path, count: int) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join(60)
+        thread.join(PATIENCE_S)
         for sock in held.values():
             sock.close()
 

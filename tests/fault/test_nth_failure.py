@@ -29,7 +29,7 @@ from sidecar.verdicts import Verdicts
 from tests.fakes import Running, running_server
 from tests.fault.matrix import EXPECTED, Row, pool_at
 from tests.integration.test_sharing import ask
-from tests.nodes import until
+from tests.waiting import until
 
 X = np.ones((1, 8), np.float32)
 BUDGET_BYTES = 4 << 20

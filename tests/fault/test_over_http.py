@@ -16,6 +16,7 @@ from trunkline.pool import Pool
 from tests.fault.test_processes import Load, check_restarts, eventually, gone
 from tests.integration.test_admin_http import free_port
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_restart_is_the_socket_s_end_and_its_beginning(sidecar: SidecarProcess
     eventually(lambda: load.answered > 5, "no answers")
     for kill in (signal.SIGKILL, signal.SIGTERM):
         sidecar.process.send_signal(kill)
-        sidecar.process.wait(30)
+        sidecar.process.wait(PATIENCE_S)
         sidecar.start()
         eventually(lambda: (load._pool.address or "").startswith("unix:"), "not over the socket")
     load.stop()

@@ -18,12 +18,13 @@ from trunkline.errors import Quarantined, TrunklineError
 from trunkline.pool import Pool
 
 from sidecar.errors import NotQuarantined
+from sidecar.quarantine import FIRST_S
 from sidecar.tenants import hash_of
 from tests.fault import poisoned
 from tests.fault.launching import through
 from tests.fault.matrix import EXPECTED, Neighbour, Row, pool_at, settled, write_scaled
-from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import until
 
 WATCHDOG_S = 1.0
 # Each costs two engines, then it is refused, with its model.
@@ -80,7 +81,10 @@ def is_answered(name: str, pool: Pool) -> bool:
 
 
 def check_poison(box: SidecarProcess, row: Row, pool: Pool, folder: Path, names: list[str], number: float) -> None:
-    """Ask each model with a number that is poison: it costs two engines; others, also of the same tenant, lose nothing."""
+    """Ask each model with a number that is poison: it costs two engines; others, also of the same tenant, lose nothing.
+
+    And one engine more for each time that it was refused for, if its client comes back later than that.
+    """
     poison = X.copy()
     poison[0, 3] = number
     for name in names:
@@ -88,19 +92,21 @@ def check_poison(box: SidecarProcess, row: Row, pool: Pool, folder: Path, names:
         settled(box, name)
     with Neighbour(row, box.socket, threads=2) as neighbour:
         for name in names:
-            before = generation(box)
+            before, before_refused = generation(box), told(box, "quarantines_total")
             row.attempts += 1
             with pytest.raises(Quarantined) as refused:
                 Model(name, pool).call({"x": poison}, deadline_s=DEADLINE_S, call_id=f"poison of {name}")
-            assert 0 < float(refused.value.details["retry_after_s"]) <= 1.0
             neighbour.await_answers()
-            assert generation(box) == before + 2
+            times, wait_s = told(box, "quarantines_total") - before_refused, float(refused.value.details["retry_after_s"])
+            assert times
+            assert 0 < wait_s <= FIRST_S * 2 ** (times - 1)
+            assert generation(box) == before + 1 + times
             # The same tenant's other models; and with an input that is none, its client waits until one is let through.
             row.answered += 2
             row.wrong += not is_answered("scaled", pool)
+            time.sleep(max(0.0, wait_s - FIRST_S))
             row.wrong += not is_answered(name, pool)
-            assert generation(box) == before + 2
-    assert told(box, "quarantines_total") == len(names)
+            assert generation(box) == before + 1 + times
     log = box.log.read_text()
     for name in names:
         assert f"while it computed {name} for anyone (call poison of {name})" in log
@@ -131,14 +137,15 @@ def test_an_operator_sees_what_is_refused_and_has_it_forgotten(box: SidecarProce
     poison[0, 3] = poisoned.KILLS
     row.attempts += 1
     assert box.admin.get("quarantine") == {"quarantine": []}
-    for times in range(3):
-        # Each time it is refused for twice as long: for four seconds in the end, which no client waits out.
+    for times in range(4):
+        # Each time it is refused for twice as long: for eight seconds in the end, which no client waits out.
         until(lambda: all(each["state"] == "alone" for each in box.admin.get("quarantine")["quarantine"]))
         with pytest.raises(Quarantined):
             Model("scaled", pool).call({"x": poison}, deadline_s=DEADLINE_S, call_id=f"poison {times}")
     (found,) = box.admin.get("quarantine")["quarantine"]
     assert (found["tenant"], found["model"], found["state"], found["certain"]) == ("anyone", "scaled", "refused", True)
-    assert 1 < found["refused_for_s"] <= 4
+    # Once more for each time that its client came back later than that.
+    assert 1 < found["refused_for_s"] <= FIRST_S * 2 ** (told(box, "quarantines_total") - 1)
     with pytest.raises(Quarantined):
         Model("scaled", pool).call({"x": X})
     assert box.admin.delete(f"quarantine/{found['id']}")["lifted"][0]["id"] == found["id"]
@@ -182,7 +189,7 @@ def test_a_request_that_does_not_end_is_ended_twice_and_is_refused(
 ) -> None:
     names = [f"hanger-{number}" for number in range(row.count(HANGERS, push=PUSH_HANGERS))]
     check_poison(box, row, pool, tmp_path / "bundles", names, poisoned.HANGS)
-    assert told(box, "watchdog_kills_total") == 2 * len(names)
+    assert told(box, "watchdog_kills_total") == len(names) + told(box, "quarantines_total")
     # As soon as it may: a stage that was tried has no ten times as long.
     assert row.longest_stall_s < 10 * WATCHDOG_S
     assert f"{WATCHDOG_S:.1f} s are allowed" in box.log.read_text()
@@ -221,6 +228,6 @@ def test_kills_by_hand_lose_nothing_however_slow_the_work(box: SidecarProcess, r
         stopping.set()
         for each in asking:
             each.result(DEADLINE_S)
-    row.lost += len(errors)
+    row.lose(*errors)
     assert not errors
     assert "the next such request is run alone" in box.log.read_text()

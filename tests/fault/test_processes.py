@@ -22,14 +22,13 @@ from sidecar.segment import SHARED_MEMORY, segment_name
 from tests.fault.matrix import Neighbour, Row, held
 from tests.segments import PAGE
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S, soon
 
 # A start of everything takes some four seconds, most of which torch's import.
 ENGINE_KILLS, SIDECAR_KILLS, PUSH_SIDECAR_KILLS = 100, 25, 18
 SEED = 4
 # For that many restarts, on a machine that may have others at work.
 LATE_S = 900
-# Of a call, which has to outlast two restarts of everything on a busy machine.
-PATIENCE_S = 120.0
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def gone(pid: int) -> bool:
 
 
 def eventually(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = soon()
     while not holds():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
@@ -207,7 +206,7 @@ def check_restarts(sidecar: SidecarProcess) -> None:
     for kill in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
         before = load.answered
         sidecar.process.send_signal(kill)
-        sidecar.process.wait(30)
+        sidecar.process.wait(PATIENCE_S)
         sidecar.start()
         eventually(lambda before=before: load.answered > before + 4, "no answers after the restart")
     load.stop()
@@ -259,13 +258,13 @@ def test_the_probe_follows_the_engine(sidecar: SidecarProcess) -> None:
     def probe(*flags: str) -> int:
         environment = child_environment() | {"TRUNKLINE_RUN_DIR": str(sidecar.run_dir)}
         return subprocess.run(
-            [sys.executable, "-m", "sidecar.probe", *flags], env=environment, timeout=60, check=False
+            [sys.executable, "-m", "sidecar.probe", *flags], env=environment, timeout=PATIENCE_S, check=False
         ).returncode
 
     assert (probe(), probe("--live")) == (0, 0)
     # One that an operator drains is not ready, and not to be killed for it.
     drain = [sys.executable, "-m", "sidecar", "--admin", f"unix:{sidecar.run_dir / 'admin.sock'}", "drain"]
-    subprocess.run(drain, env=child_environment(), timeout=60, check=True)
+    subprocess.run(drain, env=child_environment(), timeout=PATIENCE_S, check=True)
     assert (probe(), probe("--live")) == (1, 0)
     sidecar.stop()
     assert (probe(), probe("--live")) == (1, 1)
@@ -278,7 +277,7 @@ def test_a_store_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
         [sys.executable, "-m", "sidecar", "serve", *flags],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
         env=child_environment(),
     )
@@ -290,7 +289,9 @@ def test_a_store_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.row("F30")
 def test_a_second_sidecar_in_one_place_is_refused(row: Row, sidecar: SidecarProcess) -> None:
     row.attempts += 1
-    second = subprocess.run(sidecar.command(), capture_output=True, text=True, timeout=60, check=False, env=child_environment())
+    second = subprocess.run(
+        sidecar.command(), capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=child_environment()
+    )
     assert second.returncode == 1
     assert "a sidecar is running in" in second.stderr
     assert sidecar.await_engine()

@@ -22,6 +22,7 @@ from trunkline.pool import Pool
 from sidecar.quotas import read_quotas
 from tests.bundles import write_adding_bundle
 from tests.sidecar_process import ROOT, SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S, soon
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -45,19 +46,24 @@ class Box:
             "TRUNKLINE_ADMIN": f"unix:{self.folder}/run/admin.sock",
         }
         ran = subprocess.run(
-            [sys.executable, "-m", "sidecar", *words], env=environment, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-m", "sidecar", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
         )
         assert ran.returncode == code, ran.stderr
         return ran.stdout if not code else ran.stderr
 
     def connect(self, token: str) -> Connection:
-        return Connection(str(self.sidecar.socket), token=token.strip().encode(), deadline=time.monotonic() + 30)
+        return Connection(str(self.sidecar.socket), token=token.strip().encode(), deadline=soon())
 
     def tenants(self) -> dict[str, Any]:
         return {entry["name"]: entry for entry in self.sidecar.admin.get("tenants")["tenants"]}
 
     def logged(self, text: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = soon()
         while text not in self.sidecar.log.read_text():
             assert time.monotonic() < deadline, self.sidecar.log.read_text()
             time.sleep(0.02)
@@ -86,7 +92,7 @@ def restart_engine(box: Box) -> None:
 
 
 def through(path: Path, token: str = "") -> Connection:
-    return Connection(str(path), token=token.strip().encode(), deadline=time.monotonic() + 30)
+    return Connection(str(path), token=token.strip().encode(), deadline=soon())
 
 
 def test_a_tenant_has_a_socket_of_its_own_and_no_other(box: Box) -> None:
@@ -97,7 +103,7 @@ def test_a_tenant_has_a_socket_of_its_own_and_no_other(box: Box) -> None:
 
     def only_search_comes_in() -> None:
         with contextlib.closing(through(path, search)) as connection:
-            connection.describe("adder", time.monotonic() + 30)
+            connection.describe("adder", soon())
         for token in ("", "guess", vision, admin):
             with pytest.raises(errors.Unauthorized):
                 through(path, token)
@@ -131,7 +137,7 @@ def test_a_tenant_has_a_socket_of_its_own_and_no_other(box: Box) -> None:
     box.trunkline("tenant", "rm", "bare")
     assert not bare.parent.exists()
     with pytest.raises(errors.TransportError), contextlib.closing(held):
-        held.describe("adder", time.monotonic() + 30)
+        held.describe("adder", soon())
     only_search_comes_in()
     assert box.sidecar.stop() == 0
     assert [each.name for each in path.parents[1].iterdir()] == ["search"]
@@ -145,7 +151,7 @@ def test_a_token_counts_from_its_tenants_uid_only(box: Box) -> None:
     for key, number in (("uid", os.getuid()), ("gid", os.getgid())):
         box.quotas.write_text(f"{text}{key} = {number}\n")
         box.sidecar.admin.post("quotas/reload")
-        held.describe("adder", time.monotonic() + 30)
+        held.describe("adder", soon())
         box.connect(vision).close()
     for key, number in (("gid", os.getgid() + 1), ("uid", os.getuid() + 1)):
         box.quotas.write_text(f"{text}{key} = {number}\n")
@@ -154,7 +160,7 @@ def test_a_token_counts_from_its_tenants_uid_only(box: Box) -> None:
             box.connect(vision)
         box.logged(f"vision is bound to uid {'None' if key == 'gid' else number}")
     with pytest.raises(errors.TransportError), contextlib.closing(held):
-        held.describe("adder", time.monotonic() + 30)
+        held.describe("adder", soon())
 
 
 def test_tenants_come_and_go_while_the_sidecar_runs(box: Box) -> None:
@@ -174,7 +180,7 @@ def test_tenants_come_and_go_while_the_sidecar_runs(box: Box) -> None:
         text = box.quotas.read_text()
         box.quotas.write_text(text.replace("connections = 2", "connections = 1"))
         box.sidecar.process.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + 60
+        deadline = soon()
         while box.tenants()["vision"]["connection_limit"] != 1:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -199,7 +205,7 @@ def test_tenants_come_and_go_while_the_sidecar_runs(box: Box) -> None:
         with contextlib.closing(box.connect(vision)):
             pass
         with contextlib.suppress(errors.ConnectionLost):
-            held.describe("adder", time.monotonic() + 5)
+            held.describe("adder", soon())
     box.quotas.write_text(box.quotas.read_text().replace("wieght = 3\n", ""))
     box.trunkline("tenant", "rm", "search")
     assert sorted(box.tenants()) == ["vision"]
@@ -235,7 +241,7 @@ def test_what_is_not_allowed_is_told_as_what_is_not_there(box: Box) -> None:
     with contextlib.closing(box.connect(token)) as connection:
         for name in ("adder", "absent", "none-such"):
             with pytest.raises(errors.UnknownModel) as refused:
-                connection.describe(name, time.monotonic() + 30)
+                connection.describe(name, soon())
             told.append(str(refused.value.to_dict()).replace(name, "NAME"))
     assert told[0] == told[1] == told[2]
 

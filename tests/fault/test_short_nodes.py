@@ -18,8 +18,8 @@ from tests.fault.launching import through
 from tests.fault.matrix import EXPECTED, Neighbour, Row, held_by, left, pool_at, settled
 from tests.fault.matrix import held as held_of
 from tests.fault.wire import Refused, Wire, infer
-from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import until
 
 X = np.ones((1, 8), np.float32)
 

@@ -14,6 +14,7 @@ from trunkline.admin import AdminConnection
 from tests.bundles import write_adding_bundle
 from tests.fault.matrix import EXPECTED, Row, descendants, pool_at
 from tests.sidecar_process import SidecarProcess
+from tests.waiting import PATIENCE_S
 
 # Of a push, as many as in half a minute on two quiet cores; in a night as many as in hours.
 CALLS, PUSH_CALLS = 100_000, 40_000
@@ -96,7 +97,7 @@ def test_memory_does_not_grow_with_calls(row: Row, steady: SidecarProcess, tmp_p
     finally:
         load.stopping.set()
         for thread in load.threads:
-            thread.join(60)
+            thread.join(PATIENCE_S)
     assert load.failures == []
     warm = np.array([each for each in samples if each[0] >= WARM * load.calls], float)
     assert len(warm) > 10, "there is nothing to draw a line through"

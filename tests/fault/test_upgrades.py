@@ -21,14 +21,12 @@ from sidecar.segment import SHARED_MEMORY, segment_name
 from sidecar.tenants import hash_of
 from tests.fault.matrix import EXPECTED, Neighbour, Row, descendants, pool_at, write_scaled
 from tests.integration.test_admin_http import free_port
-from tests.nodes import until
 from tests.sidecar_process import Process, SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S, until
 
 # Starts of real sidecars, one after the other, on a machine that may have others at work.
 pytestmark = pytest.mark.timeout(900)
 
-# Of an upgrade on a busy machine.
-PATIENCE_S = 120
 UPGRADES = 20
 KILLS = 3
 
@@ -263,8 +261,8 @@ def test_functions_without_a_socket_go_on_over_http(
             try:
                 row.wrong += not np.array_equal(model.call({"x": x}, deadline_s=PATIENCE_S), x * EXPECTED)
                 row.answered += 1
-            except TrunklineError:
-                row.lost += 1
+            except TrunklineError as error:
+                row.lose(error)
         pool.close()
 
     with sidecar_process(tmp_path, "--admin-port", str(port)) as box, ThreadPoolExecutor(1) as threads:

@@ -23,6 +23,7 @@ from sidecar.store import Store
 from tests.bundles import write_adding_bundle
 from tests.fault.test_processes import eventually, gone
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S
 
 X = np.zeros((1, 2), np.float32)
 KILLS = 4
@@ -72,7 +73,7 @@ def test_a_release_outlives_engine_and_supervisor(sidecar: SidecarProcess) -> No
     assert asked("m:2") == "2"
     release(sidecar, {"default": "2"})
     sidecar.process.kill()
-    sidecar.process.wait(30)
+    sidecar.process.wait(PATIENCE_S)
     sidecar.start()
     assert [asked(), asked("m:1"), asked("m:3")] == ["2", "1", "3"]
 
@@ -120,5 +121,5 @@ def test_whoever_is_killed_while_versions_are_released(sidecar: SidecarProcess, 
         finally:
             stop.set()
         for each in asking:
-            each.result(60)
+            each.result(PATIENCE_S)
     assert Store(sidecar.store_dir, sweep=False).release("m") == Release({str(turns % 3 + 1): 1})

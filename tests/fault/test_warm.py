@@ -16,8 +16,8 @@ from trunkline.pool import Pool
 
 from sidecar.segment import SHARED_MEMORY, segment_name
 from tests.fault.matrix import until_tried, write_model
-from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import until
 
 WIDTH = 512
 # Of each model: between its two large weights it is narrow.

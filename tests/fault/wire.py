@@ -17,8 +17,8 @@ from typing import Final
 from trunkline import protocol
 from trunkline.protocol import Fault, Hello, Infer, Message, Placement, Welcome
 
-# Of an answer; a bound that is far off.
-PATIENCE_S: Final = 60.0
+from tests.waiting import PATIENCE_S
+
 # linux/falloc.h, linux/mman.h, linux/fcntl.h.
 _KEEP_SIZE_AND_PUNCH_HOLE: Final = 0x01 | 0x02
 _MADV_REMOVE: Final = 9

@@ -12,6 +12,7 @@ from trunkline import client
 from trunkline.protocol import TensorSpec
 
 from tests.fakes import FakeSource, Running, bundle_of, running_server
+from tests.forms import prefer
 from tests.nodes import Node
 
 TRUNK = b"t" * 100
@@ -50,6 +51,8 @@ def running(
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
     monkeypatch.setenv("TRUNKLINE_SOCKET", str(tmp_path / "trunkline.sock"))
+    # What fits into a budget is not for a clock to decide.
+    prefer(monkeypatch, "blocked", "packed")
     made = Node(tmp_path)
     yield made
     client._pool.close()

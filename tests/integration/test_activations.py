@@ -22,7 +22,7 @@ from sidecar.verdicts import Verdicts
 from tests.fakes import FakeDevice, Running, bundle_of
 from tests.integration.test_sharing import at_once, counted, deploy, serving
 from tests.networks import agrees, network
-from tests.nodes import until
+from tests.waiting import PATIENCE_S, until
 
 FLOAT = 4
 
@@ -110,7 +110,7 @@ class Reckoned:
         self.made.stop()
         thread = threading.Thread(target=self.made.run)
         thread.start()
-        thread.join(60)
+        thread.join(PATIENCE_S)
         for each in self._posted:
             each()
         self._posted.clear()

@@ -28,6 +28,7 @@ from sidecar.config import load_settings
 from sidecar.errors import BundleError, ConfigError, StoreFull
 from sidecar.http.server import AdminServer, EnginePool, listen_tcp, listen_unix
 from tests.bundles import write_adding_bundle
+from tests.waiting import PATIENCE_S, soon
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +75,7 @@ class HttpServer:
         code = (limited if file_limit_bytes else "") + before + SERVE
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
-        deadline = time.monotonic() + 60
+        deadline = soon()
         while not self._answers():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -83,14 +84,15 @@ class HttpServer:
     def _answers(self) -> bool:
         try:
             return (
-                requests_unixsocket.get(f"http+unix://{quote(str(self.socket), safe='')}/healthz", timeout=5).status_code == 200
+                requests_unixsocket.get(f"http+unix://{quote(str(self.socket), safe='')}/healthz", timeout=PATIENCE_S).status_code
+                == 200
             )
         except requests.RequestException:
             return False
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
+        self.process.wait(PATIENCE_S)
 
 
 @pytest.fixture
@@ -106,12 +108,12 @@ def test_both_addresses_answer_and_only_loopback_names_are_taken(server: HttpSer
     for address in (f"unix:{server.socket}", server.url):
         with AdminClient(address) as client, pytest.raises(SidecarUnavailable, match="the engine does not answer"):
             client.get("status")
-    ready = requests.get(f"{server.url}/readyz", timeout=30)
+    ready = requests.get(f"{server.url}/readyz", timeout=PATIENCE_S)
     assert ready.status_code == 503
     assert ready.headers["Retry-After"] == "1"
     assert str(server.run_dir) not in ready.text
-    assert requests.get(f"{server.url}/healthz", headers={"Host": "localhost:1"}, timeout=5).ok
-    rebound = requests.get(f"{server.url}/healthz", headers={"Host": "evil.example"}, timeout=5)
+    assert requests.get(f"{server.url}/healthz", headers={"Host": "localhost:1"}, timeout=PATIENCE_S).ok
+    rebound = requests.get(f"{server.url}/healthz", headers={"Host": "evil.example"}, timeout=PATIENCE_S)
     assert rebound.status_code == 400
     assert rebound.json()["error"]["code"] == "invalid_input"
 
@@ -119,10 +121,10 @@ def test_both_addresses_answer_and_only_loopback_names_are_taken(server: HttpSer
 def test_no_header_says_which_route_or_scheme_is_meant(server: HttpServer) -> None:
     over_socket = f"http+unix://{quote(str(server.socket), safe='')}"
     for get, base in ((requests_unixsocket.get, over_socket), (requests.get, server.url)):
-        assert get(f"{base}/v2/healthz", headers={"SCRIPT_NAME": "/v2"}, timeout=5).status_code == 404
-        assert get(f"{base}/healthz", headers={"SCRIPT_NAME": "/v2"}, timeout=5).status_code == 200
+        assert get(f"{base}/v2/healthz", headers={"SCRIPT_NAME": "/v2"}, timeout=PATIENCE_S).status_code == 404
+        assert get(f"{base}/healthz", headers={"SCRIPT_NAME": "/v2"}, timeout=PATIENCE_S).status_code == 200
     origin = {"Origin": server.url.replace("http", "https", 1), "Content-Type": "application/json"}
-    answer = requests.post(f"{server.url}/admin/v1/resume", headers=origin | {"X-Forwarded-Proto": "https"}, timeout=5)
+    answer = requests.post(f"{server.url}/admin/v1/resume", headers=origin | {"X-Forwarded-Proto": "https"}, timeout=PATIENCE_S)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_input")
 
 
@@ -176,7 +178,7 @@ def test_bodies_in_chunks_are_refused_whole(server: HttpServer) -> None:
         f"{server.url}/admin/v1/store/gc",
         data=iter([b'{"dry_run": true}']),
         headers={"Content-Type": "application/json"},
-        timeout=30,
+        timeout=PATIENCE_S,
     )
     assert answer.status_code == 400
     assert "Content-Length" in answer.json()["error"]["message"]
@@ -187,7 +189,7 @@ def test_those_who_fall_silent_in_the_middle_do_not_hold_the_endpoint(server: Ht
     for each in silent:
         each.sendall(b"GET /healthz HT")
     try:
-        assert requests.get(f"{server.url}/healthz", timeout=60).ok
+        assert requests.get(f"{server.url}/healthz", timeout=PATIENCE_S).ok
     finally:
         for each in silent:
             each.close()
@@ -276,7 +278,7 @@ def test_a_command_that_takes_long_holds_up_no_other() -> None:
 
         def command(self, name: str, arguments: dict[str, object] | None = None) -> object:
             if name == "load":
-                assert second_ran.wait(20)
+                assert second_ran.wait(PATIENCE_S)
             elif name == "status":
                 second_ran.set()
             elif name == "unknown":
@@ -289,7 +291,7 @@ def test_a_command_that_takes_long_holds_up_no_other() -> None:
     while len(made) < 1:
         time.sleep(0.001)
     pool.command("status")
-    loading.join(20)
+    loading.join(PATIENCE_S)
     assert len(made) == 2
     with pytest.raises(TrunklineError):
         pool.command("unknown")
@@ -307,23 +309,23 @@ def test_inferences_that_wait_leave_threads_to_others(folder: Path) -> None:
     answers: queue.Queue[Any] = queue.Queue()
 
     def ask() -> None:
-        answers.put(requests.post(f"{server.url}/v2/models/m/infer", data=b"{}", timeout=60))
+        answers.put(requests.post(f"{server.url}/v2/models/m/infer", data=b"{}", timeout=PATIENCE_S))
 
     threads = [threading.Thread(target=ask) for _ in range(20)]
     for thread in threads:
         thread.start()
     # One caller may have 16 under way.
-    refused = [answers.get(timeout=60) for _ in range(4)]
+    refused = [answers.get(timeout=PATIENCE_S) for _ in range(4)]
     assert {answer.status_code for answer in refused} == {503}
     assert {answer.json()["code"] for answer in refused} == {"queue_full"}
     assert {answer.headers["Retry-After"] for answer in refused} == {"1"}
-    assert requests.get(f"{server.url}/v2/health/live", timeout=60).json() == {"live": True}
-    assert requests.get(f"{server.url}/healthz", timeout=60).ok
+    assert requests.get(f"{server.url}/v2/health/live", timeout=PATIENCE_S).json() == {"live": True}
+    assert requests.get(f"{server.url}/healthz", timeout=PATIENCE_S).ok
     assert answers.empty()
     path.unlink()
     engine.close()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     ended = [answers.get_nowait() for _ in range(16)]
     assert {answer.json()["code"] for answer in ended} == {"sidecar_unavailable"}
     assert {answer.status_code for answer in ended} == {503}
@@ -332,7 +334,7 @@ def test_inferences_that_wait_leave_threads_to_others(folder: Path) -> None:
 
 def test_an_inference_that_is_too_long_is_refused_before_it_is_read(server: HttpServer) -> None:
     for size, told in ((1 << 40, "1099511627776 bytes, at most 83886080"), (20 << 20, "20971520 bytes, at most 16777216")):
-        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=PATIENCE_S)
         connection.putrequest("POST", "/v2/models/m/infer")
         connection.putheader("Content-Length", str(size))
         connection.endheaders()

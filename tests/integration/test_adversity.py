@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from trunkline.protocol import Infer, Placement, TensorSpec
 from sidecar.pins import Pins
 from sidecar.wavefront import Wavefront
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, bundle_of, running_server, weight_of
+from tests.waiting import PATIENCE_S, soon, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -36,17 +36,6 @@ def connect(running: Running) -> Connection:
     return Connection(running.path, deadline=soon())
 
 
-def soon() -> float:
-    return time.monotonic() + 20
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 class Held:
     """Keeps the device from finishing what it runs, until released."""
 
@@ -56,12 +45,12 @@ class Held:
 
         def hold() -> None:
             self.entered.set()
-            self.leave.wait(20)
+            self.leave.wait(PATIENCE_S)
 
         running.device.on_run = hold
         self.thread = threading.Thread(target=lambda: model("pair")(X))
         self.thread.start()
-        assert self.entered.wait(20)
+        assert self.entered.wait(PATIENCE_S)
 
     def release(self) -> None:
         self.running.device.on_run = lambda: None
@@ -303,7 +292,7 @@ def test_a_weight_that_failed_for_one_model_is_tried_again_for_the_next(running:
     good = running.source.blobs[trunk]
     running.source.blobs[trunk] = b"x"
     released = threading.Event()
-    running.source.before_read = lambda digest: None if digest != slow else released.wait(20) and None  # type: ignore[func-returns-value]
+    running.source.before_read = lambda digest: None if digest != slow else released.wait(PATIENCE_S) and None  # type: ignore[func-returns-value]
     large: list[object] = []
 
     def load_large() -> None:
@@ -325,7 +314,7 @@ def test_a_weight_that_failed_for_one_model_is_tried_again_for_the_next(running:
         each.start()
     released.set()
     for each in (thread, *calls):
-        each.join(20)
+        each.join(PATIENCE_S)
         assert not each.is_alive()
     assert large
     running.source.blobs[trunk] = good

@@ -18,6 +18,7 @@ from sidecar.http.access import OPERATE, READ, Gate, Principal
 from sidecar.http.admin import create_app
 from sidecar.http.audit import _BURST, SharedFile
 from sidecar.store import Store
+from tests.waiting import PATIENCE_S
 
 DIGEST = "0" * 64
 
@@ -189,7 +190,7 @@ def test_workers_append_to_one_file_and_lose_no_line(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE_S)
         assert worker.exitcode == 0
     file.close()
     files = [each for each in tmp_path.iterdir() if each.suffix != ".lock"]

@@ -22,7 +22,7 @@ from tests.asking import called, submitted
 from tests.fakes import FakeDevice, FakeSource, Running, running_server, weight_of
 from tests.integration.conftest import TRUNK
 from tests.integration.test_sharing import ask
-from tests.nodes import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 

@@ -17,7 +17,7 @@ from trunkline.admin import AdminConnection
 from sidecar.slices import ITEMS, Slices
 from sidecar.tenants import Quotas, Tenant
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, bundle_of, running_server
-from tests.nodes import until
+from tests.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -72,7 +72,7 @@ class Told:
             self.answer = error
 
     def wait(self) -> Any:
-        self.thread.join(60)
+        self.thread.join(PATIENCE_S)
         self.connection.close()
         return self.answer
 
@@ -84,7 +84,7 @@ def push(running: Running, name: str, contents: list[bytes], version: str = "1")
 
 def test_others_are_answered_while_a_large_model_is_deployed(running: Running, gate: Gate) -> None:
     told = push(running, "large", LARGE)
-    assert gate.begun.wait(60)
+    assert gate.begun.wait(PATIENCE_S)
     # A slice of it is done, and the rest waits: whoever asks does not.
     assert (model("small")(X) == 6).all()
     assert told.answer is None
@@ -102,7 +102,7 @@ def test_the_version_before_serves_until_the_next_is_there_whole(running: Runnin
     gate.opened.clear(), gate.begun.clear()
     gate.count = 0
     told = push(running, "large", LARGE[1:], version="2")
-    assert gate.begun.wait(60)
+    assert gate.begun.wait(PATIENCE_S)
     assert (model("large")(X) == 1 + sum(map(sum, LARGE))).all()
     gate.opened.set()
     assert told.wait()["version"] == "2"
@@ -111,7 +111,7 @@ def test_the_version_before_serves_until_the_next_is_there_whole(running: Runnin
 
 def test_what_is_removed_meanwhile_is_gone_in_the_end(running: Running, gate: Gate) -> None:
     told = push(running, "large", LARGE)
-    assert gate.begun.wait(60)
+    assert gate.begun.wait(PATIENCE_S)
     del running.source.bundles["large"]
     removed = Told(running, "model_removed", "large")
     gate.opened.set()
@@ -124,7 +124,7 @@ def test_what_is_removed_meanwhile_is_gone_in_the_end(running: Running, gate: Ga
 def test_whoever_leaves_meanwhile_is_not_told_and_the_model_is_deployed(running: Running, gate: Gate) -> None:
     running.source.put(bundle_of("large", LARGE), LARGE)
     told = Told(running, "model_changed", "large")
-    assert gate.begun.wait(60)
+    assert gate.begun.wait(PATIENCE_S)
     assert told.connection._connection is not None
     told.connection._connection._channel._socket.shutdown(socket.SHUT_RDWR)
     until(lambda: running.engine._sliced[0].session.__class__.__name__ == "_Awaited")
@@ -137,11 +137,11 @@ def test_whoever_leaves_meanwhile_is_not_told_and_the_model_is_deployed(running:
 
 def test_domains_that_change_meanwhile_are_those_it_is_deployed_in(running: Running, gate: Gate) -> None:
     told = push(running, "large", LARGE)
-    assert gate.begun.wait(60)
+    assert gate.begun.wait(PATIENCE_S)
     tenants = {name: Tenant(name=name, domain=name, models=("*",)) for name in ("a", "b")}
     changed = threading.Event()
     running.server.use_quotas(Quotas(tenants=tenants), changed.set)
-    assert changed.wait(60)
+    assert changed.wait(PATIENCE_S)
     gate.opened.set()
     assert sorted(each["name"] for each in told.wait()["deployed"]) == ["large@a", "large@b"]
     until(lambda: sorted(running.engine.names()) == ["large@a", "large@b", "small@a", "small@b"])
@@ -150,7 +150,7 @@ def test_domains_that_change_meanwhile_are_those_it_is_deployed_in(running: Runn
 
 def test_an_engine_that_drains_finishes_what_it_began(running: Running, gate: Gate) -> None:
     told = push(running, "large", LARGE)
-    assert gate.begun.wait(60)
+    assert gate.begun.wait(PATIENCE_S)
     running.server.drain()
     running.engine.drain(running.server.stop)
     until(lambda: running.engine._draining)

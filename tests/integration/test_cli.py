@@ -32,6 +32,7 @@ from sidecar.cli.running import serve
 from sidecar.config import Settings, flag_of
 from tests.bundles import write_adding_bundle
 from tests.unit.test_drawing import TREE
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -370,7 +371,7 @@ def test_placement_tells_where_models_are_and_why(answers: Answers) -> None:
 
 def test_every_setting_has_the_flag_it_is_documented_with() -> None:
     flags = {name for option in serve.params for name in option.opts if isinstance(option, click.Option)}
-    assert flags == {flag_of(field.name) for field in fields(Settings)} | {"--config", "--take-over"}
+    assert flags == {flag_of(field.name) for field in fields(Settings)} | {"--config", "--take-over", "--stay"}
 
 
 def test_a_disk_that_refuses_a_bundle_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -571,7 +572,7 @@ def test_how_far_a_load_is_is_drawn_for_who_sees_it(answers: Answers, monkeypatc
         yield advance
 
     def post(client: AdminClient, path: str, body: object = None) -> Any:
-        assert looked.wait(60)
+        assert looked.wait(PATIENCE_S)
         return MODEL
 
     monkeypatch.setattr("sidecar.cli.loading._LOOK_S", 0.001)
@@ -591,7 +592,7 @@ def test_a_look_that_fails_leaves_the_load_alone(answers: Answers, monkeypatch: 
         raise UnknownModel("no m")
 
     def post(client: AdminClient, path: str, body: object = None) -> Any:
-        assert looked.wait(60)
+        assert looked.wait(PATIENCE_S)
         return MODEL
 
     monkeypatch.setattr("sidecar.cli.loading._LOOK_S", 0.001)
@@ -632,7 +633,7 @@ def test_completion_prints_a_script(shell: str, tmp_path: Path) -> None:
     assert f"_TRUNKLINE_COMPLETE={shell}_complete" in script
     if program := shutil.which(shell):
         (tmp_path / "script").write_text(script)
-        subprocess.run([program, "-n", str(tmp_path / "script")], check=True, timeout=60)
+        subprocess.run([program, "-n", str(tmp_path / "script")], check=True, timeout=PATIENCE_S)
 
 
 def completed(*words: str) -> list[str]:
@@ -696,7 +697,12 @@ def test_help_comes_without_torch_and_without_a_server() -> None:
     )
     path = f"{ROOT}:{ROOT}/template/python3-trunkline"
     shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env={"PYTHONPATH": path, "PATH": ""}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE_S,
+        env={"PYTHONPATH": path, "PATH": ""},
     )
     for command in main.commands:
         assert re.search(rf"^  {command} ", shown.stdout, re.MULTILINE)

@@ -29,9 +29,9 @@ from sidecar.cli.main import main
 from tests.bundles import write_adding_bundle
 from tests.integration.test_admin_http import free_port
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S, soon
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 120.0
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline"}
 # Sizes that stay where they are, and can be compared.
 WIDTH = 1000
@@ -225,7 +225,7 @@ def test_a_reader_that_leaves_is_no_traceback(sidecar: SidecarProcess) -> None:
         command = [sys.executable, "-m", "sidecar", "--admin", sidecar.admin.address, *words]
         reader, writer = os.pipe()
         os.close(reader)
-        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True, timeout=60)
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True, timeout=PATIENCE_S)
         os.close(writer)
         assert (ended.returncode, "Traceback" in ended.stderr, "Exception" in ended.stderr) == (1, False, False), ended.stderr
 
@@ -247,7 +247,7 @@ def test_bash_completes_the_names_of_models(sidecar: SidecarProcess, folder: Pat
         'echo "${COMPREPLY[@]}"\n'
     )
     environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRUNKLINE_ADMIN": sidecar.admin.address}
-    found = subprocess.run([bash, "-c", asking], env=environment, capture_output=True, text=True, check=True, timeout=120)
+    found = subprocess.run([bash, "-c", asking], env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert (found.stdout, found.stderr) == ("three\n", "")
 
 
@@ -261,7 +261,7 @@ class Terminal:
             os.execve(sys.executable, [sys.executable, "-m", "sidecar", *words], ENVIRONMENT | {"TERM": "xterm"} | environment)
 
     def read_until(self, is_there: Callable[[str], object]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = soon()
         while not is_there(self.screen):
             assert time.monotonic() < deadline, self.screen
             if select.select([self.descriptor], [], [], 1.0)[0]:

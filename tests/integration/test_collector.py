@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,10 @@ from trunkline.pool import Pool
 
 from tests.collector import Collector, Got, collector
 from tests.fault.matrix import write_scaled
-from tests.nodes import until
 from tests.sidecar_process import ROOT, SidecarProcess, sidecar_process
 from tests.template.test_template import TEMPLATE
 from tests.template.test_template import Running as Function
+from tests.waiting import PATIENCE_S, soon, until
 
 X = np.ones((2, 8), np.float32)
 HANDLER = """
@@ -139,7 +138,7 @@ def test_a_function_that_is_asked_over_http_is_one_trace(traced: Traced, tmp_pat
     (folder / "function" / "handler.py").write_text(HANDLER)
     function = Function(folder, {"TRUNKLINE_SOCKET": str(traced.running.socket)})
     headers = {"traceparent": parent(1), "X-Call-Id": "call-1"}
-    answer = requests.get(function.url, headers=headers, timeout=60)
+    answer = requests.get(function.url, headers=headers, timeout=PATIENCE_S)
     function.stop()
     assert answer.json() == (X * np.arange(8)).tolist()
     whole, *parts = traced.spans(1)
@@ -172,7 +171,7 @@ def test_an_inference_over_http_is_one_trace_of_two_processes(traced: Traced) ->
 
 
 def test_what_fails_is_told_with_its_code(traced: Traced) -> None:
-    deadline = time.monotonic() + 60
+    deadline = soon()
     with contextlib.closing(Connection(str(traced.running.socket), deadline=deadline)) as connection:
         with pytest.raises(UnknownModel):
             connection.infer("nobody", (), deadline, "call-4", traceparent=parent(4))
@@ -228,14 +227,14 @@ def test_a_collector_that_hangs_keeps_nobody_waiting(tmp_path: Path, bundle: Pat
 
     def hang() -> int:
         entered.set()
-        release.wait(60)
+        release.wait(PATIENCE_S)
         return 200
 
     with collector() as got:
         got.answer = hang
         with tracing(tmp_path, bundle, got, OTEL_BSP_MAX_QUEUE_SIZE="4", OTEL_EXPORTER_OTLP_TIMEOUT="60") as traced:
             traced.ask(20)
-            assert entered.wait(30)
+            assert entered.wait(PATIENCE_S)
             for number in range(21, 31):
                 assert np.array_equal(traced.ask(number), X * np.arange(8))
             # Four wait, six were dropped, of four spans each.
@@ -283,7 +282,7 @@ def started(code: str, tmp_path: Path, **environment: str) -> subprocess.Complet
         env=variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 
@@ -307,7 +306,7 @@ def test_a_sidecar_that_does_not_trace_imports_nothing_for_it() -> None:
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
     )
     path = f"{ROOT}:{ROOT}/template/python3-trunkline"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path}, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path}, timeout=PATIENCE_S)
 
 
 # --- its log ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tests.fakes import Running
 from tests.integration.test_lanes import asked_by_many
 from tests.integration.test_sharing import ask, deploy, serving
 from tests.networks import Network, agrees, network
+from tests.waiting import soon
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -77,7 +78,7 @@ def choice_of(running: Running) -> LaneChoice:
 
 
 def asks_until(running: Running, made: Network, so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = soon()
     while not so():
         assert time.monotonic() < deadline
         for each, inputs, given in asked_by_many(running, [made], 4):

@@ -16,10 +16,12 @@ from sidecar.trials import Trials
 from sidecar.verdicts import Verdicts
 from tests.asking import called, called_at_once
 from tests.fakes import FakeSource, Running
+from tests.forms import prefer, run_apart
 from tests.integration.test_domains import BOTH, change, names, quotas, serve
 from tests.integration.test_sharing import ask, counted
 from tests.networks import Network, agrees, network
-from tests.nodes import Node, moved, until
+from tests.nodes import Node, moved
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -51,12 +53,11 @@ def settle(running: Running) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("packed", [True, False])
-def test_siblings_share_a_trunk_in_one_domain_and_none_in_two(
-    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("form", ["plain", "packed", "blocked"])
+def test_siblings_share_a_trunk_in_one_domain_and_none_in_two(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Whatever is faster on this machine at this moment.
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: packed)
+    prefer(monkeypatch, form)
+    run_apart(monkeypatch)
     original = network("resnet")
     siblings = [original.tuned(f"sibling-{number}", number) for number in range(2)]
     inputs = original.inputs(1)
@@ -64,7 +65,7 @@ def test_siblings_share_a_trunk_in_one_domain_and_none_in_two(
         settle(running)
         shown = ask(running, "model", name="sibling-0@a")
         count = shown["stage_count"]
-        assert bool(shown["packed_stage_count"]) is packed
+        assert bool(shown["packed_stage_count"]) is (form != "plain")
         assert shown["shared_with"] == ["sibling-1@a"]
         weights = {name: set(deployed.weights) for name, deployed in running.engine._catalog.deployed.items()}
         assert weights["sibling-0@a"] & weights["sibling-1@a"]

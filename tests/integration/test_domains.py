@@ -22,7 +22,7 @@ from tests.asking import called, called_at_once, submitted
 from tests.fakes import FakeSource, Running, bundle_of, running_server, weight_of
 from tests.integration.conftest import TRUNK
 from tests.integration.test_sharing import ask, counted
-from tests.nodes import until
+from tests.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -55,7 +55,7 @@ def change(running: Running, asked: Quotas) -> None:
     """Have other quotas used, and wait until all is deployed that they ask for."""
     done = threading.Event()
     running.engine.use_quotas(asked, done.set)
-    assert done.wait(60)
+    assert done.wait(PATIENCE_S)
 
 
 def memory(running: Running) -> tuple[int, int]:
@@ -147,16 +147,16 @@ def test_what_is_public_follows_the_quotas(tmp_path: Path, source: FakeSource) -
 def test_nobody_is_refused_while_weights_become_public(tmp_path: Path, source: FakeSource) -> None:
     running_it, leave = threading.Event(), threading.Event()
     with serve(tmp_path, source) as running:
-        running.device.on_run = lambda: (running_it.set(), leave.wait(60))
+        running.device.on_run = lambda: (running_it.set(), leave.wait(PATIENCE_S))
         under_way = submitted(running, "age@b", X)
-        assert running_it.wait(60)
+        assert running_it.wait(PATIENCE_S)
         done = threading.Event()
         running.engine.use_quotas(quotas(("age",), a="*", b="*"), done.set)
         waiting = submitted(running, "age@b", X)
         leave.set()
         for each in (under_way, waiting):
             assert float(each.result()["y"][0, 0] - 1) == SUM["age"]
-        assert done.wait(60)
+        assert done.wait(PATIENCE_S)
         assert answer(running, "age@a") == SUM["age"]
         assert memory(running) == (103, 103)
 
@@ -388,9 +388,9 @@ def test_a_model_is_read_from_the_store_once_for_all_its_domains(
 def test_a_request_under_way_is_answered_though_its_domain_goes(tmp_path: Path, source: FakeSource) -> None:
     running_it, leave = threading.Event(), threading.Event()
     with serve(tmp_path, source) as running:
-        running.device.on_run = lambda: (running_it.set(), leave.wait(60))
+        running.device.on_run = lambda: (running_it.set(), leave.wait(PATIENCE_S))
         under_way = submitted(running, "age@b", X)
-        assert running_it.wait(60)
+        assert running_it.wait(PATIENCE_S)
         running.engine.use_quotas(quotas(a="*"))
         waiting = submitted(running, "gender@b", X)
         of_another = submitted(running, "age@a", X)
@@ -406,9 +406,9 @@ def test_a_request_under_way_is_answered_though_its_domain_goes(tmp_path: Path, 
 def test_a_request_that_waits_for_its_weights_is_answered_though_its_domain_goes(tmp_path: Path, source: FakeSource) -> None:
     reading, leave = threading.Event(), threading.Event()
     with serve(tmp_path, source) as running:
-        source.before_read = lambda digest: (reading.set(), leave.wait(60))
+        source.before_read = lambda digest: (reading.set(), leave.wait(PATIENCE_S))
         waiting = submitted(running, "age@b", X)
-        assert reading.wait(60)
+        assert reading.wait(PATIENCE_S)
         change(running, quotas(a="*"))
         leave.set()
         assert float(waiting.result()["y"][0, 0] - 1) == SUM["age"]
@@ -445,8 +445,8 @@ def test_nothing_is_lost_while_quotas_change(tmp_path: Path, source: FakeSource)
                 change(running, BOTH if turn % 2 else quotas(a="*", c="text"))
         finally:
             ended.set()
-        counts = [each.result(60) for each in steady]
-        answered, refused = other.result(60)
+        counts = [each.result(PATIENCE_S) for each in steady]
+        answered, refused = other.result(PATIENCE_S)
         assert min(counts) > 0
         status = ask(running, "status")["requests"]
         assert status["answered"] == sum(counts) + answered
@@ -472,19 +472,19 @@ def test_who_changes_quotas_is_told_when_all_is_deployed(
         running.engine.use_quotas(quotas(a="age gender text"), lambda: happened.append("first"))
         # This one is told as well, though others come into force before all of its models are there.
         running.engine.use_quotas(quotas(a="age text", b="age"), lambda: (happened.append("second"), ended.set()))
-        assert ended.wait(60)
+        assert ended.wait(PATIENCE_S)
         assert names(running) == ["age@a", "age@b", "text@a"]
         assert happened[-2:] == ["first", "second"]
         ended.clear()
         # With nothing to deploy at once.
         running.engine.use_quotas(quotas(a="age text", b="age"), ended.set)
-        assert ended.wait(60)
+        assert ended.wait(PATIENCE_S)
 
 
 def test_quotas_that_follow_each_other_quickly_end_as_the_last(tmp_path: Path, source: FakeSource) -> None:
     with serve(tmp_path, source) as running:
         hold = threading.Event()
-        running.engine._post(lambda: hold.wait(60))
+        running.engine._post(lambda: hold.wait(PATIENCE_S))
         for each in (quotas(b="*"), quotas(c="*"), quotas(a="age", c="*"), quotas(b="*", c="text")):
             running.engine.use_quotas(each)
         hold.set()
@@ -495,7 +495,7 @@ def test_quotas_that_follow_each_other_quickly_end_as_the_last(tmp_path: Path, s
 def test_a_model_that_was_pushed_before_its_turn_came_is_deployed_once(tmp_path: Path, source: FakeSource) -> None:
     with serve(tmp_path, source, quotas(a="age")) as running:
         catalog, hold = running.engine._catalog, threading.Event()
-        running.engine._post(lambda: hold.wait(60))
+        running.engine._post(lambda: hold.wait(PATIENCE_S))
         running.engine.use_quotas(quotas(a="*"))
         running.engine._post(lambda: (catalog.deploy("text"), catalog.publish()))
         hold.set()

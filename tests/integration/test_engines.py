@@ -31,7 +31,7 @@ from sidecar.placing import LOOK_EVERY_S, MOST_JOINT, Placing
 from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant, hash_of
 from tests.fakes import ADMIN_TOKEN, FakeDevice, FakeSource, Running, bundle_of, running_server
 from tests.integration.test_lanes import Gate
-from tests.nodes import until
+from tests.waiting import PATIENCE_S, until
 
 LATE = 30.0
 X = np.ones((1, 3), np.float32)
@@ -425,7 +425,7 @@ def test_what_a_connection_has_anywhere_ends_with_it(two: Two) -> None:
     assert engines is not None
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(lambda: model("age").call({"x": X}, deadline_s=0.2))
-        assert two.other.gate.entered.wait(5)
+        assert two.other.gate.entered.wait(PATIENCE_S)
         # Its function does not wait any longer, and ends the connection that is of no more use.
         with pytest.raises(TrunklineError):
             asked.result(LATE)

@@ -30,6 +30,7 @@ from sidecar.ir import Enum, Node, Weight
 from sidecar.lowering import CONV2D, LINEAR, TURNED_LINEAR, Option, Recipe, lower
 from sidecar.packed import Packed
 from tests import zoo
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +232,7 @@ def facts_elsewhere(**environment: str) -> list[str]:
         env=os.environ | environment | {"PYTHONPATH": ":".join(sys.path)},
         stdout=subprocess.PIPE,
         check=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     *facts, possible = json.loads(done.stdout)
     assert possible

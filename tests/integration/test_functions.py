@@ -21,8 +21,8 @@ from functions.embed.handler import handle as embed
 from functions.route.handler import handle as route
 from functions.similar.handler import handle as similar
 from sidecar.bundle import read_bundle
-from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 # The first test of a fresh clone converts four models, the last one installs what functions need.

@@ -16,6 +16,7 @@ from trunkline.errors import DeviceFault, TrunklineError, ValueOutOfBounds
 from sidecar.devices import TorchDevice
 from sidecar.ports import OutputSpecs, Work
 from tests.fakes import Running
+from tests.forms import prefer
 from tests.integration.test_lanes import LATE, Asker, handled, leases
 from tests.integration.test_sharing import ask, at_once, counted, deploy, heads, network_of, serving
 from tests.integration.test_shortage import asked_at_once
@@ -77,7 +78,7 @@ def asked(running: Running, made: Sequence[Network], extents: Sequence[int], fir
 @pytest.mark.parametrize("packing", [True, False])
 def test_heads_on_inputs_of_their_own_run_as_one(packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Whatever is faster on this machine at this moment.
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: packing)
+    prefer(monkeypatch, *["blocked", "packed"] * packing)
     made, device = heads(6), Watched()
     with serving(tmp_path, monkeypatch, device, packing=packing) as running:
         deploy(running, *made)
@@ -292,7 +293,7 @@ class Unlike(torch.nn.Module):
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("own", [True, False])
 def test_heads_that_are_unlike_are_not_stacked(own: bool, packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: packing)
+    prefer(monkeypatch, *["blocked", "packed"] * packing)
     kinds = ((8, True), (8, False), (16, True), (8, True), (16, True), (8, False))
     made = [network_of(Unlike(number + 1, *kind), f"unlike-{number}") for number, kind in enumerate(kinds)]
     with serving(tmp_path, monkeypatch, packing=packing) as running:

@@ -30,7 +30,7 @@ ASK = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 LONG_S = 45.0
 # The system keeps some more of what nobody takes.
 FULL_BYTES = 100_000
-HASTY = "import sidecar.http.worker as worker; worker.SILENCE_S, worker._HEADER_S, worker._BODY_S = 1, 2.0, 2.0;"
+HASTY = "import sidecar.http.worker as worker; worker.SILENCE_S, worker.ImpatientWorker.header_s, worker._BODY_S = 1, 2.0, 2.0;"
 
 
 @pytest.fixture
@@ -82,6 +82,26 @@ def test_those_who_keep_an_ended_connection_open_hold_up_nobody(server: HttpServ
         assert is_served(server)
         for each in kept:
             assert each.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_those_who_connect_and_say_nothing_have_no_thread(folder: Path) -> None:
+    patient = HttpServer(folder, before="import sidecar.http.worker as worker; worker.SILENCE_S = 600;", admin_workers=1)
+    try:
+        with contextlib.ExitStack() as stack:
+            # So many that a few seconds of a thread for each would take longer than anybody here waits.
+            silent = [connected(patient, stack) for _ in range(12 * _THREADS)]
+            assert is_served(patient)
+            # They may speak yet.
+            silent[0].sendall(ASK + b"Connection: close\r\n\r\n")
+            assert silent[0].recv(4096).startswith(b"HTTP/1.1 200 ")
+    finally:
+        patient.stop()
+
+
+def test_those_who_say_nothing_for_long_are_let_go(server: HttpServer) -> None:
+    with contextlib.ExitStack() as stack:
+        for each in [connected(server, stack) for _ in range(3)]:
+            assert each.recv(1) == b""
 
 
 def test_a_header_that_comes_byte_by_byte_holds_no_thread(server: HttpServer) -> None:

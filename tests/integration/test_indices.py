@@ -17,6 +17,7 @@ from sidecar.devices import TorchDevice
 from sidecar.ir import Argument, Enum, Graph, Node, Value
 from sidecar.stacked import StackedProgram, stack
 from tests.fakes import weight_of
+from tests.forms import prefer
 from tests.integration.test_sharing import counted, deploy, network_of, serving
 from tests.integration.test_shortage import asked_at_once
 from tests.networks import agrees
@@ -295,15 +296,15 @@ class Looked(nn.Module):
         return self.head(self.table(ids * 2).sum(1))
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("form", ["plain", "packed", "blocked"])
 @pytest.mark.parametrize("bad", [-1, 25, 1 << 31, (1 << 62) - 1])
 @pytest.mark.row("T12")
 def test_a_bad_index_is_its_caller_s_error_and_nobody_else_s(
-    device: TorchDevice, bad: int, packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: TorchDevice, bad: int, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: packing)
+    prefer(monkeypatch, form)
     made = network_of(Looked(), "looked", (torch.zeros(2, 4, dtype=torch.int64),))
-    with serving(tmp_path, monkeypatch, device, packing=packing) as running:
+    with serving(tmp_path, monkeypatch, device, packing=form != "plain") as running:
         deploy(running, made)
         inputs = [{"ids": np.full((1, 4), number, np.int64)} for number in range(6)]
         inputs[3]["ids"][0, 2] = bad

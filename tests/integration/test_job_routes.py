@@ -26,8 +26,8 @@ from tests.bundles import adding_bundle
 from tests.integration.test_admin import FakeEngine
 from tests.integration.test_admin_http import HttpServer
 from tests.origin_server import OriginServer, origin_server, write_chained_bundle
+from tests.waiting import PATIENCE_S, soon
 
-WAIT_S = 60.0
 LARGE = [0.5] * 3_000_001
 
 
@@ -54,7 +54,7 @@ def http(engine: FakeEngine, store: Store, jobs: Jobs, tmp_path: Path) -> flask.
 
 def ended(ask: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Return a job as it is when it has ended; ``ask`` gives a path's JSON."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = soon()
     while (found := ask(f"jobs/{job['id']}"))["state"] in ACTIVE:
         assert time.monotonic() < deadline, found
         time.sleep(0.01)
@@ -158,7 +158,7 @@ def test_a_job_is_cancelled_and_only_few_run(http: flask.testing.FlaskClient, jo
         return None
 
     job = jobs.begin("pull", "m", work)
-    assert started.wait(WAIT_S)
+    assert started.wait(PATIENCE_S)
     full = http.post("/admin/v1/store/verify?wait=false", json={})
     assert full.status_code == 503
     assert full.headers["Retry-After"] == "1"
@@ -233,8 +233,8 @@ def test_a_worker_that_is_killed_loses_its_job_and_the_next_pull_goes_on(
     client = AdminClient(running.url)
     try:
         job = client.post("pull", source)
-        assert server.waited_for.wait(WAIT_S)
-        deadline = time.monotonic() + WAIT_S
+        assert server.waited_for.wait(PATIENCE_S)
+        deadline = soon()
         while client.get(f"jobs/{job['id']}")["progress"]["done"] == 0:
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -18,8 +18,10 @@ from trunkline.errors import InvalidInput, ModelCorrupt, UnknownModel
 from sidecar.keeping import Keep
 from sidecar.pins import Pins
 from tests.fakes import ADMIN_TOKEN, FakeDevice, FakeSource, Running, bundle_of, running_server
+from tests.forms import prefer
 from tests.integration.test_sharing import deploy, serving
 from tests.networks import network
+from tests.waiting import PATIENCE_S
 
 X = np.ones((1, 3), np.float32)
 
@@ -150,17 +152,17 @@ def test_a_request_under_way_is_not_idle(tmp_path: Path, source: FakeSource, clo
 
     def hold() -> None:
         entered.set()
-        assert leave.wait(20)
+        assert leave.wait(PATIENCE_S)
 
     with running_server(tmp_path, source, clock=clock) as running:
         ask(running, "keep", name="a", keep_alive_s=1)
         running.device.on_run = hold
         caller = threading.Thread(target=call, args=(running, "a"))
         caller.start()
-        assert entered.wait(20)
+        assert entered.wait(PATIENCE_S)
         clock.now_s = 5.0
         leave.set()
-        caller.join(20)
+        caller.join(PATIENCE_S)
         assert states(running)["a"] == "resident", "its time begins with the answer"
         clock.now_s = 6.0
         assert states(running)["a"] == "stored"
@@ -181,7 +183,7 @@ def test_the_engine_wakes_by_itself(tmp_path: Path, source: FakeSource) -> None:
         ask(running, "keep", name="c", keep_alive_s=0.01)
         emptied.clear()
         call(running, "c")
-        assert emptied.wait(20)
+        assert emptied.wait(PATIENCE_S)
 
 
 class Inbox(queue.SimpleQueue[Any]):
@@ -273,13 +275,13 @@ def test_a_version_that_comes_back_is_kept_as_was_said_meanwhile(tmp_path: Path,
 
     def hold(digest: str) -> None:
         reading.set()
-        assert leave.wait(20)
+        assert leave.wait(PATIENCE_S)
 
     with running_server(tmp_path, source) as running:
         source.before_read = hold
         caller = threading.Thread(target=call, args=(running, "c"))
         caller.start()
-        assert reading.wait(20)
+        assert reading.wait(PATIENCE_S)
         first = source.bundles["c"]
         source.put(bundle_of("c", [b"n" * 80], version="2"), [b"n" * 80])
         ask(running, "model_changed", name="c")
@@ -288,12 +290,12 @@ def test_a_version_that_comes_back_is_kept_as_was_said_meanwhile(tmp_path: Path,
         assert ask(running, "model_changed", name="c")["leases"] > 0, "the request goes on with what it began with"
         assert kept(running, "c") == (8, 10.0)
         leave.set()
-        caller.join(20)
+        caller.join(PATIENCE_S)
 
 
 def test_how_a_model_is_kept_outlives_its_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    prefer(monkeypatch, "blocked", "packed")
     made = network("minilm")
     Pins(tmp_path / "pins.json").keep(made.name, Keep(8, 3600.0))
     with serving(tmp_path, monkeypatch) as running:

@@ -25,11 +25,13 @@ from sidecar.pins import Pins
 from sidecar.ports import OutputSpecs, Work
 from sidecar.tenants import ANYONE, Tenant
 from tests.fakes import FakeDevice, FakeSource, Running, bundle_of
+from tests.forms import prefer
 from tests.integration.test_sharing import ask, at_once, counted, deploy, heads, serving
 from tests.integration.test_shortage import GUILTY, Small, asked_at_once, is_guilty, marked, shortage
 from tests.integration.test_streams import rooms
 from tests.networks import Network, agrees, network
 from tests.nodes import Node
+from tests.waiting import PATIENCE_S
 
 LATE = 30.0
 X = np.ones((1, 3), np.float32)
@@ -531,8 +533,7 @@ def test_a_load_that_fails_while_another_stage_of_the_call_runs(
 
     source.before_read = before_read
     with engine_on(device, tmp_path, source=source) as engine:
-        if len(engine._catalog.deployed["deep"].steps) < 2:
-            pytest.skip("the fake's model is one stage")
+        assert len(engine._catalog.deployed["deep"].steps) > 1
         (gate,) = device.holding(contents[0].decode())
         asker = Asker(engine)
         asker.ask("deep")
@@ -633,7 +634,7 @@ def asked_by_many(running: Running, made: Sequence[Network], seeds: int) -> list
 
     with ThreadPoolExecutor(len(pools)) as threads:
         found = [threads.submit(call, each, seed) for each in made for seed in range(seeds)]
-        answers = [answer for future in found for answer in future.result(120)]
+        answers = [answer for future in found for answer in future.result(PATIENCE_S)]
     for pool in pools.values():
         pool.close()
     return answers
@@ -677,11 +678,14 @@ def test_a_device_whose_weights_move_is_not_divided() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_many_clients_get_right_answers_to_the_bit_of_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["packed", "blocked"])
+def test_many_clients_get_right_answers_to_the_bit_of_one_thread(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two lanes of one thread each answer as one lane with one thread does, whoever computes beside."""
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
     # Whatever is faster on this machine at this moment: one form in both.
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    prefer(monkeypatch, form)
     # And nothing by itself, with both threads.
     monkeypatch.setattr(TorchDevice, "is_shared_by_lanes", False)
     made = [network(kind) for kind in ("resnet", "minilm", "densenet")]

@@ -27,6 +27,7 @@ from sidecar.local.gateway import create_app
 from sidecar.local.processes import Kept, descendants
 from sidecar.local.stack import find_template, lay_out, read_stack
 from tests.bundles import write_adding_bundle
+from tests.waiting import PATIENCE_S, soon
 
 ROOT = Path(__file__).parents[2]
 STACK = """
@@ -88,7 +89,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> Iterato
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = soon()
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -97,7 +98,10 @@ def eventually(holds: Callable[[], bool]) -> None:
 def test_a_function_is_ready_when_its_model_is_there(stack: LocalStack, tmp_path: Path) -> None:
     ready = f"http://127.0.0.1:{stack.ports['add']}/_/trunkline/ready"
     # Directly, and through the gateway, which lets nobody through before.
-    for answer in (requests.get(ready, timeout=10), requests.post(f"{stack.url}/function/add", json=[[1.0]], timeout=10)):
+    for answer in (
+        requests.get(ready, timeout=PATIENCE_S),
+        requests.post(f"{stack.url}/function/add", json=[[1.0]], timeout=PATIENCE_S),
+    ):
         assert answer.status_code == 503
         assert answer.headers["Retry-After"] == "1"
         assert answer.json()["error"]["code"] == "unknown_model"
@@ -105,26 +109,29 @@ def test_a_function_is_ready_when_its_model_is_there(stack: LocalStack, tmp_path
     with AdminClient(stack.admin) as admin:
         admin.push(tmp_path / "adder")
     stack.wait_ready()
-    answer = requests.post(f"{stack.url}/function/add", json=[[1.0, 1.0]], timeout=10)
+    answer = requests.post(f"{stack.url}/function/add", json=[[1.0, 1.0]], timeout=PATIENCE_S)
     assert answer.json() == {"sum": [[2.0, 3.0]], "greeting": "nobody"}
 
 
 def test_the_gateway_behaves_like_openfaas(stack: LocalStack) -> None:
-    answer = requests.post(f"{stack.url}/function/echo/a/b?q=1", data=b"x" * 99_999, timeout=10)
+    answer = requests.post(f"{stack.url}/function/echo/a/b?q=1", data=b"x" * 99_999, timeout=PATIENCE_S)
     assert answer.content == b"x" * 99_999
     assert answer.headers["X-Seen"] == "chunked"
     assert (answer.headers["X-Path"], answer.headers["X-Query"]) == ("/a/b", "1")
     assert answer.headers["X-Forwarded"]
     assert answer.headers["X-Call-Id"]
     assert answer.headers["X-Torch"] == "False"
-    kept = requests.post(f"{stack.url}/function/echo.openfaas-fn/", headers={"X-Call-Id": "mine"}, timeout=10)
+    kept = requests.post(f"{stack.url}/function/echo.openfaas-fn/", headers={"X-Call-Id": "mine"}, timeout=PATIENCE_S)
     assert kept.headers["X-Call-Id"] == "mine"
-    assert requests.get(f"{stack.url}/function/nobody", timeout=10).status_code == 404
-    assert [entry["name"] for entry in requests.get(f"{stack.url}/system/functions", timeout=10).json()] == ["add", "echo"]
+    assert requests.get(f"{stack.url}/function/nobody", timeout=PATIENCE_S).status_code == 404
+    assert [entry["name"] for entry in requests.get(f"{stack.url}/system/functions", timeout=PATIENCE_S).json()] == [
+        "add",
+        "echo",
+    ]
 
 
 def test_a_body_past_the_limit_comes_back_as_413_through_the_gateway(stack: LocalStack) -> None:
-    answer = requests.post(f"{stack.url}/function/echo", data=b"x" * (17 << 20), timeout=30)
+    answer = requests.post(f"{stack.url}/function/echo", data=b"x" * (17 << 20), timeout=PATIENCE_S)
     assert answer.status_code == 413
 
 
@@ -135,7 +142,7 @@ def test_a_killed_function_is_started_again(stack: LocalStack, lines: list[str])
     eventually(lambda: stack.pids().get("echo", pids)[0] != pids[0])
 
     def answers() -> bool:
-        return requests.get(f"{stack.url}/function/echo", timeout=10).status_code == 200
+        return requests.get(f"{stack.url}/function/echo", timeout=PATIENCE_S).status_code == 200
 
     eventually(answers)
     assert any(line.startswith("[echo] ended with -9") for line in lines)
@@ -212,7 +219,7 @@ def test_up_stops_everything_on_sigint(tmp_path: Path) -> None:
     started = descendants(process.pid)
     assert len(started) >= 8
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE_S) == 0
     process.stderr.close()
     eventually(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in started))
 
@@ -249,7 +256,7 @@ def test_a_signal_stops_what_is_still_starting(tmp_path: Path) -> None:
             break
     started = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE_S) == 0
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in started)
     process.stderr.close()
 
@@ -258,7 +265,7 @@ def test_a_function_that_cannot_start_is_given_up_with_its_trace(tmp_path: Path)
     path = make_stack(tmp_path)
     (tmp_path / "echo" / "handler.py").write_text("import nothing_of_this_name\n")
     process = up(path, "--function", "echo", "--gateway-port", "0")
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode not in (0, None)
     assert "[echo] ModuleNotFoundError: No module named 'nothing_of_this_name'" in said
     assert "echo does not start: it ended 3 times" in said

@@ -6,7 +6,6 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -38,13 +37,14 @@ from sidecar.config import load_settings
 from sidecar.http import server
 from sidecar.http.admin import create_app
 from sidecar.http.metrics import CONTENT_TYPE, METRICS, exposition
+from sidecar.prepull import STATES
 from sidecar.store import Store
 from sidecar.tenants import Quotas, Tenant, hash_of
 from tests.asking import called, submitted
 from tests.fakes import ADMIN_TOKEN, FakeDevice, FakeSource, Running, bundle_of, running_server
 from tests.integration.test_admin import FakeEngine
 from tests.integration.test_awaited import awaited, restarted
-from tests.nodes import until
+from tests.waiting import PATIENCE_S, soon, until
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "metrics.md"
@@ -53,10 +53,6 @@ X = np.ones((1, 3), np.float32)
 SUFFIXES = re.compile(r"_(bucket|sum|count)$")
 
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def late() -> float:
-    return time.monotonic() + 20
 
 
 class Scrape:
@@ -184,7 +180,8 @@ def told() -> Told:
 
 @pytest.fixture
 def http(told: Told, tmp_path: Path) -> flask.testing.FlaskClient:
-    return create_app(told, Store(tmp_path / "store")).test_client()
+    listed = {"models": {"present": 2, "waiting": 0, "failed": 1}, "fetched_bytes": 700}
+    return create_app(told, Store(tmp_path / "store"), listed=lambda: listed).test_client()
 
 
 def read(http: flask.testing.FlaskClient) -> Scrape:
@@ -243,6 +240,8 @@ def test_values_are_those_of_the_snapshot(http: flask.testing.FlaskClient) -> No
     assert scrape("watchdog_kills_total") == 2
     assert scrape("quarantines_total") == 1
     assert scrape("draining") == 0
+    assert [scrape("listed_models", state=state) for state in STATES] == [2, 0, 1]
+    assert scrape("listed_fetched_bytes_total") == 700
     assert scrape("device_info", device="a", policy="adaptive", torch="2") == 1
     for device in "ab":
         assert scrape("memory_budget_bytes", device=device, tier="host") == 7
@@ -418,8 +417,8 @@ def test_nothing_that_a_function_makes_up_becomes_a_label(running: Running) -> N
     assert scrape.labels("model") <= {"", "age", "gender", "pair", "text"}
     assert scrape("requests_total", device="", model="", outcome="unknown_model") is None
     # A function that asks for a signature has asked for no answer yet; one that goes ahead has.
-    with closing(Connection(running.path, deadline=late())) as connection, pytest.raises(UnknownModel):
-        connection.infer("guess", (), late())
+    with closing(Connection(running.path, deadline=soon())) as connection, pytest.raises(UnknownModel):
+        connection.infer("guess", (), soon())
     assert scraped(running)("requests_total", device="", model="", outcome="unknown_model") == 1
 
 
@@ -435,7 +434,7 @@ def test_failures_are_counted_by_their_code(running: Running, source: FakeSource
 
 def test_what_comes_while_the_sidecar_is_shutting_down_is_counted(running: Running) -> None:
     release = threading.Event()
-    running.engine._post(lambda: release.wait(20) and None)
+    running.engine._post(lambda: release.wait(PATIENCE_S) and None)
     first = submitted(running, "age", {"x": X})
     running.engine.drain(running.server.stop)
     second = submitted(running, "gender", {"x": X})
@@ -469,8 +468,8 @@ def test_connections_that_are_not_let_in_are_counted(tmp_path: Path, source: Fak
     tenant = Tenant(name="vision", domain="", models=("*",), token_hashes=(hash_of(b"token"),))
     with running_server(tmp_path, source, quotas=Quotas({"vision": tenant})) as made:
         with pytest.raises(Unauthorized):
-            Connection(made.path, token=b"guess", deadline=late())
-        with closing(Connection(made.path, token=b"token", deadline=late())):
+            Connection(made.path, token=b"guess", deadline=soon())
+        with closing(Connection(made.path, token=b"token", deadline=soon())):
             scrape = scraped(made)
         assert scrape("connections_refused_total", reason="unauthorized") == 1
         assert scrape("clients", tenant="vision") == 1
@@ -486,7 +485,7 @@ def test_time_is_lost_only_while_requests_wait_for_weights(running: Running, sou
 
     def hold(digest: str) -> None:
         reading.set()
-        assert go_on.wait(20)
+        assert go_on.wait(PATIENCE_S)
 
     def is_waiting(with_inputs: bool) -> bool:
         return any((parked.work.inputs is not None) is with_inputs for parked in running.engine._loads.parked)
@@ -495,16 +494,16 @@ def test_time_is_lost_only_while_requests_wait_for_weights(running: Running, sou
     with ThreadPoolExecutor() as threads, closing(AdminConnection(running.path, ADMIN_TOKEN)) as admin:
         # Whom an operator has it loaded for, nobody waits.
         loading = threads.submit(admin.command, "load", {"name": "age"})
-        assert reading.wait(20)
+        assert reading.wait(PATIENCE_S)
         until(lambda: is_waiting(with_inputs=False))
         assert scraped(running)("stalled_seconds_total", device="fake") == 0
         go_on.set()
-        loading.result(20)
+        loading.result(PATIENCE_S)
     assert scraped(running)("stalled_seconds_total", device="fake") == 0
     reading.clear()
     go_on.clear()
     asked = submitted(running, "gender", {"x": X})
-    assert reading.wait(20)
+    assert reading.wait(PATIENCE_S)
     until(lambda: is_waiting(with_inputs=True))
     # A scrape has a session opened, a command run and a session closed: between them the engine waits.
     scraped(running)
@@ -521,7 +520,7 @@ def test_time_is_lost_only_while_requests_wait_for_weights(running: Running, sou
 def test_what_waits_is_counted_by_model(running: Running) -> None:
     release = threading.Event()
     told: list[Any] = []
-    running.engine._post(lambda: told.append(release.wait(20)))
+    running.engine._post(lambda: told.append(release.wait(PATIENCE_S)))
     asked = [submitted(running, name, {"x": X}) for name in ("age", JOINT.join(("age", "gender")))]
     # Before anything is taken up: the engine looks at all that was posted first.
     running.engine._post(lambda: told.append(running.engine._counts()["waiting"]))

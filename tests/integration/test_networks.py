@@ -17,6 +17,7 @@ from sidecar.devices import open_device
 from tests import zoo
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, running_server
 from tests.networks import EXACT, Arrays, Network, agrees, far_apart, network
+from tests.waiting import PATIENCE_S
 
 # Parameters of each published network, as its paper or its best-known implementation counts them.
 PARAMETERS = {
@@ -62,7 +63,7 @@ def at_once(*jobs: Callable[[], None]) -> None:
     start, failures = threading.Barrier(len(jobs)), []
 
     def run(job: Callable[[], None]) -> None:
-        start.wait(20)
+        start.wait(PATIENCE_S)
         try:
             job()
         except BaseException as error:  # noqa: BLE001 - raised again below

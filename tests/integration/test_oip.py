@@ -35,6 +35,7 @@ from sidecar.store import Store
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, bundle_of, running_server
 from tests.integration.test_session import offset_of
 from tests.integration.test_tenancy import QUOTAS, text_of
+from tests.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -343,7 +344,7 @@ def test_a_body_that_ends_early_is_refused(open_one: Endpoint) -> None:
 
 def test_a_deadline_travels(open_one: Endpoint) -> None:
     release = threading.Event()
-    open_one.running.engine._post(lambda: release.wait(20))  # type: ignore[arg-type, return-value]
+    open_one.running.engine._post(lambda: release.wait(PATIENCE_S))  # type: ignore[arg-type, return-value]
     try:
         refused(open_one.infer(parameters={"timeout": 50_000}), 504, "deadline_exceeded")
         # So late that there was no time to ask.
@@ -425,7 +426,7 @@ def test_a_token_that_does_not_count_any_more_is_forgotten(tenanted: Endpoint) -
     assert list(tenanted.callers._pools) == [b"v1"]
     done = threading.Event()
     tenanted.running.server.use_quotas(parse_quotas(text_of(QUOTAS.replace("TOKEN(v1), ", "")), "quotas.toml"), done.set)
-    assert done.wait(20)
+    assert done.wait(PATIENCE_S)
     refused(tenanted.infer(headers=VISION), 401, "unauthorized")
     assert not tenanted.callers._pools
 
@@ -498,7 +499,7 @@ def test_a_tenant_that_is_bound_to_the_uid_of_the_endpoint_is_not_let_in_either(
     assert bound != QUOTAS
     done = threading.Event()
     tenanted.running.server.use_quotas(parse_quotas(text_of(bound), "quotas.toml"), done.set)
-    assert done.wait(20)
+    assert done.wait(PATIENCE_S)
     refused(tenanted.infer(headers=VISION), 401, "unauthorized")
     for path in ("/v2/models/age", "/v2/models/age/config", "/v2/models/age/ready"):
         refused(tenanted.http.get(path, headers=VISION), 401, "unauthorized")

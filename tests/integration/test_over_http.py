@@ -33,6 +33,7 @@ from tests.integration.test_tenancy import QUOTAS, text_of
 from tests.networks import network
 from tests.over_http import routes_of
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S, soon
 
 X = np.zeros((1, 3), np.float32)
 DTYPES = tuple(oip.DATATYPES)
@@ -162,7 +163,7 @@ def test_threads_have_connections_of_their_own(real: tuple[SidecarProcess, str])
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE_S)
         assert found == [True] * 40
         assert 1 < pool.connect_count <= 10
 
@@ -305,10 +306,10 @@ def test_a_new_version_is_noticed(both: tuple[Running, list[Pool]]) -> None:
     assert not same(answers[1], before[1])
     assert [age.signature.version for age in ages] == ["2", "2"]
     # A call that goes by the version before is not answered by the new one.
-    connection = pools[1].take(0, 0, time.monotonic() + 20)
+    connection = pools[1].take(0, 0, soon())
     with pytest.raises(errors.SignatureMismatch, match="age is version 2 now") as caught, contextlib.closing(connection):
         layout = ages[1].request()._layout
-        connection.infer("age", layout.inputs, time.monotonic() + 20, "", signatures[1].id)
+        connection.infer("age", layout.inputs, soon(), "", signatures[1].id)
     assert caught.value.details == {"version": "2"}
 
 
@@ -333,7 +334,7 @@ def test_deadlines_and_call_ids_arrive(both: tuple[Running, list[Pool]], monkeyp
     assert seen[0].call_id == "mine — “yes”"
     assert 0 < seen[0].deadline - time.monotonic() <= 5
     entered, leave = threading.Event(), threading.Event()
-    running.device.on_run = lambda: (entered.set(), leave.wait(20))
+    running.device.on_run = lambda: (entered.set(), leave.wait(PATIENCE_S))
     with pytest.raises(errors.DeadlineExceeded):
         age.call({"x": X}, deadline_s=0.2)
     leave.set()
@@ -346,8 +347,8 @@ def test_models_are_named_when_a_function_begins(both: tuple[Running, list[Pool]
     loaded: list[object] = []
     running.source.before_read = loaded.append
     pool.expect("age")
-    pool.give(pool.take(0, 0, time.monotonic() + 20))
-    deadline = time.monotonic() + 20
+    pool.give(pool.take(0, 0, soon()))
+    deadline = soon()
     while not loaded:
         assert time.monotonic() < deadline, "its weights are brought in before it asks"
         time.sleep(0.01)
@@ -374,7 +375,7 @@ def test_the_token_says_who_asks_and_may_change(tmp_path: Path, source: FakeSour
         age(X)
         done = threading.Event()
         running.server.use_quotas(later, done.set)
-        assert done.wait(20)
+        assert done.wait(PATIENCE_S)
         (tmp_path / "token").write_text("v3")
         age(X)
         (tmp_path / "token").write_text("v1")
@@ -505,7 +506,7 @@ def test_nobody_anywhere_is_told_at_once_and_waited_for_later(
     waiting = threading.Thread(target=lambda: age(X))
     waiting.start()
     with running_server(places, source):
-        waiting.join(20)
+        waiting.join(PATIENCE_S)
         assert not waiting.is_alive()
         pool.close()
 

@@ -7,7 +7,6 @@ import re
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from sidecar.store import Store
 from tests.integration.test_admin import FakeEngine
 from tests.integration.test_admin_http import HttpServer
 from tests.integration.test_metrics import device_document
+from tests.waiting import PATIENCE_S, until
 
 HOSTILE = '<img src=x onerror="alert(1)">\'&amp;'
-WAIT_S = 20.0
 
 
 def picture_of(*names: str, version: str = "life-1", **changes: Any) -> dict[str, Any]:
@@ -412,13 +411,6 @@ def script() -> Scripted:
     return Scripted()
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def next_event(stream: Iterator[bytes], name: str) -> Any:
     """Return the next event of a name; what stands before it is passed over."""
     for _ in range(200):
@@ -530,7 +522,7 @@ def test_there_are_only_so_many_viewers(script: Scripted) -> None:
 
 
 def test_all_streams_end_with_the_process(script: Scripted) -> None:
-    feed = Feed(script, beat_s=WAIT_S)
+    feed = Feed(script, beat_s=PATIENCE_S)
     stream = feed.open()
     next(stream)
     threading.Timer(0.05, feed.close).start()
@@ -583,7 +575,7 @@ def server() -> Iterator[HttpServer]:
 
 
 def test_streams_end_when_the_server_does(server: HttpServer) -> None:
-    with requests.get(f"{server.url}/admin/v1/events", stream=True, timeout=WAIT_S) as answer:
+    with requests.get(f"{server.url}/admin/v1/events", stream=True, timeout=PATIENCE_S) as answer:
         lines = answer.iter_lines()
         # There is no engine here.
         assert next(lines).startswith(b"id: ")
@@ -591,13 +583,13 @@ def test_streams_end_when_the_server_does(server: HttpServer) -> None:
         server.process.send_signal(signal.SIGTERM)
         # To its proper end: nothing is raised.
         assert not [line for line in lines if line.startswith(b"event:")]
-    assert server.process.wait(WAIT_S) == 0
+    assert server.process.wait(PATIENCE_S) == 0
     assert "Traceback" not in server.log.read_text()
 
 
 def test_viewers_that_left_make_room(server: HttpServer) -> None:
     def opened() -> requests.Response:
-        return requests.get(f"{server.url}/admin/v1/events", stream=True, timeout=WAIT_S)
+        return requests.get(f"{server.url}/admin/v1/events", stream=True, timeout=PATIENCE_S)
 
     # As many in each worker.
     viewers = []
@@ -607,7 +599,7 @@ def test_viewers_that_left_make_room(server: HttpServer) -> None:
     assert len(viewers) >= MOST_VIEWERS
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "10")
     # All else is answered meanwhile.
-    assert requests.get(f"{server.url}/healthz", timeout=WAIT_S).ok
+    assert requests.get(f"{server.url}/healthz", timeout=PATIENCE_S).ok
     for viewer in viewers:
         viewer.close()
 

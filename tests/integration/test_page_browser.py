@@ -36,6 +36,7 @@ from tests.integration.test_admin_http import free_port
 from tests.integration.test_page import HOSTILE, Watched, picture_of
 from tests.networks import Network
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import PATIENCE_S, soon
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -43,7 +44,6 @@ pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER),
     reason="Chromium and its driver are missing; on Debian or Ubuntu: apt-get install chromium chromium-driver",
 )
-WAIT_S = 60.0
 # Three on one trunk, and one by itself.
 NAMES = ("embed", "route", "similar", "classify")
 
@@ -58,7 +58,7 @@ class Browser:
             options.add_argument(word)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-        self.driver.set_page_load_timeout(WAIT_S)
+        self.driver.set_page_load_timeout(PATIENCE_S)
 
     def open(self, url: str, width: int = 1280, scheme: str = "light") -> None:
         """Open a page, in a window of some pixels, where the system is light or dark."""
@@ -88,7 +88,7 @@ class Browser:
         return self.text(f'tr[data-key="{name}"] .c-{column}')
 
     def until(self, holds: Callable[[], object]) -> None:
-        deadline = time.monotonic() + WAIT_S
+        deadline = soon()
         while not holds():
             assert time.monotonic() < deadline, self.text("body")
             time.sleep(0.05)
@@ -178,7 +178,7 @@ def served(app: Flask) -> Iterator[str]:
 
 def test_it_draws_the_models_and_the_trunk_that_they_share(browser: Browser, url: str) -> None:
     # Before any script.
-    html = requests.get(url, timeout=30).text
+    html = requests.get(url, timeout=PATIENCE_S).text
     assert all(f'data-key="{name}"' in html for name in NAMES)
     assert html.count('class="run') >= 6
     browser.open(url)
@@ -285,7 +285,7 @@ def test_an_engine_that_is_away_is_told_and_the_next_one_found(browser: Browser,
     assert len(browser.all("#model-rows tr")) == len(NAMES)
     assert not browser.one("#drain").is_enabled()
     # Whoever comes now is told, too, before any script.
-    assert "The engine does not answer" in requests.get(url, timeout=30).text
+    assert "The engine does not answer" in requests.get(url, timeout=PATIENCE_S).text
     os.kill(status["pid"], signal.SIGKILL)
     browser.until_live()
     assert not browser.one("#banner").is_displayed()
@@ -457,7 +457,7 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
 
     app.register_error_handler(Unauthorized, lambda error: ({"error": error.to_dict()}, 401))
     with served(app) as url:
-        assert 'data-key="m"' not in requests.get(url, timeout=30).text
+        assert 'data-key="m"' not in requests.get(url, timeout=PATIENCE_S).text
         browser.open(url)
         browser.until(lambda: browser.one("#login").is_displayed())
         assert not browser.one("#models").is_displayed()

@@ -33,6 +33,7 @@ from sidecar.store import Store
 from tests import origin_server as origin
 from tests.origin_server import Handler, OriginServer, origin_server, write_certificate, write_chained_bundle
 from tests.unit.test_signers import write_key
+from tests.waiting import PATIENCE_S
 
 SMALL = [1.0, 2.0, 3.0]
 # More than a client has in its hands at a time.
@@ -352,11 +353,11 @@ def test_two_pulls_of_one_weight_do_not_write_into_one_file(
 
     thread = threading.Thread(target=first)
     thread.start()
-    assert server.waited_for.wait(origin.WAIT_S)
+    assert server.waited_for.wait(PATIENCE_S)
     server.misbehave.clear()
     assert pulled(server, store, reference).fetched_bytes == 4 * len(LARGE)
     server.release.set()
-    thread.join(origin.WAIT_S)
+    thread.join(PATIENCE_S)
     assert len(failed) == 1
     assert store.verify().corrupt == []
 

@@ -30,11 +30,11 @@ from tests.integration.test_cli import Answers, run
 from tests.origin_server import OriginServer, origin_server, write_chained_bundle
 from tests.sidecar_process import ROOT, SidecarProcess, sidecar_process
 from tests.unit.test_signers import write_key
+from tests.waiting import PATIENCE_S, soon
 
 DIGEST = "ab" * 32
 SOURCE = f"https://models.example/m@sha256:{DIGEST}"
 LARGE = [0.5] * 3_000_001
-WAIT_S = 60.0
 JOB = {
     "id": "0123456789abcdef",
     "kind": "pull",
@@ -276,7 +276,7 @@ def test_a_model_is_pulled_and_answers(sidecar: SidecarProcess, server: OriginSe
         assert "adder version 1, signed by release: fetched " in result.output
     assert "adder: resident" in cli(sidecar, "model", "load", "adder").output
     job = sidecar.admin.post("models/adder/load?wait=false")
-    deadline = time.monotonic() + WAIT_S
+    deadline = soon()
     while (found := sidecar.admin.get(f"jobs/{job['id']}"))["state"] in jobs_cli.ACTIVE:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -296,12 +296,12 @@ def test_a_key_that_is_pressed_to_end_it_ends_the_job(sidecar: SidecarProcess, s
     with subprocess.Popen(
         [sys.executable, "-m", "sidecar", *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert server.waited_for.wait(WAIT_S)
+        assert server.waited_for.wait(PATIENCE_S)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=WAIT_S)
+        _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == INTERRUPTED
     assert re.fullmatch(r"job [0-9a-f]{16} is asked to stop\ninterrupted\n", told)
-    deadline = time.monotonic() + WAIT_S
+    deadline = soon()
     while (found := sidecar.admin.get("jobs")["jobs"][0])["state"] in jobs_cli.ACTIVE:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -18,6 +18,7 @@ from sidecar.tenants import ANYONE, Tenant
 from sidecar.verdicts import Verdicts
 from tests.fakes import FakeSource, running_server
 from tests.integration.test_lanes import Asker, Gate, Gated, engine_on, expected, handled, lanes_of
+from tests.waiting import PATIENCE_S
 
 X = np.ones((1, 3), np.float32)
 OTHER = Tenant(name="other", domain=ANYONE.domain)
@@ -47,24 +48,24 @@ def test_a_suspect_waits_until_it_is_alone_and_nobody_runs_beside_it(device: Gat
         a, b, c = device.holding("a", "b", "c")
         askers = {name: Asker(engine) for name in "abc"}
         askers["a"].ask("a")
-        assert a.entered.wait(5)
+        assert a.entered.wait(PATIENCE_S)
         askers["b"].ask("b")
         askers["c"].ask("c")
         handled(engine)
         assert lanes_of(engine) == (3, 1)
         a.leave.set()
-        assert b.entered.wait(5)
+        assert b.entered.wait(PATIENCE_S)
         handled(engine)
         assert lanes_of(engine) == (3, 1)
         assert marks == []
         b.leave.set()
         assert (askers["b"].told()[0] == expected("b")).all()
-        assert c.entered.wait(5)
+        assert c.entered.wait(PATIENCE_S)
         assert marks == [1]
         # Nobody holds anything against it any more.
         b.entered.clear()
         askers["b"].ask("b")
-        assert b.entered.wait(5)
+        assert b.entered.wait(PATIENCE_S)
         c.leave.set()
         for name in "abc":
             assert (askers[name].told()[0] == expected(name)).all()
@@ -75,9 +76,9 @@ def test_the_same_model_of_another_tenant_is_no_suspect(device: Gated, marks: li
         a, b = device.holding("a", "b")
         one, other = Asker(engine), Asker(engine)
         one.ask("a")
-        assert a.entered.wait(5)
+        assert a.entered.wait(PATIENCE_S)
         other.ask("b", OTHER)
-        assert b.entered.wait(5)
+        assert b.entered.wait(PATIENCE_S)
         for gate in (a, b):
             gate.leave.set()
         assert (one.told()[0] == expected("a")).all()
@@ -90,7 +91,7 @@ def test_several_models_with_a_suspect_among_them_are_run_alone(device: Gated, m
         (a,) = device.holding("a")
         alone, joint = Asker(engine), Asker(engine)
         alone.ask("a")
-        assert a.entered.wait(5)
+        assert a.entered.wait(PATIENCE_S)
         joint.ask(JOINT.join("bc"))
         handled(engine)
         assert lanes_of(engine) == (3, 1)
@@ -114,7 +115,7 @@ def test_a_suspect_that_was_never_run_is_not_cleared(device: Gated, marks: list[
         (a,) = device.holding("a")
         one, late = Asker(engine), Asker(engine)
         one.ask("a")
-        assert a.entered.wait(5)
+        assert a.entered.wait(PATIENCE_S)
         late.ask("b", deadline_s=0.0)
         a.leave.set()
         assert len(one.told()) == 1
@@ -174,7 +175,7 @@ def test_what_is_at_work_stands_in_the_journal_until_it_is_answered(device: Gate
         for name, asker in askers.items():
             asker.ask(name)
         for gate in gates:
-            assert gate.entered.wait(5)
+            assert gate.entered.wait(PATIENCE_S)
         entries = journal.entries()
         assert [each.calls for each in entries] == [(Asked(ANYONE.name, name, ""),) for name in askers]
         assert all(0 < each.running.began_s <= time.monotonic() for each in entries)
@@ -193,7 +194,7 @@ def test_what_is_at_work_stands_in_the_journal_until_it_is_answered(device: Gate
             askers["a"].told()
         (gate,) = device.holding("a")
         askers["a"].ask("a")
-        assert gate.entered.wait(5)
+        assert gate.entered.wait(PATIENCE_S)
         (entry,) = journal.entries()
         assert 0 < entry.running.expected_s < 5
         gate.leave.set()
@@ -220,7 +221,7 @@ def test_a_trial_may_take_as_long_as_it_likes(device: Gated, tmp_path: Path) -> 
         asker = Asker(engine)
         asker.ask("a")
         assert (asker.told()[0] == expected("a")).all()
-        assert gate.entered.wait(5)
+        assert gate.entered.wait(PATIENCE_S)
         handled(engine)
         assert journal.running() == []
         gate.leave.set()

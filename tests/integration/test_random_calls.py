@@ -28,6 +28,7 @@ from tests.fakes import Running
 from tests.integration.test_sharing import ask, deploy
 from tests.networks import Arrays, Network
 from tests.nodes import Node, moved, until_on_disk, weight_bytes
+from tests.waiting import PATIENCE_S
 from tests.zoo import packed
 
 CALL_COUNT = 20_000
@@ -213,9 +214,9 @@ def test_twenty_thousand_random_calls_of_six_functions_in_memory_for_two(
     node: Node, watch: Watch, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 30_000)
-    # Some stages are served with packed weights and some as they are, whatever is faster.
-    forms = itertools.cycle((True, False, True))
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: next(forms))
+    # Some stages are served with packed weights, some in blocks and some as they are, whatever is faster.
+    forms = itertools.cycle(("packed", "plain", "blocked"))
+    monkeypatch.setattr("sidecar.trials._fastest", lambda seconds: form if (form := next(forms)) in seconds else "plain")
     made = {each.name: each for each in networks()}
     with node.serve() as running:
         deploy(running, *made.values())
@@ -261,7 +262,7 @@ def test_twenty_thousand_random_calls_of_six_functions_in_memory_for_two(
         for thread in threads:
             thread.join()
         assert not watch.problems, watch.problems[:5]
-        assert check_books(running, memory, watch).wait(60)
+        assert check_books(running, memory, watch).wait(PATIENCE_S)
         status, found = ask(running, "status"), moved(running)
         for pool in pools.values():
             pool.close()

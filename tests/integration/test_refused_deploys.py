@@ -24,6 +24,7 @@ from sidecar.http.admin import create_app
 from sidecar.store import Store
 from tests.bundles import adding_bundle
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, running_server
+from tests.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -73,7 +74,7 @@ class Bystander:
         self._begun = threading.Event()
         self._thread = threading.Thread(target=self._loop)
         self._thread.start()
-        assert self._begun.wait(20)
+        assert self._begun.wait(PATIENCE_S)
         return self
 
     def _loop(self) -> None:

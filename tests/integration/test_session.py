@@ -22,7 +22,7 @@ from trunkline.protocol import Describe, Fault, Hello, Infer, Placement, TensorS
 from sidecar.server import Server, Session
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, bundle_of, running_server
 from tests.integration.conftest import TRUNK
-from tests.nodes import until
+from tests.waiting import PATIENCE_S, soon, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -36,7 +36,7 @@ def admin(running: Running) -> AdminConnection:
 
 
 def connect(running: Running, token: bytes = b"", **sizes: int) -> Connection:
-    return Connection(running.path, token=token, deadline=time.monotonic() + 5, **sizes)
+    return Connection(running.path, token=token, deadline=soon(), **sizes)
 
 
 def test_a_call_answers_with_what_the_model_computes(running: Running) -> None:
@@ -191,7 +191,7 @@ def test_a_deadline_ends_the_wait_and_the_connection(running: Running) -> None:
 
     def hold() -> None:
         entered.set()
-        leave.wait(10)
+        leave.wait(PATIENCE_S)
 
     running.device.on_run = hold
     with pytest.raises(errors.DeadlineExceeded):
@@ -210,12 +210,12 @@ def test_work_whose_deadline_passed_while_waiting_never_runs(running: Running) -
     def hold() -> None:
         runs.append(1)
         entered.set()
-        leave.wait(10)
+        leave.wait(PATIENCE_S)
 
     running.device.on_run = hold
     blocker = threading.Thread(target=lambda: model("age")(np.zeros((1, 3), np.float32)))
     blocker.start()
-    entered.wait(10)
+    entered.wait(PATIENCE_S)
     with pytest.raises(errors.DeadlineExceeded):
         model("gender").call({"x": np.zeros((1, 3), np.float32)}, deadline_s=0.1)
     leave.set()
@@ -299,7 +299,7 @@ def test_variants_of_one_model_need_one_program(running: Running) -> None:
 
 def test_an_idle_engine_gives_memory_back_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.engine._IDLE_S", 0.01)
-    deadline = time.monotonic() + 20
+    deadline = soon()
     for _ in range(2):
         before = running.device.trim_count
         model("age")(np.ones((1, 3), np.float32))
@@ -366,12 +366,12 @@ def test_a_model_can_be_replaced_and_removed_while_in_use(running: Running) -> N
 
     def hold() -> None:
         entered.set()
-        leave.wait(10)
+        leave.wait(PATIENCE_S)
 
     running.device.on_run = hold
     old = threading.Thread(target=lambda: answers.append(model("age")(np.zeros((1, 3), np.float32))))
     old.start()
-    entered.wait(10)
+    entered.wait(PATIENCE_S)
     running.device.on_run = lambda: None
     contents = [TRUNK, b"a newer head"]
     wider = (TensorSpec("x", "float32", ("batch", 5)),)
@@ -429,7 +429,7 @@ def test_the_bytes_of_a_failed_read_are_freed_at_once(running: Running) -> None:
         for _ in range(5):
             with pytest.raises(errors.ModelCorrupt):
                 model("age")(np.zeros((1, 3), np.float32))
-        deadline = time.monotonic() + 5
+        deadline = soon()
         while running.device.allocated_bytes and time.monotonic() < deadline:
             time.sleep(0.01)
         assert running.device.allocated_bytes == 0
@@ -530,7 +530,7 @@ def test_pins_outlive_the_engine(tmp_path: Path, source: FakeSource) -> None:
     with running_server(tmp_path, source) as running:
         admin(running).command("pin", {"name": "age"})
     with running_server(tmp_path, source) as running:
-        deadline = time.monotonic() + 10
+        deadline = soon()
         while time.monotonic() < deadline:
             entry = admin(running).command("model", {"name": "age"})
             if entry["state"] == "resident":
@@ -545,21 +545,19 @@ def test_a_session_that_ends_takes_its_requests_along(running: Running) -> None:
 
     def hold() -> None:
         entered.set()
-        leave.wait(10)
+        leave.wait(PATIENCE_S)
 
     running.device.on_run = hold
     blocker = threading.Thread(target=lambda: model("age")(np.zeros((1, 3), np.float32)))
     blocker.start()
-    entered.wait(10)
+    entered.wait(PATIENCE_S)
     leaver = connect(running)
-    leaver._channel.send(
-        protocol.encode(Infer(1, 10**7, "", "gender", "", (Placement("x", "float32", (1, 3), 0),))), time.monotonic() + 5
-    )
+    leaver._channel.send(protocol.encode(Infer(1, 10**7, "", "gender", "", (Placement("x", "float32", (1, 3), 0),))), soon())
     leaver.close()
     running.device.on_run = lambda: None
     leave.set()
     blocker.join()
-    deadline = time.monotonic() + 10
+    deadline = soon()
     while time.monotonic() < deadline and admin(running).command("status")["sessions"] > 3:
         pass
     assert admin(running).command("model", {"name": "gender"})["leases"] == 0
@@ -570,7 +568,7 @@ def test_a_session_that_ends_takes_its_requests_along(running: Running) -> None:
 
 def raw(running: Running) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(10)
+    sock.settimeout(PATIENCE_S)
     sock.connect(running.path)
     return sock
 
@@ -632,13 +630,13 @@ def test_a_second_request_before_the_answer_ends_the_connection(running: Running
 
     def hold() -> None:
         entered.set()
-        leave.wait(10)
+        leave.wait(PATIENCE_S)
 
     running.device.on_run = hold
     sock = shaken(running)
     frame = protocol.encode(Infer(9, 10**7, "", "age", "", (Placement("x", "float32", (1, 3), 0),)))
     sock.send(frame)
-    entered.wait(10)
+    entered.wait(PATIENCE_S)
     sock.send(frame)
     assert fault(sock).message == "a connection carries one request at a time"
     leave.set()
@@ -658,8 +656,8 @@ def test_command_arguments_must_be_a_json_object(running: Running) -> None:
     for body, length in ((b"[]", 2), (b"{", 1), (b"{}", 2**30)):
         connection = connect(running, ADMIN_TOKEN)
         connection.request[: len(body)] = body
-        connection._channel.send(protocol.encode(protocol.Command(1, "status", length)), time.monotonic() + 5)
-        answer = protocol.decode(connection._channel.receive(time.monotonic() + 5))
+        connection._channel.send(protocol.encode(protocol.Command(1, "status", length)), soon())
+        answer = protocol.decode(connection._channel.receive(soon()))
         assert isinstance(answer, Fault)
         assert answer.code == "malformed_frame"
         connection.close()
@@ -733,7 +731,7 @@ def test_who_has_spoken_is_not_silent_however_long_the_server_was_busy(
     """They are accepted all at once, after their time, and more than may be silent."""
     monkeypatch.setattr(f"sidecar.server.{limit}", {"HANDSHAKE_S": 0.0, "MOST_GREETING": 2}[limit])
     held = threading.Event()
-    running.server._post(lambda: held.wait(20))
+    running.server._post(lambda: held.wait(PATIENCE_S))
     coming = [raw(running) for _ in range(6)]
     for each in coming:
         each.send(hello())
@@ -760,7 +758,7 @@ def test_who_asks_has_a_turn_between_those_who_come(running: Running, monkeypatc
     monkeypatch.setattr("sidecar.server._GREETING_S", 0.0)
     monkeypatch.setattr(Session, "_welcome", counted_welcome)
     monkeypatch.setattr(Server, "_turn", counted_turn)
-    running.server._post(lambda: held.wait(20))
+    running.server._post(lambda: held.wait(PATIENCE_S))
     coming = [raw(running) for _ in range(6)]
     for each in coming:
         each.send(hello())
@@ -818,7 +816,7 @@ def test_a_restarted_sidecar_is_found_again(tmp_path: Path, source: FakeSource, 
     waiting = threading.Thread(target=lambda: known(np.zeros((1, 3), np.float32)))
     waiting.start()
     with running_server(tmp_path, source):
-        waiting.join(20)
+        waiting.join(PATIENCE_S)
         assert not waiting.is_alive()
         pool.close()
 
@@ -839,10 +837,10 @@ def test_a_drained_sidecar_answers_what_it_accepted(tmp_path: Path, source: Fake
     entered, leave = threading.Event(), threading.Event()
     answers: list[object] = []
     with running_server(tmp_path, source) as running:
-        running.device.on_run = lambda: (entered.set(), leave.wait(10))  # type: ignore[func-returns-value,return-value]
+        running.device.on_run = lambda: (entered.set(), leave.wait(PATIENCE_S))  # type: ignore[func-returns-value,return-value]
         first = connect(running)
         second = connect(running)
-        deadline = time.monotonic() + 10
+        deadline = soon()
         inputs = (Placement("x", "float32", (1, 3), 0),)
 
         def ask() -> None:
@@ -850,7 +848,7 @@ def test_a_drained_sidecar_answers_what_it_accepted(tmp_path: Path, source: Fake
 
         asking = threading.Thread(target=ask)
         asking.start()
-        entered.wait(10)
+        entered.wait(PATIENCE_S)
         running.server.drain()
         running.engine.drain(running.server.stop)
         refusing = threading.Thread(target=lambda: answers.append(outcome(second, inputs, deadline)))

@@ -26,7 +26,9 @@ from sidecar.ir import Graph, Node, Value
 from sidecar.stacked import stackable
 from sidecar.verdicts import Verdicts
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, running_server
+from tests.forms import prefer
 from tests.networks import Arrays, Network, agrees, network
+from tests.waiting import PATIENCE_S, soon
 
 COUNTS = ("stages", "stage_rows", "stage_requests", "stacked")
 
@@ -62,7 +64,7 @@ def deploy(running: Running, *networks: Network) -> None:
     for each in networks:
         each.put(running.source)
         ask(running, "model_changed", name=each.name)
-    deadline = time.monotonic() + 120
+    deadline = soon()
     for each in networks:
         while ask(running, "model", name=each.name)["unbatched_because"] == "it was not tried yet":
             assert time.monotonic() < deadline, f"{each.name} was never tried"
@@ -90,11 +92,11 @@ def at_once(running: Running, *calls: tuple[str, Arrays]) -> list[Any]:
     ask(running, "status")
     release, engine, submitted = threading.Event(), running.engine, []
     submit = engine.submit
-    engine._post(lambda: release.wait(60))  # type: ignore[arg-type, return-value]
+    engine._post(lambda: release.wait(PATIENCE_S))  # type: ignore[arg-type, return-value]
     engine.submit = lambda work: (submit(work), submitted.append(work))  # type: ignore[method-assign,assignment]
     with ThreadPoolExecutor(len(calls)) as threads:
         answers = [threads.submit(each.call, inputs) for each, (_, inputs) in zip(asked, calls, strict=True)]
-        deadline = time.monotonic() + 60
+        deadline = soon()
         while len(submitted) < len(calls) and time.monotonic() < deadline:
             time.sleep(0.005)
         engine.submit = submit  # type: ignore[method-assign]
@@ -187,7 +189,7 @@ def test_an_idle_device_may_wait_a_little_for_a_batch(tmp_path: Path, monkeypatc
             assert not first.done()
             # The second fills the batch: nobody waits for the end of the window.
             second = threads.submit(client.Model(made.name, pools[1]).call, inputs)
-            assert np.array_equal(first.result(10), second.result(10))
+            assert np.array_equal(first.result(PATIENCE_S), second.result(PATIENCE_S))
         assert (counts["stages"], counts["stage_requests"]) == (1, 2)
         for pool in pools:
             pool.close()
@@ -216,10 +218,11 @@ def test_each_form_of_sharing_can_be_switched_off(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_packed_weights_stand_in_for_those_they_are_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["packed", "blocked"])
+def test_packed_weights_stand_in_for_those_they_are_made_of(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network("resnet")
     # Whatever is faster on this machine at this moment: here the packed form is taken wherever there is one.
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    prefer(monkeypatch, form)
     with serving(tmp_path, monkeypatch) as running:
         deploy(running, made)
         assert agrees(model(made.name).call(made.inputs(1)), made.eager(made.inputs(1)), exact=False)
@@ -233,23 +236,26 @@ def test_packed_weights_stand_in_for_those_they_are_made_of(tmp_path: Path, monk
         ask(running, "evict", name=made.name)
         assert ask(running, "memory")["weight_bytes"] == 0
         assert agrees(model(made.name).call(made.inputs(1)), made.eager(made.inputs(1)), exact=False)
-        assert {block["form"] for block in ask(running, "blocks")["blocks"]} <= {"packed", "plain"}
+        assert {block["form"] for block in ask(running, "blocks")["blocks"]} <= {form, "plain"}
         del running.source.bundles[made.name]
         ask(running, "model_removed", name=made.name)
         assert ask(running, "memory")["weight_bytes"] == 0
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_model_in_use_changes_its_form_without_losing_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["packed", "blocked"])
+def test_a_model_in_use_changes_its_form_without_losing_a_request(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = network("resnet")
     inputs = made.inputs(1)
     expected = made.eager(inputs)
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    prefer(monkeypatch, form)
     with serving(tmp_path, monkeypatch) as running:
         made.put(running.source)
         ask(running, "model_changed", name=made.name)
         forms: set[int] = set()
-        deadline = time.monotonic() + 60
+        deadline = soon()
         while time.monotonic() < deadline and len(forms) < 2:
             assert agrees(model(made.name).call(inputs), expected, exact=False)
             forms.add(ask(running, "model", name=made.name)["packed_stage_count"])
@@ -390,14 +396,14 @@ def test_a_model_that_goes_while_others_of_its_call_are_loaded_is_answered(
         for each in made:
             ask(running, "evict", name=each.name)
         reading, leave = threading.Event(), threading.Event()
-        running.source.before_read = lambda digest: (reading.set(), leave.wait(60))
+        running.source.before_read = lambda digest: (reading.set(), leave.wait(PATIENCE_S))
         with ThreadPoolExecutor(1) as threads:
             answer = threads.submit(lambda: both.call(inputs))
-            assert reading.wait(60)
+            assert reading.wait(PATIENCE_S)
             del running.source.bundles["m3"]
             ask(running, "model_removed", name="m3")
             leave.set()
-            given = answer.result(60)
+            given = answer.result(PATIENCE_S)
         for each in made:
             assert agrees(given[each.name], each.eager(inputs), exact=False)
         assert ask(running, "model", name="m2")["leases"] == 0

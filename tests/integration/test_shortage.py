@@ -23,10 +23,12 @@ from trunkline.pool import Pool
 
 from sidecar.devices import TorchDevice
 from tests.fakes import Running
+from tests.forms import run_apart
 from tests.integration.test_sharing import ask, at_once, counted, deploy, serving
 from tests.integration.test_streams import rooms, streams
 from tests.networks import Arrays, Network, agrees, network
 from tests.nodes import Node, check
+from tests.waiting import PATIENCE_S
 
 # A request with this number in it has no room, however little it takes.
 GUILTY = 99.0
@@ -140,8 +142,9 @@ def test_one_call_of_many_rows_is_run_in_halves_down_to_single_ones(running: Run
 
 @pytest.mark.parametrize("kind", ["resnet", "densenet", "vit", "minilm", "pair", "unet"])
 @pytest.mark.row("F17")
-def test_what_halves_give_is_what_the_whole_gives(kind: str, running: Running) -> None:
+def test_what_halves_give_is_what_the_whole_gives(kind: str, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever rows lie in what passes from stage to stage: room for two of them."""
+    run_apart(monkeypatch)
     made = network(kind)
     deploy(running, made)
     device = small(running)
@@ -284,7 +287,7 @@ def test_nothing_is_run_until_the_bytes_are_gone_and_commands_are_answered(runni
 
     def free(digests: Sequence[str]) -> None:
         freeing.set()
-        assert release.wait(60)
+        assert release.wait(PATIENCE_S)
         freed.extend(digests)
 
     engine._memory.free = free  # type: ignore[method-assign,assignment]
@@ -292,12 +295,12 @@ def test_nothing_is_run_until_the_bytes_are_gone_and_commands_are_answered(runni
     inputs = made.inputs(1)
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(model(made.name).call, inputs)
-        assert freeing.wait(60)
+        assert freeing.wait(PATIENCE_S)
         for _ in range(3):
             assert ask(running, "status")["requests"]["running"] == 1
         assert device.asked == [1]
         release.set()
-        assert agrees(answer.result(60), made.eager(inputs), exact=False)
+        assert agrees(answer.result(PATIENCE_S), made.eager(inputs), exact=False)
     assert device.asked[:2] == [1, 1]
 
 
@@ -321,7 +324,7 @@ def test_a_caller_who_leaves_meanwhile_takes_his_request_along(running: Running)
 
     def free(digests: Sequence[str]) -> None:
         freeing.set()
-        assert release.wait(60)
+        assert release.wait(PATIENCE_S)
 
     engine._memory.free = free  # type: ignore[method-assign,assignment]
     device.lacks = lambda program, inputs: True
@@ -330,10 +333,10 @@ def test_a_caller_who_leaves_meanwhile_takes_his_request_along(running: Running)
     pool = Pool()
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(client.Model(made.name, pool).call, made.inputs(1), deadline_s=1.0)
-        assert freeing.wait(60)
+        assert freeing.wait(PATIENCE_S)
         assert answer.exception(60) is not None
         pool.close()
-        assert gone.wait(60)
+        assert gone.wait(PATIENCE_S)
     release.set()
     device.lacks = None
     inputs = made.inputs(1, 1)
@@ -459,7 +462,7 @@ def check_in_the_engine(running: Running) -> None:
             checked.set_result(None)
 
     running.engine._post(check)
-    checked.result(60)
+    checked.result(PATIENCE_S)
 
 
 @pytest.mark.row("F17")

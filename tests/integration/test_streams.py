@@ -20,6 +20,7 @@ from tests.fakes import Running
 from tests.integration.test_sharing import ask, at_once, deploy
 from tests.networks import Network, agrees, network
 from tests.nodes import Node, check, moved, until_on_disk, weight_bytes
+from tests.waiting import PATIENCE_S
 
 KINDS = ("resnet", "densenet", "vit", "minilm")
 
@@ -164,7 +165,7 @@ def test_a_model_that_fits_is_served_while_another_streams(node: Node) -> None:
         for seed in range(30):
             check(small, seed % 3)
         for each in pending:
-            each.result(60)
+            each.result(PATIENCE_S)
         assert ask(running, "memory")["resident_bytes"] <= node.budget_bytes
 
 
@@ -201,7 +202,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
     def wait(self: Any, keys: Any, targets: Any) -> None:
         if next(count) >= 2:
-            assert release.wait(60)
+            assert release.wait(PATIENCE_S)
         read(self, keys, targets)
 
     monkeypatch.setattr("sidecar.blockfiles.BlockFiles.read", wait)
@@ -259,11 +260,11 @@ def together(running: Running, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         submitted.release()
 
     running.engine.submit = counted  # type: ignore[method-assign]
-    running.engine._post(lambda: (release.wait(60), None)[1])
+    running.engine._post(lambda: (release.wait(PATIENCE_S), None)[1])
     with ThreadPoolExecutor(len(calls)) as threads:
         pending = [threads.submit(call) for call in calls]
         for _ in calls:
-            assert submitted.acquire(timeout=60)
+            assert submitted.acquire(timeout=PATIENCE_S)
         release.set()
         return [each.exception(60) or each.result() for each in pending]
 
@@ -303,7 +304,7 @@ def test_a_model_is_replaced_while_it_streams(node: Node, held: threading.Event)
         bundle = node.source.bundles.pop(made.name)
         ask(running, "model_removed", name=made.name)
         held.set()
-        assert agrees(pending.result(60), made.eager(inputs), exact=False)
+        assert agrees(pending.result(PATIENCE_S), made.eager(inputs), exact=False)
         assert ask(running, "memory")["resident_bytes"] == 0
         node.source.bundles[made.name] = bundle
         ask(running, "model_changed", name=made.name)
@@ -331,7 +332,7 @@ def test_all_who_wait_are_told_when_a_stream_fails_at_its_first_stage(node: Node
             asked = [threads.submit(client.Model(made.name, pool).call, made.inputs(1, 0), deadline_s=30) for pool in pools]
             for each in asked:
                 with pytest.raises(ModelCorrupt):
-                    each.result(60)
+                    each.result(PATIENCE_S)
         for pool in pools:
             pool.close()
 

@@ -30,7 +30,8 @@ from tests.copying import CopyingDevice, CopyingNode, until_on_disk
 from tests.fakes import Running
 from tests.integration.test_sharing import ask, deploy
 from tests.networks import network
-from tests.nodes import check, until
+from tests.nodes import check
+from tests.waiting import PATIENCE_S, until
 
 KINDS = ("resnet", "mobilenet", "vit", "minilm", "mlp", "unet")
 MB = 1 << 20
@@ -71,7 +72,7 @@ def overwrite(running: Running) -> None:
         done.set()
 
     engine._mover._tell(forget)
-    assert done.wait(60)
+    assert done.wait(PATIENCE_S)
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
@@ -572,7 +573,7 @@ def move_all(running: Running, name: str) -> None:
         done.set()
 
     engine._post(move)
-    assert done.wait(60)
+    assert done.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["moved", "lost"])
@@ -617,7 +618,7 @@ def test_a_weight_that_is_lost_while_it_is_leased_is_brought_in_anew(node: Copyi
             done.set()
 
         engine._post(lose)
-        assert done.wait(60)
+        assert done.wait(PATIENCE_S)
         check(made, 1)
         until(lambda: ask(running, "model", name=made.name)["state"] == "resident")
 

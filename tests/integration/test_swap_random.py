@@ -29,7 +29,7 @@ from tests.integration.test_random_calls import ASKED, LARGE, Watch, asking, inp
 from tests.integration.test_sharing import ask, deploy
 from tests.integration.test_swap_memory import bring, bytes_of, weights_of
 from tests.networks import Arrays
-from tests.nodes import until
+from tests.waiting import PATIENCE_S, until
 
 __all__ = ["one_thread"]
 
@@ -201,7 +201,7 @@ def test_random_calls_of_six_functions_with_room_for_two_on_the_device_and_for_t
         for thread in threads:
             thread.join()
         assert not watch.problems, watch.problems[:5]
-        assert check_books(running, memory, watch).wait(60)
+        assert check_books(running, memory, watch).wait(PATIENCE_S)
         status, found = ask(running, "status"), ask(running, "memory")
         for pool in pools.values():
             pool.close()

@@ -25,6 +25,7 @@ from sidecar.reloading import QuotaFile
 from sidecar.tenants import OPEN, Quotas, hash_of
 from tests.fakes import ADMIN_TOKEN, FakeSource, Running, running_server
 from tests.integration.test_session import offset_of
+from tests.waiting import PATIENCE_S, soon
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -59,7 +60,7 @@ class Tenancy:
         self._file = file
 
     def connect(self, token: str = "", **sizes: Any) -> Connection:
-        return Connection(self.running.path, token=token.encode(), deadline=time.monotonic() + 20, **sizes)
+        return Connection(self.running.path, token=token.encode(), deadline=soon(), **sizes)
 
     def admin(self) -> AdminConnection:
         return AdminConnection(self.running.path, ADMIN_TOKEN)
@@ -73,11 +74,11 @@ class Tenancy:
 
     def described(self, connection: Connection, name: str) -> str:
         """Return the name of a model, which is there."""
-        return str(connection.describe(name, time.monotonic() + 20)["model"])
+        return str(connection.describe(name, soon())["model"])
 
     def until(self, name: str, **expected: object) -> None:
         """Wait until a tenant has what is expected: an end of a connection is seen when its turn comes."""
-        deadline = time.monotonic() + 20
+        deadline = soon()
         while {key: self.tenants()[name][key] for key in expected} != expected:
             assert time.monotonic() < deadline, self.tenants()[name]
             time.sleep(0.005)
@@ -146,7 +147,7 @@ def test_every_wrong_token_is_told_the_same(
     for quotas in (OPEN, Quotas({})):
         (tmp_path / "other").mkdir(exist_ok=True)
         with running_server(tmp_path / "other", source, quotas=quotas) as running, pytest.raises(errors.Unauthorized) as refused:
-            Connection(running.path, token=b"guess", deadline=time.monotonic() + 20)
+            Connection(running.path, token=b"guess", deadline=soon())
         told.add(str(refused.value.to_dict()))
     assert len(told) == 1
     assert "was refused: unauthorized: this sidecar knows no such token" in caplog.text
@@ -162,10 +163,10 @@ def refusal(ask: Callable[[], object]) -> dict[str, object]:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda connection, name: connection.infer(name, (), time.monotonic() + 20),
-        lambda connection, name: connection.describe(name, time.monotonic() + 20),
-        lambda connection, name: connection.infer(f"age+{name}", (), time.monotonic() + 20),
-        lambda connection, name: connection.describe(f"{name}+zzz", time.monotonic() + 20),
+        lambda connection, name: connection.infer(name, (), soon()),
+        lambda connection, name: connection.describe(name, soon()),
+        lambda connection, name: connection.infer(f"age+{name}", (), soon()),
+        lambda connection, name: connection.describe(f"{name}+zzz", soon()),
     ],
 )
 def test_what_is_not_allowed_is_told_as_what_is_not_there(tenancy: Tenancy, ask: Callable[[Connection, str], object]) -> None:
@@ -178,13 +179,13 @@ def test_what_is_not_allowed_is_told_as_what_is_not_there(tenancy: Tenancy, ask:
         assert "there is no model 'NAME' that vision may use; the operator allows it age, ge*" in told[0]
         assert "pair" not in told[0]
         # It serves on.
-        assert connection.describe("age", time.monotonic() + 20)["model"] == "age"
+        assert connection.describe("age", soon())["model"] == "age"
 
 
 def test_no_session_remembers_more_names_than_it_needs(tenancy: Tenancy) -> None:
     with contextlib.closing(tenancy.connect("s1")) as connection:
         for number in range(70):
-            refusal(lambda number=number: connection.describe(f"none-{number}", time.monotonic() + 20))  # type: ignore[misc]
+            refusal(lambda number=number: connection.describe(f"none-{number}", soon()))  # type: ignore[misc]
         (session,) = tenancy.running.server._sessions.values()
         assert len(session._names) == 6
 
@@ -193,23 +194,23 @@ def test_no_session_remembers_more_names_than_it_needs(tenancy: Tenancy) -> None
 def test_no_name_leads_out_of_a_domain(tenancy: Tenancy, name: str) -> None:
     for token in ("v1", "s1"):
         with contextlib.closing(tenancy.connect(token)) as connection:
-            refusal(lambda connection=connection: connection.describe(name, time.monotonic() + 20))  # type: ignore[misc]
+            refusal(lambda connection=connection: connection.describe(name, soon()))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", ["age@base", "age@base2", "age@base-2", "@base"])
 def test_a_name_that_somebody_made_up_is_told_as_it_was(tenancy: Tenancy, name: str) -> None:
     with contextlib.closing(tenancy.connect("s1")) as connection:
-        told = refusal(lambda: connection.describe(name, time.monotonic() + 20))
+        told = refusal(lambda: connection.describe(name, soon()))
     assert f"there is no model {name!r} that search may use" in str(told["message"])
     assert told["details"] == {"model": name}
 
 
 def test_errors_name_models_as_functions_do(tenancy: Tenancy, token: Path) -> None:
     with contextlib.closing(tenancy.connect("v1")) as connection, pytest.raises(errors.SignatureMismatch) as refused:
-        connection.infer("age", (), time.monotonic() + 20)
+        connection.infer("age", (), soon())
     assert refused.value.message.startswith("age takes x;")
     with contextlib.closing(tenancy.connect("v1")) as connection, pytest.raises(errors.InvalidInput) as again:
-        connection.describe("gender+age", time.monotonic() + 20)
+        connection.describe("gender+age", soon())
     assert again.value.message.startswith("'gender+age' does not name")
 
 
@@ -309,33 +310,33 @@ def test_a_tenant_that_is_gone_is_gone_at_once(tenancy: Tenancy) -> None:
             placed = protocol.place([("x", "float32", (1, 3))])[0]
             for _ in range(2):
                 try:
-                    connection.infer("age", placed, time.monotonic() + 20)
+                    connection.infer("age", placed, soon())
                 except TrunklineError as error:
                     told.append(error)
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert entered.wait(20)
+    assert entered.wait(PATIENCE_S)
     tenancy.put(QUOTAS[QUOTAS.index("[tenants.search]") :])
     with contextlib.closing(tenancy.admin()) as admin:
         admin.command("quotas_reload")
         assert list(tenancy.tenants()) == ["search"]
         leave.set()
-        asking.join(20)
+        asking.join(PATIENCE_S)
         assert {error.code for error in told} == {"connection_lost"}
         with pytest.raises(errors.Unauthorized):
             tenancy.connect("v1")
         with contextlib.closing(tenancy.connect("s1")) as connection:
-            assert connection.describe("age", time.monotonic() + 20)["model"] == "age"
+            assert connection.describe("age", soon())["model"] == "age"
 
 
 def test_sessions_go_by_new_limits_at_once(tenancy: Tenancy) -> None:
     with contextlib.closing(tenancy.connect("v1")) as connection, contextlib.closing(tenancy.admin()) as admin:
-        refusal(lambda: connection.describe("text", time.monotonic() + 20))
+        refusal(lambda: connection.describe("text", soon()))
         tenancy.put(QUOTAS.replace('"ge*"', '"text"').replace("connections = 2", "connections = 1"))
         admin.command("quotas_reload")
         assert tenancy.described(connection, "text") == "text"
-        refusal(lambda: connection.describe("gender", time.monotonic() + 20))
+        refusal(lambda: connection.describe("gender", soon()))
         with pytest.raises(errors.QuotaExceeded, match="its quota is 1"):
             tenancy.connect("v2")
         tenancy.put(QUOTAS.replace('models = ["age", "ge*"]', 'models = ["age"]\ndomain = "base"'))
@@ -350,7 +351,7 @@ def test_a_reload_is_answered_when_all_is_deployed_and_holds_before(tenancy: Ten
 
     def held(catalog: Catalog, name: str) -> object:
         deploying.set()
-        assert leave.wait(20)
+        assert leave.wait(PATIENCE_S)
         return complete(catalog, name)
 
     monkeypatch.setattr(Catalog, "complete", held)
@@ -364,13 +365,13 @@ def test_a_reload_is_answered_when_all_is_deployed_and_holds_before(tenancy: Ten
     asking = threading.Thread(target=reload)
     with contextlib.closing(tenancy.connect("v1")) as connection:
         asking.start()
-        assert deploying.wait(20)
+        assert deploying.wait(PATIENCE_S)
         with pytest.raises(errors.QuotaExceeded, match="its quota is 1"):
             tenancy.connect("v2")
-        refusal(lambda: connection.describe("text", time.monotonic() + 20))
+        refusal(lambda: connection.describe("text", soon()))
         assert not answers
         leave.set()
-        asking.join(20)
+        asking.join(PATIENCE_S)
         assert answers == [{"tenant_count": 2}]
         assert tenancy.described(connection, "text") == "text"
 
@@ -384,7 +385,7 @@ def test_a_mistake_in_the_file_changes_nothing(tenancy: Tenancy) -> None:
             admin.command("quotas_reload")
         assert refused.value.code == "config_error"
         assert refused.value.details == {"line": line, "key": "wieght"}
-        assert connection.describe("age", time.monotonic() + 20)["model"] == "age"
+        assert connection.describe("age", soon())["model"] == "age"
     tenancy.until("vision", connections=0)
     assert tenancy.tenants() == before
 
@@ -399,10 +400,10 @@ def test_whoever_asks_for_a_reload_and_leaves_is_not_told(tmp_path: Path, source
         entered.set()
 
     with running_server(tmp_path, source, reload=reload) as running:
-        leaving = Connection(running.path, token=ADMIN_TOKEN, deadline=time.monotonic() + 20)
+        leaving = Connection(running.path, token=ADMIN_TOKEN, deadline=soon())
         with pytest.raises(errors.DeadlineExceeded):
             leaving.command("quotas_reload", {}, time.monotonic() + 0.2)
-        assert entered.wait(20)
+        assert entered.wait(PATIENCE_S)
         leaving.close()
         with contextlib.closing(AdminConnection(running.path, ADMIN_TOKEN)) as admin:
             admin.command("status")
@@ -423,7 +424,7 @@ def test_functions_may_neither_look_nor_reload(tenancy: Tenancy) -> None:
     with contextlib.closing(tenancy.connect("v1")) as connection:
         for name in ("tenants", "quotas_reload", "identify"):
             with pytest.raises(errors.Unauthorized, match="administrator"):
-                connection.command(name, {}, time.monotonic() + 20)
+                connection.command(name, {}, soon())
 
 
 def test_the_administrator_is_no_tenant(tenancy: Tenancy) -> None:

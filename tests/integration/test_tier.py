@@ -29,9 +29,11 @@ from sidecar.tiermemory import TierMemory
 from sidecar.trials import Trials, Verdict
 from sidecar.verdicts import Verdicts
 from tests.fakes import Running
+from tests.forms import prefer
 from tests.integration.test_sharing import ask, deploy
 from tests.networks import Network, agrees, network
-from tests.nodes import Node, check, moved, until, until_on_disk, weight_bytes
+from tests.nodes import Node, check, moved, until_on_disk, weight_bytes
+from tests.waiting import PATIENCE_S, until
 
 KINDS = ("resnet", "mobilenet", "vit", "minilm", "mlp", "unet")
 
@@ -71,14 +73,14 @@ def test_a_model_that_is_removed_during_its_trial_leaves_nothing_on_disk(node: N
 
     def slow(self: Trials, bundle: Bundle, staged: Staged) -> Verdict:
         is_trying.set()
-        assert may_end.wait(60)
+        assert may_end.wait(PATIENCE_S)
         return verdict_of(self, bundle, staged)
 
     monkeypatch.setattr(Trials, "_verdict", slow)
     with node.serve() as running:
         made.put(running.source)
         ask(running, "model_changed", name=made.name)
-        assert is_trying.wait(60)
+        assert is_trying.wait(PATIENCE_S)
         del running.source.bundles[made.name]
         ask(running, "model_removed", name=made.name)
         may_end.set()
@@ -159,7 +161,7 @@ def test_a_kept_packed_weight_without_its_block_file_is_made_anew(node: Node, mo
 def kept_packed(node: Node, monkeypatch: pytest.MonkeyPatch) -> Network:
     """Leave a model with packed weights in memory and in block files, and no engine; return it."""
     made = network("resnet")
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    prefer(monkeypatch, "packed")
     with node.serve() as running:
         deploy(running, made)
         until_on_disk(node, running, made.name)
@@ -367,7 +369,7 @@ def test_a_head_that_is_still_read_is_not_stacked_with_one_that_is_there(node: N
 
 def test_packed_weights_of_another_size_than_was_noted_are_refused_with_both(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network("resnet")
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    prefer(monkeypatch, "packed")
     packed_bytes = open_device("cpu").packed_bytes
     monkeypatch.setattr("sidecar.devices.TorchDevice.packed_bytes", lambda self, recipe: packed_bytes(recipe) + 64)
     with node.serve() as running:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from trunkline.testing import fake_models, signature
 from sidecar.server import Session
 from tests.fakes import ADMIN_TOKEN, Running, bundle_of, running_server
 from tests.integration.conftest import TRUNK
+from tests.waiting import PATIENCE_S, soon
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -87,13 +87,13 @@ def test_a_part_that_is_replaced_during_a_run_is_let_go_afterwards(running: Runn
 
     def hold() -> None:
         entered.set()
-        leave.wait(20)
+        leave.wait(PATIENCE_S)
 
     running.device.on_run = hold
     answers: list[object] = []
     thread = threading.Thread(target=lambda: answers.append(models("age", "gender")(X)))
     thread.start()
-    assert entered.wait(20)
+    assert entered.wait(PATIENCE_S)
     running.device.on_run = lambda: None
     removal = threading.Thread(target=lambda: change(running, "age", [b"other"], version="2"))
     removal.start()
@@ -209,17 +209,17 @@ def test_a_function_that_dies_in_the_middle_of_a_call_in_turn_leaves_nothing(
             runs.append(1)
             if len(runs) == stop_at:
                 running_now.set()
-                assert go_on.wait(20)
+                assert go_on.wait(PATIENCE_S)
 
         running.device.on_run = hold
-        deadline = time.monotonic() + 20
+        deadline = soon()
         connection = Connection(running.path, request_bytes=1 << 16, reply_bytes=1 << 16, deadline=deadline)
         signature = models("age", "gender").signature
         placements, _ = protocol.place([(spec.name, "float32", X.shape) for spec in signature.inputs])
         view(connection.request, placements[0])[...] = X
         asking = protocol.Infer(7, 20_000_000, "", "age+gender", signature.id, tuple(placements))
         connection._channel.send(protocol.encode(asking), deadline)
-        assert running_now.wait(20)
+        assert running_now.wait(PATIENCE_S)
         connection.close()
         go_on.set()
         # Whoever asks now is answered, and of the other nothing is left when the server ends.

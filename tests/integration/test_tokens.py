@@ -20,6 +20,7 @@ from sidecar.http.access import Principal
 from sidecar.http.server import check_settings
 from sidecar.http.tokenfile import TokenFile
 from tests.integration.test_admin_http import HttpServer
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -113,21 +114,24 @@ def test_other_machines_need_a_token(tokens: Path, folder: Path) -> None:
     try:
         # Not a name of this machine: as from another one.
         url, other = running.url, {"Host": "node-7.example"}
-        assert requests.get(f"{url}/healthz", headers=other, timeout=30).ok
-        refused = requests.get(f"{url}/admin/v1/status", headers=other, timeout=30)
+        assert requests.get(f"{url}/healthz", headers=other, timeout=PATIENCE_S).ok
+        refused = requests.get(f"{url}/admin/v1/status", headers=other, timeout=PATIENCE_S)
         assert refused.status_code == 401
         assert refused.headers["WWW-Authenticate"] == "Bearer"
         looks = other | {"Authorization": "Bearer looks"}
-        assert requests.get(f"{url}/nowhere", headers=looks, timeout=30).status_code == 404
-        assert requests.post(f"{url}/admin/v1/store/verify", json={}, headers=looks, timeout=30).status_code == 403
+        assert requests.get(f"{url}/nowhere", headers=looks, timeout=PATIENCE_S).status_code == 404
+        assert requests.post(f"{url}/admin/v1/store/verify", json={}, headers=looks, timeout=PATIENCE_S).status_code == 403
         changes = other | {"Authorization": "Bearer changes"}
-        assert requests.post(f"{url}/admin/v1/store/verify", json={}, headers=changes, timeout=30).ok
+        assert requests.post(f"{url}/admin/v1/store/verify", json={}, headers=changes, timeout=PATIENCE_S).ok
         # Both workers go by another file.
         rewrite(tokens, with_token(NEW_FILE, "", "ann", OPERATE, "other"))
         for _ in range(20):
-            assert requests.post(f"{url}/admin/v1/store/verify", json={}, headers=changes, timeout=30).status_code in (401, 429)
+            assert requests.post(f"{url}/admin/v1/store/verify", json={}, headers=changes, timeout=PATIENCE_S).status_code in (
+                401,
+                429,
+            )
         changes = other | {"Authorization": "Bearer other"}
-        assert requests.post(f"{url}/admin/v1/store/verify", json={}, headers=changes, timeout=30).ok
+        assert requests.post(f"{url}/admin/v1/store/verify", json={}, headers=changes, timeout=PATIENCE_S).ok
         with AdminClient(f"unix:{running.socket}") as client:
             assert client.post("store/verify")["broken"] == {}
         for key, word in (("looks", "looks"), ("other", "other")):
@@ -157,12 +161,12 @@ def test_tcp_has_tls_and_the_socket_has_not(
     running = HttpServer(folder, admin_tokens=tokens, admin_tls_certificate=certificate[0], admin_tls_key=certificate[1])
     try:
         url = running.url.replace("http:", "https:")
-        found = requests.get(f"{url}/healthz", verify=str(certificate[0]), timeout=30)
+        found = requests.get(f"{url}/healthz", verify=str(certificate[0]), timeout=PATIENCE_S)
         assert found.ok
         with pytest.raises(requests.exceptions.SSLError):
-            requests.get(f"{url}/healthz", timeout=30)
+            requests.get(f"{url}/healthz", timeout=PATIENCE_S)
         with pytest.raises(requests.RequestException):
-            requests.get(f"{running.url}/healthz", timeout=30)
+            requests.get(f"{running.url}/healthz", timeout=PATIENCE_S)
         with AdminClient(f"unix:{running.socket}") as client:
             assert client.post("store/verify")["broken"] == {}
         # The command line, by its environment.
@@ -186,7 +190,7 @@ def test_tcp_has_tls_and_the_socket_has_not(
                 json={},
                 headers=asked | {"Origin": origin},
                 verify=str(certificate[0]),
-                timeout=30,
+                timeout=PATIENCE_S,
             )
             assert answer.status_code == status
     finally:

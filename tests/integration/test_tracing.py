@@ -37,7 +37,8 @@ from tests.integration.test_oip import X as OIP_X
 from tests.integration.test_sharing import at_once, deploy, serving
 from tests.integration.test_streams import rooms
 from tests.networks import network
-from tests.nodes import Node, check, until
+from tests.nodes import Node, check
+from tests.waiting import PATIENCE_S, until
 
 X = np.ones((2, 3), np.float32)
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -332,10 +333,10 @@ def test_a_caller_that_leaves_is_an_error(running: Running, tracer: Kept) -> Non
 
     def hold() -> None:
         entered.set()
-        release.wait(20)
+        release.wait(PATIENCE_S)
 
     running.engine._post(hold)
-    assert entered.wait(20)
+    assert entered.wait(PATIENCE_S)
     with unnamed(running, "age") as asked, pytest.raises(TrunklineError):
         asked.call({"x": X}, deadline_s=0.2)
     assert tracer.kept == []
@@ -348,7 +349,7 @@ def test_a_caller_that_leaves_is_an_error(running: Running, tracer: Kept) -> Non
 
 def test_what_is_noted_of_weights_is_forgotten_with_the_request(running: Running, tracer: Kept, source: FakeSource) -> None:
     held = threading.Event()
-    source.before_read = lambda digest: held.wait(20) and None
+    source.before_read = lambda digest: held.wait(PATIENCE_S) and None
     with unnamed(running, "age") as asked, pytest.raises(TrunklineError):
         asked.call({"x": X}, deadline_s=0.2)
     until(lambda: bool(tracer.kept))

@@ -27,6 +27,8 @@ from sidecar.trials import Trials, Verdict
 from sidecar.verdicts import Verdicts
 from sidecar.wavefront import INPUT
 from tests import zoo
+from tests.forms import prefer
+from tests.waiting import PATIENCE_S
 
 
 class Blobs:
@@ -184,8 +186,8 @@ def test_a_mask_is_believed_when_padding_changes_nothing(masked: bool, tmp_path:
 
 def test_stages_of_one_structure_have_one_form_whatever_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
-    answers = itertools.cycle((True, False))
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: next(answers))
+    answers = itertools.cycle(("packed", "blocked", "plain"))
+    monkeypatch.setattr("sidecar.trials._fastest", lambda seconds: next(answers))
     torch.manual_seed(0)
     layers = [layer for _ in range(6) for layer in (nn.Linear(32, 32), nn.ReLU())]
     forms = []
@@ -193,7 +195,7 @@ def test_stages_of_one_structure_have_one_form_whatever_is_measured(tmp_path: Pa
         blobs = Blobs()
         bundle, staged = deployed(Source(nn.Sequential(*layers, nn.Linear(32, head)).eval(), (torch.randn(2, 32),)), blobs)
         (verdict,) = judge(bundle, staged, blobs, tmp_path)
-        forms.append([lowered is not None for lowered in verdict.forms])
+        forms.append([lowered and lowered.form for lowered in verdict.forms])
     assert len(forms[0]) >= 6
     assert len(set(forms[0][:6])) == 1
     assert forms[0][:6] == forms[1][:6]
@@ -261,14 +263,14 @@ def test_a_process_that_ends_during_a_trial_has_not_died_of_it(tmp_path: Path) -
     class Slow(TorchDevice):
         def run(self, *arguments: object) -> list[torch.Tensor]:
             entered.set()
-            leave.wait(60)
+            leave.wait(PATIENCE_S)
             return super().run(*arguments)  # type: ignore[arg-type]
 
     trials = Trials(Slow(torch.device("cpu")), blobs, Verdicts(tmp_path, "test"), lambda command: None)  # type: ignore[arg-type]
     trials.ask(bundle, staged, lambda verdict: None)
     thread = threading.Thread(target=trials.run)
     thread.start()
-    assert entered.wait(60)
+    assert entered.wait(PATIENCE_S)
     assert [path.suffix for path in tmp_path.glob("rows-*")] == [".trying"]
     trials.stop()
     assert list(tmp_path.glob("rows-*")) == []
@@ -338,7 +340,7 @@ def written(path: Path) -> dict[str, Any]:
 
 def test_stages_are_timed_in_the_form_they_are_taken_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
-    monkeypatch.setattr("sidecar.trials._is_faster", lambda packed_s, base_s: True)
+    prefer(monkeypatch, "blocked", "packed")
     blobs = Blobs()
     bundle, staged = deployed(zoo.ALL["resnet"](), blobs)
     (verdict,) = judge(bundle, staged, blobs, tmp_path)
@@ -349,8 +351,13 @@ def test_stages_are_timed_in_the_form_they_are_taken_in(tmp_path: Path, monkeypa
     assert len(verdict.run_s) == len(rows["run_us"]) == len(staged.stages) > 1
     for stage, lowered, plain_us, run_s in zip(staged.stages, verdict.forms, rows["run_us"], verdict.run_s, strict=True):
         assert isinstance(plain_us, int)
-        form = (verdicts.find("form", skeleton_id(stage.graph)) or {}) if lowered is not None else {"base_us": 1, "packed_us": 1}
-        assert run_s == pytest.approx(plain_us * 1e-6 * form["packed_us"] / form["base_us"])
+        if lowered is None:
+            assert run_s == pytest.approx(plain_us * 1e-6)
+            continue
+        form = verdicts.find("form", skeleton_id(stage.graph))
+        assert form is not None
+        assert form["form"] == lowered.form
+        assert run_s == pytest.approx(plain_us * 1e-6 * form[f"{lowered.form}_us"] / form["base_us"])
 
 
 def test_a_model_of_fixed_size_is_timed_as_it_is_asked(tmp_path: Path) -> None:
@@ -387,7 +394,7 @@ def test_a_form_without_figures_changes_nothing_about_those_of_its_stage(form: d
     bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
     judge(bundle, staged, blobs, tmp_path)
     (rows,) = map(written, tmp_path.glob("rows-*.json"))
-    Verdicts(tmp_path, "test").end("form", skeleton_id(staged.stages[0].graph), {"packed": True} | form)
+    Verdicts(tmp_path, "test").end("form", skeleton_id(staged.stages[0].graph), {"form": "packed"} | form)
     (verdict,) = judge(bundle, staged, blobs, tmp_path)
     assert verdict.forms[0] is not None
     assert verdict.run_s == (rows["run_us"][0] * 1e-6,)

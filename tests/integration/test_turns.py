@@ -29,6 +29,7 @@ from sidecar.pins import Pins
 from sidecar.ports import OutputSpecs, Work
 from sidecar.tenants import Quotas, Tenant
 from tests.fakes import FakeDevice, FakeSource, bundle_of
+from tests.waiting import PATIENCE_S
 
 STAGE_S = 0.02
 
@@ -111,7 +112,7 @@ class Bench:
         self.most_activation_bytes = max(self.most_activation_bytes, taken)
         self.ran.release()
         if not self.free_running:
-            assert self.go.acquire(timeout=20)
+            assert self.go.acquire(timeout=PATIENCE_S)
         self.now += self.stage_s
         self.stage_s = self.later_s
 
@@ -126,14 +127,14 @@ class Bench:
 
     def answered(self, asker: Asker) -> Asker:
         """Wait for an answer, of a request that has the device for itself."""
-        assert self.told.acquire(timeout=20)
+        assert self.told.acquire(timeout=PATIENCE_S)
         assert asker.outcome
         return asker
 
     def hold(self, tenant: Tenant, model: str) -> Asker:
         """Have the device begin with a request, and stop there."""
         asker = self.ask(tenant, model, -1.0)
-        assert self.ran.acquire(timeout=20)
+        assert self.ran.acquire(timeout=PATIENCE_S)
         return asker
 
     def let_go(self, count: int, held_s: float = STAGE_S) -> list[str]:
@@ -142,7 +143,7 @@ class Bench:
         self.now += held_s - STAGE_S
         self.go.release()
         for _ in range(count):
-            assert self.told.acquire(timeout=20)
+            assert self.told.acquire(timeout=PATIENCE_S)
         return self.ended
 
 
@@ -155,7 +156,7 @@ def bench(directory: Path, *tenants: Tenant, more: Mapping[str, Sequence[bytes]]
         made.free_running = True
         made.go.release()
         made.engine.drain(lambda: None)
-        made.thread.join(20)
+        made.thread.join(PATIENCE_S)
     assert not made.thread.is_alive()
     made.engine.check_invariants()
 
@@ -387,7 +388,7 @@ def test_a_session_that_ends_leaves_nothing_of_its_tenant_behind(tmp_path: Path)
         made.engine.session_opened()
         made.engine.session_closed(gone)  # type: ignore[arg-type]
         made.let_go(1)
-        assert made.released.wait(20)
+        assert made.released.wait(PATIENCE_S)
         assert made.ended == ["one-1"]
         assert made.engine._queue.loads()["other"].running_count == 0
 
@@ -433,7 +434,7 @@ def test_who_waited_for_weights_has_not_saved_up_for_ever(tmp_path: Path) -> Non
     stuck, busy = tenant("stuck"), tenant("busy")
     with bench(tmp_path, stuck, busy, batch_limit=1) as made:
         arrive = threading.Event()
-        made.source.before_read = lambda digest: arrive.wait(20)
+        made.source.before_read = lambda digest: arrive.wait(PATIENCE_S)
         made.free_running = True
         made.engine._post(lambda: made.engine._drop(made.engine._residency.evict(plan_of(made, "d"))))
         waiting = made.ask(stuck, "d", 99.0)
@@ -483,12 +484,12 @@ def test_requests_for_a_model_that_streams_keep_only_their_own_tenant_waiting(
         made.engine._post(lambda: made.engine._residency.pin(plan_of(made, "b")))
         made.hold(streams, "large")
         made.go.release()
-        assert made.ran.acquire(timeout=20)
+        assert made.ran.acquire(timeout=PATIENCE_S)
         # Its run has begun; whoever asks for the same now waits for the next one.
         for number in range(12):
             made.ask(streams, "large", number)
         made.go.release()
-        assert made.ran.acquire(timeout=20)
+        assert made.ran.acquire(timeout=PATIENCE_S)
         for number in range(2):
             made.ask(other, "b", number)
         ended = made.let_go(15)
@@ -510,7 +511,7 @@ def test_who_waits_for_room_in_memory_keeps_nobody_waiting_for_a_model_that_is_t
         # It has no room beside the large one, which has twenty stages.
         made.ask(greedy, "d", 1.0)
         made.go.release()
-        assert made.ran.acquire(timeout=20)
+        assert made.ran.acquire(timeout=PATIENCE_S)
         made.ask(other, "c")
         ended = made.let_go(3)
     assert ended[0] == "other0"

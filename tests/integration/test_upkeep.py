@@ -29,7 +29,7 @@ from sidecar.store import Store
 from sidecar.tenants import Quotas, Tenant, hash_of
 from tests.fakes import ADMIN_TOKEN, FakeDevice, FakeSource, Running, running_server
 from tests.integration.test_lanes import Gate
-from tests.nodes import until
+from tests.waiting import until
 
 LATE = 30.0
 X = np.ones((1, 3), np.float32)

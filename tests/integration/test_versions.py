@@ -34,7 +34,7 @@ from sidecar.tenants import Quotas, Tenant, hash_of
 from sidecar.versions import Versions
 from tests.bundles import adding_bundle
 from tests.fakes import ADMIN_TOKEN, FakeDevice, Running, running_server
-from tests.nodes import until
+from tests.waiting import PATIENCE_S, soon, until
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -366,7 +366,7 @@ def test_a_switch_under_load_is_one_stroke(split: Node) -> None:
         with contextlib.closing(pool):
             own = client.Model("m", pool)
             own(X)
-            began.wait(60)
+            began.wait(PATIENCE_S)
             while not stop.is_set():
                 begun_s = time.monotonic()
                 seen[number].append((begun_s, kind_of(own(np.ones((1, 2), np.float32)))))
@@ -374,7 +374,7 @@ def test_a_switch_under_load_is_one_stroke(split: Node) -> None:
     switched: list[tuple[float, set[str]]] = []
     with ThreadPoolExecutor(8) as threads:
         asking = [threads.submit(ask, number) for number in range(8)]
-        began.wait(60)
+        began.wait(PATIENCE_S)
         try:
             for asked_for in ("2", "3", "1", "2", {"2": 1, "3": 1}, "3", "1") * 2:
                 body = {"default": asked_for} if isinstance(asked_for, str) else {"split": asked_for}
@@ -382,14 +382,14 @@ def test_a_switch_under_load_is_one_stroke(split: Node) -> None:
                 switched.append((time.monotonic(), set(asked_for)))
                 # Each of them is asked for a while.
                 counts = [len(each) for each in seen]
-                deadline = time.monotonic() + 60
+                deadline = soon()
                 while any(len(each) < count + 3 for each, count in zip(seen, counts, strict=True)):
                     assert time.monotonic() < deadline
                     time.sleep(0.005)
         finally:
             stop.set()
         for each in asking:
-            each.result(60)
+            each.result(PATIENCE_S)
     for (at_s, labels), (next_s, next_labels) in zip(switched, [*switched[1:], (time.monotonic(), set())], strict=True):
         during = {kind for each in seen for begun_s, kind in each if at_s < begun_s < next_s}
         # Until the next switch is answered its versions may answer already.
@@ -406,21 +406,21 @@ def test_what_came_before_a_switch_keeps_its_version(split: Node, monkeypatch: p
 
     def hold(digest: str, target: memoryview, crc32: int | None = None) -> None:
         entered.set()
-        assert release.wait(60)
+        assert release.wait(PATIENCE_S)
         real(digest, target, crc32)
 
     monkeypatch.setattr(split.store, "read_blob", hold)
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(asked)
         try:
-            assert entered.wait(60)
+            assert entered.wait(PATIENCE_S)
             # Others read it, too: a model that is tried out, for one.
             until(lambda: any(each["in_flight"] and each["tenant"] for each in split.admin.command("sessions")["sessions"]))
             done(split.release({"default": "2", "load": False}))
             refused(split.remove("1"), "invalid_input", "m:1 is in use by")
         finally:
             release.set()
-        assert first.result(60) == "1"
+        assert first.result(PATIENCE_S) == "1"
     done(split.remove("1"))
     assert asked() == "2"
 
@@ -661,7 +661,7 @@ def test_open_inference_under_switches_tells_who_computed(split: Node) -> None:
             for turn in range(12):
                 one, other = ("1", "2") if turn % 2 else ("2", "1")
                 done(split.release({"default": one}))
-                deadline = time.monotonic() + 60
+                deadline = soon()
                 while (answer := split.remove(other)).status_code != 200:
                     refused(answer, "invalid_input", "in use")
                     assert time.monotonic() < deadline
@@ -675,7 +675,7 @@ def test_open_inference_under_switches_tells_who_computed(split: Node) -> None:
         finally:
             stop.set()
         for each in asking:
-            each.result(60)
+            each.result(PATIENCE_S)
 
 
 def test_a_call_meant_for_a_version_that_is_gone_goes_to_another(split: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
+from trunkline.pool import DEFAULT_CREDENTIAL
 
 from knative.language_pack import PUBLISHED, ROOT, SOURCE, TEMPLATE, write_language_pack
 from sidecar.local.environment import ensure_environment
 from tests.bundles import write_adding_bundle
 from tests.integration.test_admin_http import free_port
-from tests.nodes import until
 from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.waiting import until
 
 PATIENCE_S = 60
 MIDDLEWARE = "func-python==0.8.1\n"
@@ -180,6 +181,12 @@ def test_the_service_runs_the_openfaas_image_within_what_knative_allows() -> Non
     assert not {each["name"] for each in container["env"]} & {"PORT", "K_SERVICE", "K_CONFIGURATION", "K_REVISION"}
     assert not {each["containerPort"] for each in container["ports"]} & {8008, 8012, 8013, 8022, 9090, 9091}
     assert container["readinessProbe"]["httpGet"]["path"] == "/_/trunkline/ready"
+    # The probe, which queue-proxy goes on asking, finds a thread while all requests that may be under way are.
+    threads = next(int(each["value"]) for each in container["env"] if each["name"] == "threads")
+    assert threads > template["spec"]["containerConcurrency"]
     assert container["securityContext"]["readOnlyRootFilesystem"]
-    # Volumes would need a flag of the cluster's.
-    assert "volumes" not in template["spec"]
+    # Any other volume would need a flag of the cluster's. This one may be missing, and a mount of it must be read-only.
+    (volume,) = template["spec"]["volumes"]
+    assert volume["secret"] == {"secretName": "trunkline-token", "optional": True}
+    (mount,) = container["volumeMounts"]
+    assert mount == {"name": volume["name"], "mountPath": str(Path(DEFAULT_CREDENTIAL).parent), "readOnly": True}

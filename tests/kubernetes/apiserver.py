@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from tests.kubernetes.authority import issue
+from tests.waiting import PATIENCE_S
 
 
 class ApiServer:
@@ -63,7 +64,7 @@ class ApiServer:
 
     def until(self, holds: Any) -> None:
         with self._changed:
-            assert self._changed.wait_for(holds, 60)
+            assert self._changed.wait_for(holds, PATIENCE_S)
 
     def close(self) -> None:
         self._server.shutdown()

@@ -13,6 +13,7 @@ import grpc
 
 from sidecar.kubernetes.kubelet import deviceplugin_pb2 as messages
 from sidecar.kubernetes.kubelet import deviceplugin_pb2_grpc as services
+from tests.waiting import PATIENCE_S
 
 
 class Kubelet(services.RegistrationServicer):
@@ -40,7 +41,7 @@ class Kubelet(services.RegistrationServicer):
             context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
         channel = grpc.insecure_channel(f"unix:{self.folder}/{request.endpoint}")
         stub = services.DevicePluginStub(channel)
-        options = stub.GetDevicePluginOptions(messages.Empty(), timeout=30)
+        options = stub.GetDevicePluginOptions(messages.Empty(), timeout=PATIENCE_S)
         assert not options.pre_start_required
         self._channels.append(channel)
         with self._changed:
@@ -65,10 +66,15 @@ class Kubelet(services.RegistrationServicer):
     def stub(self) -> services.DevicePluginStub:
         return services.DevicePluginStub(self._channels[-1])
 
+    def hang_up(self) -> None:
+        """End all calls, and stay."""
+        for channel in self._channels:
+            channel.close()
+
     def until(self, holds: Any) -> None:
         """Wait until something holds that is told here."""
         with self._changed:
-            assert self._changed.wait_for(holds, 60)
+            assert self._changed.wait_for(holds, PATIENCE_S)
 
     def close(self) -> None:
         """End as the kubelet does: its socket goes, and its connections."""

@@ -8,12 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from tests.waiting import PATIENCE_S, until
+
 ROOT = Path(__file__).parents[2]
-_LONGEST_S = 60.0
 
 
 class Program:
@@ -43,7 +43,7 @@ class Program:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(_LONGEST_S)
+        return self.process.wait(PATIENCE_S)
 
 
 @contextlib.contextmanager
@@ -55,11 +55,3 @@ def program(log: Path, *command: str, **environment: str) -> Iterator[Program]:
     finally:
         if running.process.poll() is None:
             running.stop()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Wait for what another process or thread brings about."""
-    deadline = time.monotonic() + _LONGEST_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

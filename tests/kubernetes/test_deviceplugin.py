@@ -25,6 +25,7 @@ from sidecar.kubernetes.kubelet import deviceplugin_pb2 as messages
 from tests.fakes import FakeSource, running_server
 from tests.kubernetes.kubelet import kubelet
 from tests.kubernetes.programs import ROOT, program
+from tests.waiting import PATIENCE_S, until
 
 
 class Node:
@@ -60,7 +61,7 @@ def test_sockets_are_registered_listed_and_given(node: Node) -> None:
         found.until(lambda: found.healths == [{"Healthy"}])
         assert found.ids == ["socket-0", "socket-1", "socket-2"]
         two = [messages.ContainerAllocateRequest(devices_ids=[each]) for each in ("socket-0", "socket-2")]
-        answer = found.stub().Allocate(messages.AllocateRequest(container_requests=two), timeout=30)
+        answer = found.stub().Allocate(messages.AllocateRequest(container_requests=two), timeout=PATIENCE_S)
         assert len(answer.container_responses) == 2
         for given in answer.container_responses:
             assert dict(given.envs) == {
@@ -69,7 +70,7 @@ def test_sockets_are_registered_listed_and_given(node: Node) -> None:
             }
             (mount,) = given.mounts
             assert (mount.container_path, mount.host_path, mount.read_only) == ("/run/trunkline", "/run/on-host", True)
-        assert found.stub().PreStartContainer(messages.PreStartContainerRequest(), timeout=30) is not None
+        assert found.stub().PreStartContainer(messages.PreStartContainerRequest(), timeout=PATIENCE_S) is not None
 
 
 @pytest.mark.parametrize("ids", [[], ["socket-3"], ["socket-0", "other"]])
@@ -78,7 +79,7 @@ def test_what_was_not_offered_is_not_given(node: Node, ids: list[str]) -> None:
         node.plugin.look()
         request = messages.AllocateRequest(container_requests=[messages.ContainerAllocateRequest(devices_ids=ids)])
         with pytest.raises(grpc.RpcError) as raised:
-            found.stub().Allocate(request, timeout=30)
+            found.stub().Allocate(request, timeout=PATIENCE_S)
         assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -99,11 +100,30 @@ def test_a_kubelet_that_comes_later_is_found(node: Node) -> None:
         assert len(found.registered) == 1
 
 
-def test_a_kubelet_that_is_not_ready_is_asked_again(node: Node) -> None:
+def test_a_kubelet_that_is_not_ready_is_asked_again_and_told_of_once(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     with kubelet(node.kubelet_dir, refusals=2) as found:
         for count in (0, 0, 1, 1):
             node.plugin.look()
             assert len(found.registered) == count
+    assert caplog.text.count("UNAVAILABLE: not yet") == 1
+
+
+def test_a_kubelet_that_has_hung_up_is_asked_to_call_again(node: Node) -> None:
+    with kubelet(node.kubelet_dir) as found:
+        node.plugin.look()
+        found.until(lambda: found.healths == [{"Healthy"}])
+        found.hang_up()
+        until(lambda: not node.sockets.is_watched())
+        for _ in range(deviceplugin._LOOKS_UNWATCHED):
+            node.plugin.look()
+        assert len(found.registered) == 1
+        node.plugin.look()
+        assert len(found.registered) == 2
+        found.until(lambda: found.healths == [{"Healthy"}] * 2)
+        until(node.sockets.is_watched)
+        for _ in range(2 * deviceplugin._LOOKS_UNWATCHED):
+            node.plugin.look()
+        assert len(found.registered) == 2
 
 
 def test_with_each_kubelet_it_registers_once_more(node: Node) -> None:
@@ -237,7 +257,7 @@ def test_to_be_refused_is_to_be_answered_and_silence_is_not(tmp_path: Path, monk
         refusing = threading.Thread(target=refuse)
         refusing.start()
         assert answers_hello(path)
-        refusing.join(30)
+        refusing.join(PATIENCE_S)
         assert tokens == [b"", b"secret"]
     (tmp_path / "token").unlink()
     with pytest.raises(SidecarUnavailable, match="TRUNKLINE_TOKEN_FILE"):
@@ -263,5 +283,5 @@ def test_as_a_process_it_withdraws_when_told_and_is_replaced_when_killed(tmp_pat
 def test_without_grpc_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['grpc'] = None; from sidecar.cli.main import main; main(['device-plugin'])"
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=PATIENCE_S)
     assert (done.returncode, b"trunkline[kubernetes]" in done.stderr) == (1, True)

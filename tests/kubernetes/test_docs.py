@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sidecar.cli.main import main
-from sidecar.kubernetes.affinity import MOST_MODELS, preferred_terms
+from sidecar.kubernetes.affinity import MOST_MODELS, label_of, preferred_terms
 from sidecar.kubernetes.injection import LEFT_ALONE, MODES, Injection
 from sidecar.kubernetes.names import DRIVER, ENABLED, FOLDER, HOST_FOLDER, LABEL, MODELS, RESOURCE, SOCKET, VOLUME
 
@@ -87,8 +87,12 @@ def test_the_claim_is_the_one_that_is_asked_for() -> None:
 
 
 def test_terms_are_those_that_the_webhook_writes() -> None:
-    (shown,) = [each["spec"]["affinity"]["nodeAffinity"] for each in documents(SCALING) if "affinity" in each.get("spec", {})]
+    shown: dict[str, Any] = {}
+    for each in documents(SCALING):
+        shown |= each.get("spec", {}).get("affinity", {}).get("nodeAffinity", {})
     assert shown["preferredDuringSchedulingIgnoredDuringExecution"] == preferred_terms(["classify"])
+    (term,) = shown["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert term == {"matchExpressions": [{"key": label_of("classify"), "operator": "Exists"}]}
 
 
 def test_rights_are_for_what_is_asked_and_no_more() -> None:

@@ -285,6 +285,50 @@ def test_whatever_a_pod_is_it_is_added_to_once_and_nothing_of_it_is_lost(
             assert [each for each in mounts if each["name"] == "trunkline" or each["mountPath"].startswith("/run/trunkline")]
 
 
+@given(
+    _specs,
+    st.sampled_from(["hostPath", "pvc"]),
+    st.sampled_from(["a", "b", "vision", "text", "", None, 7]),
+    st.dictionaries(
+        st.sampled_from(["namespace", "tenant", "trunkline.dev/tenant", "trunkline"]), st.sampled_from(["a", "vision"])
+    ),
+)
+def test_whatever_a_pod_says_its_namespace_decides_whose_socket_it_gets(
+    spec: dict[str, Any], mode: str, namespace: object, said: dict[str, str]
+) -> None:
+    tenants = {"a": "vision", "b": "text"}
+    pod = pod_of()
+    pod["spec"] = spec
+    pod["metadata"] |= {"namespace": "a", "labels": {**said, "trunkline": "enabled"}, "annotations": said}
+    for_all = Injection(mode, URL, tenants=tenants)
+    given = for_all.of(namespace)
+    folder = f"/run/trunkline/tenants/{tenants[str(namespace)]}" if namespace in tenants else "/run/trunkline/public"
+    before = [*(spec.get("volumes") or ())]
+    for each in (patched(pod, given)["spec"].get("volumes") or ())[len(before) :]:
+        assert each["name"] == "trunkline"
+        assert mode == "pvc" or each["hostPath"]["path"] == folder
+    # Once more, as another pass does.
+    assert not patch_of(patched(pod, given), given).operations
+    if namespace not in tenants:
+        assert given == for_all
+        return
+    assert "TRUNKLINE_URL" not in str(patch_of(pod, given).operations)
+
+
+def test_the_folder_of_a_tenant_is_the_sidecars_to_make() -> None:
+    given = Injection("hostPath", URL, tenants={"a": "vision"}, tenants_path="/srv/tenants/").of("a")
+    spec = patched(pod_of({"name": "f"}), given)["spec"]
+    assert spec["volumes"] == [{"name": "trunkline", "hostPath": {"path": "/srv/tenants/vision", "type": "Directory"}}]
+    assert spec["containers"][0]["env"] == [SOCKET]
+
+
+def test_a_pod_that_brings_the_folder_of_another_is_left_without() -> None:
+    other = {"name": "trunkline", "hostPath": {"path": "/run/trunkline/tenants/text", "type": "Directory"}}
+    found = patch_of(pod_of({"name": "f"}, volumes=[other]), Injection("hostPath", tenants={"a": "vision", "b": "text"}).of("a"))
+    assert not found.operations
+    assert "of another kind" in found.warnings[0]
+
+
 def _kept(before: Any, after: Any) -> None:
     """Check that a document has all that another has; lists may be longer, what was null may be something."""
     if isinstance(before, dict):

@@ -18,8 +18,9 @@ from sidecar.kubernetes.nodelabels import NodeLabels
 from tests.bundles import write_adding_bundle
 from tests.kubernetes.apiserver import ApiServer as Fake
 from tests.kubernetes.apiserver import api_server
-from tests.kubernetes.programs import program, until
+from tests.kubernetes.programs import program
 from tests.sidecar_process import sidecar_process
+from tests.waiting import until
 
 A, B = label_of("a"), label_of("b")
 
@@ -211,6 +212,8 @@ def test_a_token_that_was_replaced_is_read_anew(api: Fake) -> None:
         (429, {"Retry-After": "-3"}, 0.0),
         (500, {}, 0.0),
         (503, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}, 0.0),
+        # A date without a zone, beside the server's own, which has one.
+        (503, {"Retry-After": "Fri, 31 Dec 2100 23:59:59 -0000"}, 0.0),
         (307, {"Location": "https://elsewhere/"}, 0.0),
     ],
 )

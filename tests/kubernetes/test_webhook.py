@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -15,11 +17,14 @@ from typing import Any
 
 import pytest
 import requests
+from click.testing import CliRunner
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from flask.testing import FlaskClient
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.cli.main import main
 from sidecar.errors import ConfigError
 from sidecar.kubernetes.certificates import Certificate
 from sidecar.kubernetes.injection import Injection
@@ -27,6 +32,7 @@ from sidecar.kubernetes.review import LIMIT_BYTES, BadReview, answer
 from sidecar.kubernetes.webhook import create_app, listen
 from tests.kubernetes.authority import issue
 from tests.kubernetes.programs import ROOT, Program, program
+from tests.waiting import PATIENCE_S
 
 CERTIFICATE = ROOT / "tests" / "certificates" / "localhost.pem"
 KEY = ROOT / "tests" / "certificates" / "localhost.key"
@@ -177,13 +183,13 @@ def url_of(running: Program) -> str:
 
 
 def review(url: str, ca_file: Path) -> dict[str, Any]:
-    answer = requests.post(f"{url}/mutate", json=review_of(), verify=str(ca_file), timeout=30)
+    answer = requests.post(f"{url}/mutate", json=review_of(), verify=str(ca_file), timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
     return response_in(answer.json())
 
 
 def serial_at(url: str) -> int:
-    pem = ssl.get_server_certificate(("localhost", int(url.rpartition(":")[2])), timeout=30)
+    pem = ssl.get_server_certificate(("localhost", int(url.rpartition(":")[2])), timeout=PATIENCE_S)
     return x509.load_pem_x509_certificate(pem.encode()).serial_number
 
 
@@ -229,7 +235,7 @@ def test_after_sigterm_reviews_are_answered_for_a_while_then_it_ends(webhook: Pr
     webhook.process.send_signal(signal.SIGTERM)
     for _ in range(5):
         review(url, tmp_path / "tls.crt")
-    assert webhook.process.wait(60) == 0
+    assert webhook.process.wait(PATIENCE_S) == 0
     with pytest.raises(requests.ConnectionError):
         review(url, tmp_path / "tls.crt")
 
@@ -239,11 +245,66 @@ def test_curl_is_answered_as_the_api_server_is(webhook: Program, tmp_path: Path)
     command = ["curl", "--silent", "--show-error", "--cacert", str(tmp_path / "tls.crt"), "-H", "Content-Type: application/json"]
     # In chunks, as Go sends what it encodes on the way.
     chunked = ["-H", "Transfer-Encoding: chunked", "--data-binary", f"@{tmp_path}/review.json", f"{url_of(webhook)}/mutate"]
-    done = subprocess.run([*command, *chunked], capture_output=True, check=True, timeout=60)
+    done = subprocess.run([*command, *chunked], capture_output=True, check=True, timeout=PATIENCE_S)
     assert response_in(json.loads(done.stdout))["patch"]
     (tmp_path / "review.json").write_bytes(b" " * (LIMIT_BYTES + 70_000))
-    done = subprocess.run([*command, *chunked, "-w", "%{http_code}"], capture_output=True, check=True, timeout=60)
+    done = subprocess.run([*command, *chunked, "-w", "%{http_code}"], capture_output=True, check=True, timeout=PATIENCE_S)
     assert done.stdout.endswith(b"413")
+
+
+def test_a_body_in_broken_chunks_is_a_bad_request(webhook: Program, tmp_path: Path) -> None:
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "tls.crt"))
+    port = int(url_of(webhook).rpartition(":")[2])
+    plain = socket.create_connection(("127.0.0.1", port), 60)
+    with plain, trusted.wrap_socket(plain, server_hostname="localhost") as asking:
+        asking.sendall(b"POST /mutate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        asking.sendall(b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+        answered = http.client.HTTPResponse(asking)
+        answered.begin()
+        assert answered.status == 400
+        assert "the request's body cannot be read (InvalidChunkSize)" in answered.read().decode()
+    assert webhook.process.poll() is None
+
+
+def test_what_cannot_be_read_does_not_replace_what_is_served(tmp_path: Path) -> None:
+    folder = tmp_path / "tls"
+    folder.mkdir()
+    issue(folder / "tls.crt", folder / "tls.key")
+    certificate = Certificate(folder / "tls.crt", folder / "tls.key")
+    first = certificate.context()
+    folder.rename(tmp_path / "away")
+    # What a file is looked for in is none: neither there nor missing.
+    folder.write_bytes(b"")
+    assert certificate.context() is first
+    with pytest.raises(ConfigError, match="--tls-cert"):
+        Certificate(folder / "tls.crt", folder / "tls.key")
+    folder.unlink()
+    (tmp_path / "away").rename(folder)
+    assert certificate.context() is not first
+
+
+def test_a_key_that_demands_a_password_is_refused_and_nobody_is_asked(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    issue(certificate, key)
+    private = serialization.load_pem_private_key(key.read_bytes(), None)
+    encryption = serialization.BestAvailableEncryption(b"secret")
+    key.write_bytes(private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption))
+    code = f"""
+from pathlib import Path
+from sidecar.errors import ConfigError
+from sidecar.kubernetes.certificates import Certificate
+try:
+    Certificate(Path({str(certificate)!r}), Path({str(key)!r}))
+except ConfigError:
+    print("refused")
+"""
+    # Whoever reads the answer from here would take it for the password.
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, input="secret\n", env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
+    assert (done.stdout, "pass phrase" in done.stderr) == ("refused\n", False)
 
 
 def test_a_certificate_that_cannot_be_used_is_told_at_the_start(tmp_path: Path) -> None:
@@ -282,6 +343,21 @@ def test_files_that_are_away_for_a_moment_change_nothing(tmp_path: Path) -> None
 def test_a_port_that_is_taken_is_told() -> None:
     with listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="--port"):
         listen("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mode", "csi", "--tenant", "a=vision"], "with csi all pods get one and the same"),
+        (["--mode", "pvc", "--tenant", "a"], "must be NAMESPACE=TENANT"),
+        (["--mode", "pvc", "--tenant", "a=../public"], "must be NAMESPACE=TENANT"),
+        (["--mode", "pvc", "--tenant", "a=b", "--tenant", "a=c"], "a is said to be b's and c's"),
+    ],
+)
+def test_tenants_are_said_plainly_or_not_at_all(words: list[str], said: str) -> None:
+    result = CliRunner().invoke(main, ["webhook", "--tls-cert", str(CERTIFICATE), "--tls-key", str(KEY), *words])
+    assert result.exit_code == 2
+    assert said in result.stderr.replace("\n", " ")
 
 
 def test_without_a_socket_a_url_is_demanded() -> None:

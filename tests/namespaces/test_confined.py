@@ -17,10 +17,9 @@ from sidecar.local.stack import Function, lay_out
 from tests.bundles import write_adding_bundle
 from tests.fault.matrix import write_model
 from tests.namespaces.confinement import UID, Confined, MemoryLimit, inside, network, require, within
-from tests.nodes import until
 from tests.sidecar_process import ROOT, SidecarProcess
+from tests.waiting import PATIENCE_S, until
 
-PATIENCE_S = 60
 PORT = 9470
 # More than the function may have: the arena alone would be the end of it, were it the function's.
 LIMIT_BYTES = 96 << 20

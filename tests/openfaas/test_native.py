@@ -24,14 +24,13 @@ import yaml
 from tests.fakes import FakeSource, bundle_of, running_server
 from tests.integration.test_admin_http import free_port
 from tests.namespaces.confinement import Confined, inside, require, within
-from tests.nodes import until
 from tests.openfaas import faascli
+from tests.waiting import PATIENCE_S, until
 
 ROOT = Path(__file__).parents[2]
 LANGUAGE = "python3-trunkline"
 FUNCTIONS = ("fresh", "classify", "embed", "similar", "route")
 STACKS = ("stack.yml", "stack.faasd.yml")
-PATIENCE_S = 60
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "init.defaultBranch=main")
 
 

@@ -22,6 +22,7 @@ from trunkline.admin import AdminConnection
 
 from tests.fakes import ADMIN_TOKEN, FakeSource, bundle_of, running_server
 from tests.over_http import routes_of
+from tests.waiting import PATIENCE_S, soon
 
 TEMPLATE = Path(__file__).parents[2] / "template" / "python3-trunkline"
 HANDLER = """
@@ -53,6 +54,10 @@ def handle(event, context):
         return "text"
     if what == "trace":
         return traceparent.get() or "none"
+    if what == "status":
+        return {"statusCode": event.query["code"], "body": "x"}
+    if what == "flask-status":
+        return "x", int(event.query["code"])
     if what == "none":
         return None
     if what == "list":
@@ -102,10 +107,10 @@ class Running:
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], cwd=context, env=base | environment, stderr=subprocess.PIPE, text=True
         )
-        deadline = time.monotonic() + 60
+        deadline = soon()
         while True:
             try:
-                requests.get(f"{self.url}/?what=text", timeout=5)
+                requests.get(f"{self.url}/?what=text", timeout=PATIENCE_S)
                 break
             except requests.ConnectionError:
                 assert self.process.poll() is None, self.process.communicate()[1]
@@ -115,7 +120,7 @@ class Running:
     def stop(self) -> tuple[int, str]:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        _, log = self.process.communicate(timeout=60)
+        _, log = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, log
 
 
@@ -142,14 +147,14 @@ def running(context: Path) -> Iterator[Running]:
 
 def test_bytes_pass_untouched_in_both_directions(running: Running) -> None:
     body = bytes(range(256)) * 100
-    answer = requests.post(f"{running.url}/?what=echo", data=body, timeout=10)
+    answer = requests.post(f"{running.url}/?what=echo", data=body, timeout=PATIENCE_S)
     assert (answer.status_code, answer.content) == (201, body)
     assert answer.headers["X-Length"] == "25600"
     assert answer.headers["Content-Type"] == "application/x"
 
 
 def test_chunked_bodies_are_read_to_their_end(running: Running) -> None:
-    answer = requests.post(f"{running.url}/?what=echo", data=(bytes([n]) * 999 for n in range(50)), timeout=10)
+    answer = requests.post(f"{running.url}/?what=echo", data=(bytes([n]) * 999 for n in range(50)), timeout=PATIENCE_S)
     assert answer.content == b"".join(bytes([n]) * 999 for n in range(50))
 
 
@@ -158,13 +163,13 @@ def test_a_body_past_the_limit_is_refused_and_the_next_one_is_not(running: Runni
     session = requests.Session()
     exact, over = b"x" * 100_000, b"x" * 100_001
     for body, status in ((exact, 201), (over, 413), (exact, 201), (b"x" * 450_000, 413)):
-        answer = session.post(f"{running.url}/?what=echo", data=iter([body]) if chunked else body, timeout=10)
+        answer = session.post(f"{running.url}/?what=echo", data=iter([body]) if chunked else body, timeout=PATIENCE_S)
         assert answer.status_code == status
     assert answer.json()["error"]["details"] == {"limit_bytes": 100_000}
 
 
 def test_the_event_tells_what_was_asked(running: Running) -> None:
-    answer = requests.put(f"{running.url}/a/b?what=facts", headers={"X-Mine": "yes", "X-Call-Id": "call-7"}, timeout=10)
+    answer = requests.put(f"{running.url}/a/b?what=facts", headers={"X-Mine": "yes", "X-Call-Id": "call-7"}, timeout=PATIENCE_S)
     assert answer.json()["method"] == "PUT"
     assert answer.json()["path"] == "/a/b"
     assert answer.json()["header"] == "yes"
@@ -174,7 +179,7 @@ def test_the_event_tells_what_was_asked(running: Running) -> None:
 
 
 def test_a_call_without_an_id_gets_one(running: Running) -> None:
-    ids = {requests.get(f"{running.url}/?what=text", timeout=10).headers["X-Call-Id"] for _ in range(3)}
+    ids = {requests.get(f"{running.url}/?what=text", timeout=PATIENCE_S).headers["X-Call-Id"] for _ in range(3)}
     assert len(ids) == 3
 
 
@@ -191,12 +196,12 @@ def test_a_call_without_an_id_gets_one(running: Running) -> None:
     ],
 )
 def test_a_handler_may_return_what_flask_takes(running: Running, what: str, status: int, body: str) -> None:
-    answer = requests.get(f"{running.url}/?what={what}", timeout=10)
+    answer = requests.get(f"{running.url}/?what={what}", timeout=PATIENCE_S)
     assert (answer.status_code, answer.text) == (status, body)
 
 
 def test_a_bytearray_is_bytes(running: Running) -> None:
-    assert requests.get(f"{running.url}/?what=bytearray", timeout=10).content == b"abc"
+    assert requests.get(f"{running.url}/?what=bytearray", timeout=PATIENCE_S).content == b"abc"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,7 @@ def test_a_bytearray_is_bytes(running: Running) -> None:
     ],
 )
 def test_errors_keep_their_shape_and_status(running: Running, what: str, status: int, code: str) -> None:
-    answer = requests.get(f"{running.url}/?what={what}", timeout=10)
+    answer = requests.get(f"{running.url}/?what={what}", timeout=PATIENCE_S)
     assert answer.status_code == status
     error = answer.json()["error"]
     assert error["code"] == code
@@ -220,9 +225,23 @@ def test_errors_keep_their_shape_and_status(running: Running, what: str, status:
     assert ("Retry-After" in answer.headers) == (status == 503)
 
 
+@pytest.mark.parametrize(("code", "status"), [("200", 200), ("404 Gone astray", 404), ("599", 599)])
+def test_a_handler_may_choose_the_status(running: Running, code: str, status: int) -> None:
+    answer = requests.get(f"{running.url}/", params={"what": "status", "code": code}, timeout=PATIENCE_S)
+    assert (answer.status_code, answer.text) == (status, "x")
+
+
+@pytest.mark.parametrize("code", ["abc", "0", "99", "100", "101", "600", "1000", "-1"])
+def test_a_status_that_cannot_be_sent_is_the_handlers_fault(running: Running, code: str) -> None:
+    for what in ("status", "flask-status") if code.lstrip("-").isdigit() else ("status",):
+        answer = requests.get(f"{running.url}/", params={"what": what, "code": code}, timeout=PATIENCE_S)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "handler_failed"
+
+
 def test_an_exception_of_the_handler_shows_an_incident_and_no_trace(context: Path) -> None:
     running = Running(context, {})
-    answer = requests.get(f"{running.url}/?what=boom", timeout=10)
+    answer = requests.get(f"{running.url}/?what=boom", timeout=PATIENCE_S)
     incident = answer.json()["error"]["details"]["incident"]
     assert answer.status_code == 500
     assert "internal detail" not in answer.text
@@ -234,18 +253,29 @@ def test_an_exception_of_the_handler_shows_an_incident_and_no_trace(context: Pat
 
 def test_every_log_line_of_a_call_has_its_id(context: Path) -> None:
     running = Running(context, {})
-    requests.get(f"{running.url}/?what=log", headers={"X-Call-Id": "call-8"}, timeout=10)
-    requests.get(f"{running.url}/?what=QueueFull", headers={"X-Call-Id": "call-9"}, timeout=10)
+    requests.get(f"{running.url}/?what=log", headers={"X-Call-Id": "call-8"}, timeout=PATIENCE_S)
+    requests.get(f"{running.url}/?what=QueueFull", headers={"X-Call-Id": "call-9"}, timeout=PATIENCE_S)
     _, log = running.stop()
     assert "INFO mine a line of the handler call=call-8" in log
     assert re.search(r"^WARNING function queue_full: .* call=call-9$", log, re.MULTILINE)
 
 
+def test_a_request_that_cannot_be_read_is_not_logged_with_the_id_of_the_one_before(context: Path) -> None:
+    running = Running(context, {"threads": "1"})
+    assert requests.get(f"{running.url}/?what=log", headers={"X-Call-Id": "before"}, timeout=PATIENCE_S).status_code == 200
+    with socket.create_connection(("127.0.0.1", running.port)) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Call-Id: a\x01\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 400")
+    _, log = running.stop()
+    assert "a line of the handler call=before" in log
+    assert re.search(r"Invalid request.* call=-$", log, re.MULTILINE), log
+
+
 def test_log_lines_are_json_where_that_is_asked_for(context: Path) -> None:
     running = Running(context, {"log_format": "json", "gunicorn_log_level": "info"})
     parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-    requests.get(f"{running.url}/?what=log", headers={"X-Call-Id": "call-8", "traceparent": parent}, timeout=10)
-    requests.get(f"{running.url}/?what=boom", headers={"X-Call-Id": "call\u00e9"}, timeout=10)
+    requests.get(f"{running.url}/?what=log", headers={"X-Call-Id": "call-8", "traceparent": parent}, timeout=PATIENCE_S)
+    requests.get(f"{running.url}/?what=boom", headers={"X-Call-Id": "call\u00e9"}, timeout=PATIENCE_S)
     _, log = running.stop()
     lines = [json.loads(line) for line in log.splitlines()]
     (mine,) = [line for line in lines if line["logger"] == "mine"]
@@ -261,7 +291,9 @@ def test_log_lines_are_json_where_that_is_asked_for(context: Path) -> None:
 
 def test_a_log_format_that_there_is_not_is_refused_at_the_start(context: Path) -> None:
     environment = os.environ | {"log_format": "xml", "PORT": str(free_port())}
-    ended = subprocess.run([sys.executable, "index.py"], cwd=context, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "index.py"], cwd=context, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert ended.returncode != 0
     assert "log_format is 'xml'; it must be human or json" in ended.stderr
 
@@ -269,29 +301,32 @@ def test_a_log_format_that_there_is_not_is_refused_at_the_start(context: Path) -
 def test_the_traceparent_of_a_request_is_sent_with_its_calls(context: Path) -> None:
     running = Running(context, {})
     parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-    told = [requests.get(f"{running.url}/?what=trace", headers=each, timeout=10).text for each in ({"traceparent": parent}, {})]
+    told = [
+        requests.get(f"{running.url}/?what=trace", headers=each, timeout=PATIENCE_S).text
+        for each in ({"traceparent": parent}, {})
+    ]
     running.stop()
     assert told == [parent, "none"]
 
 
 @pytest.mark.parametrize("body", [b"5\r\nabc", b"zz\r\nabc\r\n"], ids=["ends early", "is no chunk"])
 def test_a_broken_body_is_the_callers_fault_and_harms_nobody_else(running: Running, body: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE_S) as connection:
         connection.sendall(b"POST /?what=echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
         connection.shutdown(socket.SHUT_WR)
         assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
-    assert requests.get(f"{running.url}/?what=text", timeout=10).text == "text"
+    assert requests.get(f"{running.url}/?what=text", timeout=PATIENCE_S).text == "text"
 
 
 def test_ready_is_503_while_there_is_no_sidecar(running: Running) -> None:
-    answer = requests.get(f"{running.url}/_/trunkline/ready", timeout=10)
+    answer = requests.get(f"{running.url}/_/trunkline/ready", timeout=PATIENCE_S)
     assert answer.status_code == 503
     assert answer.headers["Retry-After"] == "1"
     assert answer.json()["error"]["code"] == "sidecar_unavailable"
 
 
 def test_a_wrong_method_of_the_ready_route_reaches_the_handler_or_is_refused(running: Running) -> None:
-    assert requests.post(f"{running.url}/_/trunkline/ready?what=text", timeout=10).status_code in (200, 405)
+    assert requests.post(f"{running.url}/_/trunkline/ready?what=text", timeout=PATIENCE_S).status_code in (200, 405)
 
 
 def test_after_sigterm_requests_are_served_until_the_window_closes(context: Path, tmp_path: Path) -> None:
@@ -303,10 +338,10 @@ def test_after_sigterm_requests_are_served_until_the_window_closes(context: Path
         time.sleep(0.01)
     running.process.send_signal(signal.SIGTERM)
     for _ in range(8):
-        assert requests.get(f"{running.url}/?what=text", timeout=10).status_code == 200
+        assert requests.get(f"{running.url}/?what=text", timeout=PATIENCE_S).status_code == 200
     Path(marks["LEAVE"]).touch()
-    assert waiting.communicate(timeout=30)[0] == b"waited"
-    assert running.process.wait(30) == 0
+    assert waiting.communicate(timeout=PATIENCE_S)[0] == b"waited"
+    assert running.process.wait(PATIENCE_S) == 0
     running.stop()
 
 
@@ -321,23 +356,52 @@ def test_sigterm_to_the_whole_container_loses_nothing_either(context: Path, tmp_
         time.sleep(0.01)
     for _ in range(2):
         os.kill(master, signal.SIGTERM)
-        assert requests.get(f"{running.url}/?what=text", timeout=10).status_code == 200
+        assert requests.get(f"{running.url}/?what=text", timeout=PATIENCE_S).status_code == 200
     # A worker that is told so itself ends when its request is answered, and is replaced.
     os.kill(int(first), signal.SIGTERM)
     Path(marks["LEAVE"]).touch()
-    assert waiting.communicate(timeout=30)[0] == b"waited"
+    assert waiting.communicate(timeout=PATIENCE_S)[0] == b"waited"
     for _ in range(8):
-        assert requests.get(f"{running.url}/?what=text", timeout=30).status_code == 200
+        assert requests.get(f"{running.url}/?what=text", timeout=PATIENCE_S).status_code == 200
     assert running.process.poll() is None
     running.process.send_signal(signal.SIGQUIT)
-    assert running.process.wait(30) == 0
+    assert running.process.wait(PATIENCE_S) == 0
     running.stop()
+
+
+@pytest.mark.parametrize(
+    ("limits", "seconds"),
+    [
+        ({}, 30),
+        ({"exec_timeout": "10s", "write_timeout": "15s"}, 30),
+        ({"exec_timeout": "1m30.5s"}, 91),
+        ({"write_timeout": "2m"}, 120),
+        ({"exec_timeout": "", "write_timeout": "soon"}, 30),
+    ],
+)
+def test_what_is_under_way_at_the_end_is_given_as_long_as_the_watchdog_waits(limits: dict[str, str], seconds: int) -> None:
+    code = "import index; print(index.FunctionServer().cfg.graceful_timeout)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=TEMPLATE,
+        env={"PATH": os.environ["PATH"], **limits},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) == seconds
 
 
 def test_a_window_that_is_no_duration_is_refused_at_the_start(context: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "PORT": str(free_port()), "healthcheck_interval": "soon"}
     done = subprocess.run(
-        [sys.executable, "index.py"], cwd=context, env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "index.py"],
+        cwd=context,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert done.returncode != 0
     assert "'soon' is no duration" in done.stderr
@@ -365,7 +429,7 @@ def test_any_uid_and_a_read_only_folder_will_do(context: Path) -> None:
         folder.chmod(0o555)
     try:
         running = Running(context, {"HOME": "/nonexistent"}, AS_SOMEBODY)
-        answer = requests.get(f"{running.url}/?what=facts", headers={"X-Mine": "1"}, timeout=10)
+        answer = requests.get(f"{running.url}/?what=facts", headers={"X-Mine": "1"}, timeout=PATIENCE_S)
         assert answer.json()["uid"] == (os.getuid() or 12000)
         assert running.stop()[0] == 0
     finally:
@@ -385,17 +449,17 @@ def test_behind_a_watchdog_the_upstream_url_is_served(context: Path, tmp_path: P
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = soon()
         while True:
             try:
-                assert requests.get(f"http://127.0.0.1:{port}/?what=text", timeout=5).text == "text"
+                assert requests.get(f"http://127.0.0.1:{port}/?what=text", timeout=PATIENCE_S).text == "text"
                 break
             except requests.ConnectionError:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        process.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("10s", 10), ("1m30s", 90), ("500ms", 0.5), ("2", 2), ("1.5h", 5400), ("0s", 0)])
@@ -484,7 +548,7 @@ def test_a_broken_handler_ends_the_process_with_its_trace(context: Path, tmp_pat
         env={"PATH": os.environ["PATH"], "PORT": str(free_port()), "bind_address": "127.0.0.1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode != 0
@@ -492,7 +556,7 @@ def test_a_broken_handler_ends_the_process_with_its_trace(context: Path, tmp_pat
 
 
 def test_the_answer_is_json_text_for_nested_bodies(running: Running) -> None:
-    answer = requests.get(f"{running.url}/?what=facts", headers={"X-Mine": "1"}, timeout=10)
+    answer = requests.get(f"{running.url}/?what=facts", headers={"X-Mine": "1"}, timeout=PATIENCE_S)
     assert json.loads(answer.content)["query"] == "facts"
 
 
@@ -506,7 +570,7 @@ def test_a_function_that_starts_has_its_models_loaded_before_it_is_called(contex
     with running_server(tmp_path, source) as sidecar:
         function = Running(folder, {"TRUNKLINE_SOCKET": sidecar.path})
         admin = AdminConnection(sidecar.path, ADMIN_TOKEN)
-        deadline = time.monotonic() + 60
+        deadline = soon()
         while admin.command("model", {"name": "age"})["state"] != "resident":
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -522,10 +586,10 @@ def test_a_function_without_a_socket_asks_over_http(context: Path, tmp_path: Pat
     with running_server(tmp_path, source) as sidecar, routes_of(sidecar, tmp_path) as url:
         function = Running(folder, {"TRUNKLINE_SOCKET": "", "TRUNKLINE_URL": url, "workers": "2"})
         for _ in range(6):
-            answer = requests.get(function.url, timeout=60)
+            answer = requests.get(function.url, timeout=PATIENCE_S)
             assert answer.json() == {"y": [[sum(b"weights")] * 3], "by": url}
-        assert requests.get(f"{function.url}/_/trunkline/ready", timeout=60).status_code == 200
-        refused = requests.get(f"{function.url}?model=none", timeout=60)
+        assert requests.get(f"{function.url}/_/trunkline/ready", timeout=PATIENCE_S).status_code == 200
+        refused = requests.get(f"{function.url}?model=none", timeout=PATIENCE_S)
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "unknown_model")
         code, log = function.stop()
         assert code == 0

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
+from trunkline.pool import DEFAULT_CREDENTIAL
+
+from tests.openfaas import faascli
 
 ROOT = Path(__file__).parents[2]
 DEPLOY, TROUBLES = ROOT / "docs" / "deploy.md", ROOT / "docs" / "troubleshooting.md"
@@ -50,9 +55,24 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}, f"{file}#{anchor}"
 
 
+def test_a_new_function_is_told_how_it_reaches_the_sidecar_of_the_chart() -> None:
+    """What `faas-cli new` writes knows of none, and over HTTP the chart's sidecar refuses whoever has no token."""
+    section = DEPLOY.read_text().split("## OpenFaaS on Kubernetes\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    added = yaml.safe_load(textwrap.dedent(block))
+    faascli.check(added, faascli.FUNCTION, "functions.mine")
+    assert added["labels"] == {"trunkline": "enabled"}
+    assert added["secrets"] == [Path(DEFAULT_CREDENTIAL).name]
+    stack = (ROOT / "stack.yml").read_text()
+    assert f"TRUNKLINE_URL: ${{TRUNKLINE_URL:-{added['environment']['TRUNKLINE_URL']}}}" in stack
+    # As it is called by faas-cli.
+    for text in (section, (ROOT / "template" / "python3-trunkline" / "template.yml").read_text()):
+        assert "faas-cli up -f stack.yaml" in text
+
+
 def test_every_path_has_a_quick_start_and_a_test_that_shows_it() -> None:
     text = DEPLOY.read_text()
     rows = re.findall(r"^\| \[(.+?)\]\(#([\w-]+)\) \|.*\| (.*) \|$", text, re.MULTILINE)
-    assert [anchor for _, anchor, _ in rows] == ["local", "faasd", "openfaas-on-kubernetes", "knative"]
+    assert [anchor for _, anchor, _ in rows] == ["local", "faasd", "openfaas-on-kubernetes", "knative", "docker-alone"]
     for name, _, shown in rows:
         assert "`tests/" in shown, name

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sidecar.cli.main import main
 from sidecar.config import Settings, flag_of, parse_size
 from tests.rows import ROOT, by_row
 
@@ -119,6 +120,16 @@ def test_the_ways_to_run_it_do_not_contradict_each_other() -> None:
     command = shlex.split(short.partition("docker run -d")[2].partition("trunkline serve")[0].replace("\\\n", ""))
     assert {"--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"} <= set(command)
     assert {value.split(":")[1] for flag, value in pairwise(command) if flag == "-v"} | {"/tmp"} == written()
+
+
+def test_what_follows_an_image_is_a_command() -> None:
+    """The image begins with `trunkline` by itself."""
+    pages = [ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")]
+    lines = [line for page in pages for line in re.findall("docker run .*", page.read_text().replace("\\\n", " "))]
+    told = [words for line in lines for words in re.findall(r" -v \S+ +([\w.:-]+) +(\w+)(?= |$)", line)]
+    assert {image for image, _ in told} == {"trunkline", "NEW_IMAGE"}
+    assert {command for _, command in told} <= set(main.commands)
+    assert len(told) >= 5
 
 
 def test_nobody_is_told_an_address_that_does_not_exist() -> None:

@@ -22,16 +22,13 @@ from trunkline.protocol import Placement
 from trunkline.signature import Signature
 
 from tests.over_http import answer, odd_server
+from tests.waiting import PATIENCE_S, soon
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 GREETING = answer(json.dumps({"name": "trunkline", "extensions": [oip.EXTENSION]}).encode())
 INPUTS = (Placement("x", "float32", (2,), 0),)
 Y = {"name": "y", "datatype": "FP32", "shape": [2], "parameters": {"binary_data_size": 8}}
-
-
-def soon() -> float:
-    return time.monotonic() + 20
 
 
 def inferred(outputs: object, raw: bytes = b"\0" * 8, length: object = None, **headers: object) -> bytes:
@@ -225,7 +222,7 @@ def test_deadlines_hold_however_slowly_the_answer_comes() -> None:
 
 def test_a_peer_that_reads_nothing_is_given_up_at_the_deadline() -> None:
     stop = threading.Event()
-    with odd_server([GREETING, lambda peer: stop.wait(20)]) as (url, _):
+    with odd_server([GREETING, lambda peer: stop.wait(PATIENCE_S)]) as (url, _):
         connection = HttpConnection(url, request_bytes=64 << 20, deadline=soon())
         big = (Placement("x", "uint8", (64 << 20,), 0),)
         # The first is received as a whole before it is left unanswered; nobody takes the second.
@@ -249,7 +246,7 @@ def test_what_a_signal_handler_raises_is_passed_on() -> None:
     stop = threading.Event()
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
-        with odd_server([GREETING, lambda peer: stop.wait(20)]) as (url, _):
+        with odd_server([GREETING, lambda peer: stop.wait(PATIENCE_S)]) as (url, _):
             connection = HttpConnection(url, deadline=soon())
             with pytest.raises(RuntimeError, match="the caller's own"):
                 connection.infer("m", INPUTS, soon())

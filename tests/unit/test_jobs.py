@@ -19,9 +19,9 @@ from trunkline.errors import QueueFull
 from sidecar import jobs as jobs_module
 from sidecar.errors import BlobCorrupt, JobLost, UnknownJob
 from sidecar.jobs import ACTIVE, Cancelled, Jobs, Unwatched, Watch
+from tests.waiting import PATIENCE_S, soon
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 60.0
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def jobs(tmp_path: Path) -> Jobs:
 
 
 def ended(jobs: Jobs, begun: dict[str, Any]) -> dict[str, Any]:
-    deadline = time.monotonic() + WAIT_S
+    deadline = soon()
     while (found := jobs.get(begun["id"]))["state"] in ACTIVE:
         assert time.monotonic() < deadline, found
         time.sleep(0.005)
@@ -88,7 +88,7 @@ def test_what_fails_is_told_in_the_usual_form(jobs: Jobs) -> None:
 def test_a_running_job_is_cancelled_from_any_process(jobs: Jobs, tmp_path: Path) -> None:
     held = Held()
     begun = jobs.begin("verify", "store", held)
-    assert held.begun.wait(WAIT_S)
+    assert held.begun.wait(PATIENCE_S)
     assert jobs.get(begun["id"])["state"] == "running"
     Jobs(tmp_path / "jobs").cancel(begun["id"])
     found = ended(jobs, begun)
@@ -176,7 +176,7 @@ def test_a_job_whose_process_was_killed_is_lost(jobs: Jobs, tmp_path: Path) -> N
         with pytest.raises(QueueFull):
             Jobs(tmp_path / "jobs", limit_count=1).begin("pull", "n", Held())
         process.send_signal(signal.SIGKILL)
-        process.wait(WAIT_S)
+        process.wait(PATIENCE_S)
     found = jobs.get(job_id)
     assert found["state"] == "lost"
     assert found["error"]["code"] == JobLost.code
@@ -193,7 +193,7 @@ def test_a_job_whose_process_was_killed_is_lost(jobs: Jobs, tmp_path: Path) -> N
 def test_a_job_that_ends_between_two_looks_is_not_lost(jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held()
     begun = jobs.begin("gc", "store", held)
-    assert held.begun.wait(WAIT_S)
+    assert held.begun.wait(PATIENCE_S)
     lock = jobs_module._locked
 
     def ending(path: Path) -> Any:
@@ -201,7 +201,7 @@ def test_a_job_that_ends_between_two_looks_is_not_lost(jobs: Jobs, tmp_path: Pat
         held.release.set()
         ended(jobs, begun)
         # Its lock goes a moment later than it is written down as ended.
-        deadline = time.monotonic() + WAIT_S
+        deadline = soon()
         while path.exists():
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -223,7 +223,7 @@ def test_a_disk_that_fails_does_not_stop_the_work(jobs: Jobs, tmp_path: Path, ca
     gone, finished = threading.Event(), threading.Event()
 
     def work(watch: Watch) -> object:
-        assert gone.wait(WAIT_S)
+        assert gone.wait(PATIENCE_S)
         watch.advance(1, 2, "bytes", "told to nobody")
         finished.set()
         return None
@@ -232,7 +232,7 @@ def test_a_disk_that_fails_does_not_stop_the_work(jobs: Jobs, tmp_path: Path, ca
         begun = jobs.begin("pull", "m", work)
         (tmp_path / "jobs").rename(tmp_path / "elsewhere")
         gone.set()
-        assert finished.wait(WAIT_S)
+        assert finished.wait(PATIENCE_S)
     with pytest.raises(UnknownJob):
         jobs.get(begun["id"])
     assert f"what became of job {begun['id']} cannot be written down (No such file or directory)" in caplog.text

@@ -18,6 +18,7 @@ from trunkline.errors import DeviceFault
 from sidecar.lanes import Lanes, Outcome, attempt
 from tests.fakes import FakeDevice
 from tests.unit.test_wavefront import alone, finish, front, model, rows, run, ticket
+from tests.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -46,7 +47,7 @@ class Inbox:
         self.commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def take(self) -> None:
-        self.commands.get(timeout=20)()
+        self.commands.get(timeout=PATIENCE_S)()
 
 
 def lanes_of(count: int, device: FakeDevice | None = None) -> tuple[Lanes, Inbox]:
@@ -61,7 +62,7 @@ def test_what_lanes_are_given_runs_at_the_same_time_and_is_told() -> None:
     both, told = threading.Barrier(2), []
 
     def meet(number: int) -> int:
-        both.wait(20)
+        both.wait(PATIENCE_S)
         return number
 
     for number in range(2):

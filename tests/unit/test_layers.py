@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 WIRE = ROOT / "template" / "python3-trunkline" / "trunkline"
 WIRE_MAY_IMPORT = {"msgpack", "numpy", "posix_ipc", "trunkline"}
@@ -36,6 +38,7 @@ LAYERS = {
         "merkle",
         "together",
         "stages",
+        "stretches",
         "costs",
         "lanecount",
         "timeline",
@@ -116,6 +119,9 @@ LAYERS = {
         "calls",
         "devices",
         "packed",
+        "blocked",
+        "onnxgraph",
+        "sessions",
         "flat",
         "span",
         "stacked",
@@ -172,6 +178,7 @@ LAYERS = {
         "routing",
         "naming",
         "versions",
+        "prepull",
         "turns",
         "underway",
         "upkeep",
@@ -217,6 +224,7 @@ BUILDERS = {
     ("http.admin", "http.metrics"),
     ("http.admin", "http.jobs"),
     ("http.jobs", "pulling"),
+    ("http.server", "pulling"),
     ("http.admin", "http.page"),
     ("http.admin", "http.events"),
     ("http.admin", "http.watch"),
@@ -260,7 +268,7 @@ def test_functions_with_a_socket_are_spared_what_http_needs() -> None:
         "assert not {'requests', 'urllib3', 'http.client', 'ssl'} & sys.modules.keys(), sys.modules.keys()"
     )
     environment = {"PYTHONPATH": str(ROOT / "template" / "python3-trunkline"), "PATH": ""}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("path", sidecar_modules(), ids=module_name)
@@ -292,7 +300,7 @@ def test_the_command_line_and_the_template_do_without_torch() -> None:
         "import sidecar.__main__, sidecar.http.admin, sidecar.local, sidecar.store, trunkline, trunkline.testing\n"
     )
     path = f"{ROOT}:{ROOT / 'template' / 'python3-trunkline'}"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path, "PATH": ""}, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path, "PATH": ""}, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("path", sidecar_modules(), ids=module_name)

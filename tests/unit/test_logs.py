@@ -16,6 +16,7 @@ from trunkline import context
 from trunkline.logs import JsonFormatter, adopt
 
 from sidecar.logs import OneLineFormatter, RateLimit
+from tests.waiting import PATIENCE_S
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -127,6 +128,6 @@ def test_a_logger_that_writes_by_itself_is_made_to_write_as_others_do() -> None:
 @pytest.mark.parametrize(("form", "start"), [("human", "20"), ("json", '{"time"')])
 def test_the_form_is_chosen_once_for_the_process(form: str, start: str) -> None:
     code = f"from sidecar.logs import log_to_stderr; log_to_stderr('info', {form!r}); import logging; logging.info('told')"
-    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stderr
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S).stderr
     assert lines.startswith(start)
     assert "told" in lines

@@ -13,6 +13,7 @@ from trunkline.protocol import TensorSpec
 
 from sidecar.ir import Argument, Enum, Graph, Node, Value, Weight
 from sidecar.lowering import CONV2D, LARGEST_LINEAR_BYTES, LINEAR, TURNED_LINEAR, Lowered, Recipe, lower
+from tests.waiting import PATIENCE_S
 
 X = Value("input", 0)
 Y = Value("input", 1)
@@ -72,7 +73,7 @@ def only_recipe(lowered: Lowered) -> Recipe:
 
 def test_lowering_needs_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None\nimport sidecar.lowering"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)}, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)}, timeout=PATIENCE_S)
 
 
 # --- what is folded -------------------------------------------------------------------------------------------------

@@ -266,6 +266,30 @@ def test_forgotten_tokens_are_gone() -> None:
     assert len(tokens) == count
 
 
+def test_some_tokens_are_taken_along_with_how_they_are_named() -> None:
+    weak = Tokens(lambda token: token[:1])
+    weak.name(b"a1")
+    weak.name(b"b1")
+    some = weak.of([b"a"])
+    assert (len(some), len(weak.of(()))) == (1, 0)
+    with pytest.raises(CollisionError):
+        some.name(b"a2")
+    # What becomes of them is their own affair.
+    some.name(b"c1")
+    weak.forget({b"a"})
+    assert (len(some), len(weak)) == (2, 1)
+    weak.add(some)
+    assert len(weak) == 3
+
+
+def test_tokens_are_added_only_as_long_as_none_has_the_id_of_another() -> None:
+    weak, other = (Tokens(lambda token: token[:1]) for _ in range(2))
+    weak.name(b"a1")
+    other.name(b"a2")
+    with pytest.raises(CollisionError, match="two tokens have the id 61"):
+        weak.add(other)
+
+
 # --- random programs --------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import pytest
 from sidecar.errors import ConfigError
 from sidecar.reloading import QuotaFile
 from sidecar.tenants import Quotas
+from tests.waiting import PATIENCE_S
 
 GOOD = "[tenants.a]\nmodels = []\n"
 BAD = "[tenants.a]\nmodles = []\n"
@@ -55,18 +56,18 @@ def test_whoever_asks_is_told_what_is_in_force_or_what_is_wrong(tmp_path: Path, 
     threading.Thread(target=made.run, args=(lambda quotas, done: (used.append(quotas), done()),), daemon=True).start()
     made.reload()
     made.reload(told.put)
-    assert told.get(timeout=20) == used[1] == used[0]
+    assert told.get(timeout=PATIENCE_S) == used[1] == used[0]
     assert "1 tenants are in force" in caplog.text
     path.write_text(BAD)
     made.reload(told.put)
-    refused = told.get(timeout=20)
+    refused = told.get(timeout=PATIENCE_S)
     assert isinstance(refused, ConfigError)
     assert refused.details == {"line": 2, "key": "modles"}
     assert "the quotas in force stay" in caplog.text
     assert len(used) == 2
     path.write_text(GOOD)
     made.reload(told.put)
-    assert told.get(timeout=20) == used[2]
+    assert told.get(timeout=PATIENCE_S) == used[2]
 
 
 def test_nobody_is_told_before_all_is_deployed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -78,7 +79,7 @@ def test_nobody_is_told_before_all_is_deployed(tmp_path: Path, caplog: pytest.Lo
     told: list[object] = []
     for _ in range(2):
         made.reload(told.append)
-    (first, first_is_done), (second, second_is_done) = uses.get(timeout=20), uses.get(timeout=20)
+    (first, first_is_done), (second, second_is_done) = uses.get(timeout=PATIENCE_S), uses.get(timeout=PATIENCE_S)
     # Nor does the one that reads wait for that.
     assert (told, caplog.text) == ([], "")
     second_is_done()

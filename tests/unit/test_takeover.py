@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from sidecar.errors import ConfigError
 from sidecar.rundirectory import Ownership, RunDirectory, write_token
 from sidecar.segment import LEDGER_END, SHARED_MEMORY, Segment
-from sidecar.takeover import TakeOver
+from sidecar.takeover import TakeOver, outstay
 from sidecar.tenants import OPEN, Quotas, Tenant
 from sidecar.tenantsockets import Keeper, TenantSockets, aside, listen_at
 from tests.segments import PAGE, Make, segments
@@ -71,6 +72,48 @@ def test_to_ask_is_in_nobodys_way(run: RunDirectory) -> None:
         for _ in range(3):
             assert in_child(run.has_successor) == 1
             assert in_child(lambda: succeeds(run)) == 2
+
+
+def test_an_owner_is_seen_by_others(run: RunDirectory) -> None:
+    assert not run.has_owner()
+    with run.owned(0.0):
+        for _ in range(3):
+            assert in_child(run.has_owner) == 1
+            assert in_child(lambda: owns(run)) != 1
+    assert in_child(run.has_owner) == 0
+
+
+def outstayed(run: RunDirectory, meanwhile: Callable[[int], None]) -> int:
+    """Have a child wait as one that was taken over from; return its exit code. ``meanwhile`` is told its pid."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if not pid:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        os.write(told, b".")
+        outstay(run)
+        os._exit(0)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(told)
+    meanwhile(pid)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_one_that_was_taken_over_from_waits_until_it_is_told_to_end(run: RunDirectory) -> None:
+    with run.owned(0.0):
+        assert outstayed(run, lambda pid: os.kill(pid, signal.SIGTERM)) == 0
+
+
+def test_one_that_was_taken_over_from_ends_when_the_other_is_gone(run: RunDirectory) -> None:
+    with contextlib.ExitStack() as other:
+        other.enter_context(run.succession())
+        other.enter_context(run.owned(0.0))
+
+        def leave(pid: int) -> None:
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+            other.close()
+
+        assert outstayed(run, leave) == 0
 
 
 def test_a_directory_is_taken_when_nothing_is_left_of_its_owner(run: RunDirectory) -> None:

@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from sidecar import otel
 from sidecar.errors import ConfigError
 from sidecar.tracing import ANSWERED, INTERNAL, SERVER, Place, RequestNotes, Span, Tracer, traceparent_of
-from tests.nodes import until
+from tests.waiting import PATIENCE_S, until
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 PLACE = Place(0x4BF92F3577B34DA6A3CE929D0E0E4736, 0x00F067AA0BA902B7)
@@ -208,12 +208,12 @@ def test_while_a_collector_is_slow_so_many_wait_and_the_others_are_dropped(trace
 
     def slow() -> bool:
         entered.set()
-        return release.wait(20)
+        return release.wait(PATIENCE_S)
 
     exporter.act = slow
     tracer.start()
     tracer.finish(ended()[0])
-    assert entered.wait(20)
+    assert entered.wait(PATIENCE_S)
     # None of these waits for anything.
     for each in ended(10):
         tracer.finish(each)
@@ -253,7 +253,7 @@ def test_what_nobody_takes_is_counted_and_the_next_is_tried(
 def test_a_process_that_ends_waits_for_a_collector_no_longer_than_it_says(exporter: Exporter) -> None:
     tracer = Tracer(otel.samples_of(DEFAULT_ON), exporter, exporter.stop, delay_s=0.0)
     release = threading.Event()
-    exporter.act = lambda: release.wait(20)
+    exporter.act = lambda: release.wait(PATIENCE_S)
     tracer.start()
     thread = tracer._thread
     assert thread is not None
@@ -264,7 +264,7 @@ def test_a_process_that_ends_waits_for_a_collector_no_longer_than_it_says(export
     tracer.close(0.01)
     assert exporter.stopped == 1
     release.set()
-    thread.join(20)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
 

@@ -29,11 +29,9 @@ from trunkline.errors import (
 from trunkline.protocol import Document, Fault, Result, Welcome
 from trunkline.transport import Channel
 
+from tests.waiting import PATIENCE_S, soon
+
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
-
-
-def soon() -> float:
-    return time.monotonic() + 5
 
 
 @pytest.fixture
@@ -235,7 +233,7 @@ def against(tmp_path: Path, answer: Callable[[socket.socket], None], use: Callab
 
     def serve() -> None:
         peer, _ = listener.accept()
-        peer.settimeout(5)
+        peer.settimeout(PATIENCE_S)
         peer.recv(5000)
         answer(peer)
         peer.close()
@@ -249,7 +247,7 @@ def against(tmp_path: Path, answer: Callable[[socket.socket], None], use: Callab
         finally:
             connection.close()
     finally:
-        thread.join(10)
+        thread.join(PATIENCE_S)
         listener.close()
 
 

@@ -13,6 +13,7 @@ import pytest
 from sidecar import upkeep
 from sidecar.mover import Mover
 from sidecar.tiermemory import TierMemory
+from tests.waiting import PATIENCE_S
 
 
 class FakeTier:
@@ -52,10 +53,10 @@ def test_what_is_altered_is_told_in_the_mover_s_thread(monkeypatch: pytest.Monke
     thread = threading.Thread(target=mover.run, name="the mover's")
     thread.start()
     upkeep.begin(memory, mover, ended, lambda keys: told.put((keys, threading.current_thread().name)))
-    assert told.get(timeout=30) == (["c"], "the mover's")
+    assert told.get(timeout=PATIENCE_S) == (["c"], "the mover's")
     ended.set()
     mover.stop()
-    thread.join(30)
+    thread.join(PATIENCE_S)
 
 
 @pytest.mark.row("T16")
@@ -78,7 +79,7 @@ def test_what_is_on_disk_is_read_again_and_again_until_the_end(monkeypatch: pyte
     thread = threading.Thread(target=upkeep.scrub, args=(work, ended))
     thread.start()
     for _ in range(3):
-        assert read.acquire(timeout=30)
+        assert read.acquire(timeout=PATIENCE_S)
     ended.set()
-    thread.join(30)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()

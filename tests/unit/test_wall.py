@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 BEGIN = """
 import ast, collections, ctypes, logging, os, pickle, subprocess, sys, threading, traceback
@@ -30,7 +32,7 @@ def refused(what):
 def run(text: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/template/python3-trunkline:{folder}", "PATH": "/bin:/usr/bin"}
     return subprocess.run(
-        [sys.executable, "-c", BEGIN + text], capture_output=True, text=True, timeout=60, check=False, env=environment
+        [sys.executable, "-c", BEGIN + text], capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment
     )
 
 

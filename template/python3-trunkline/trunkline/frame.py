@@ -30,6 +30,8 @@ READY_PATH = "/_/trunkline/ready"
 DEFAULT_MAX_BODY_BYTES = 16 * 1024 * 1024
 _CHUNK_BYTES = 1024 * 1024
 _DRAIN_FACTOR = 4
+# Those below announce that an answer follows.
+_LEAST_STATUS, _LARGEST_STATUS = 200, 599
 
 
 class Event:
@@ -92,6 +94,8 @@ def create_app(handle: Callable[[Event, Context], Any], broken: tuple[type[Excep
     @app.after_request
     def return_call_id(response: flask.Response) -> flask.Response:
         response.headers.setdefault("X-Call-Id", flask.g.get("call_id", ""))
+        # What this thread logs of the next request before that has an id, such as that it cannot be read, is not of this one.
+        response.call_on_close(lambda: context.call_id.set(""))
         return response
 
     @app.errorhandler(TrunklineError)
@@ -127,7 +131,11 @@ def create_app(handle: Callable[[Event, Context], Any], broken: tuple[type[Excep
     @app.route("/", defaults={"path": ""}, methods=METHODS)
     @app.route("/<path:path>", methods=METHODS)
     def call(path: str) -> flask.Response:
-        return _response_of(handle(Event(_read_body(limit_bytes, broken)), Context()))
+        response = _response_of(handle(Event(_read_body(limit_bytes, broken)), Context()))
+        if not _LEAST_STATUS <= response.status_code <= _LARGEST_STATUS:
+            # Servers have no way to send it, or whoever asks would wait for the answer proper.
+            raise ValueError(f"the handler's status is {response.status!r}; it must be of {_LEAST_STATUS} to {_LARGEST_STATUS}")
+        return response
 
     return app
 

@@ -68,10 +68,17 @@ runAsGroup: 10001
 fsGroup: 10001
 seccompProfile:
   type: RuntimeDefault
-{{- with .Values.seLinuxOptions }}
+{{- with include "trunkline.seLinux" . }}
+{{ . }}
+{{- end }}
+{{- end -}}
+
+{{/* What a pod has that connects to the socket or gives it on. */}}
+{{- define "trunkline.seLinux" -}}
+{{- with .Values.seLinuxOptions -}}
 seLinuxOptions:
   {{- toYaml . | nindent 2 }}
-{{- end }}
+{{- end -}}
 {{- end -}}
 
 {{/* Where pods of a DaemonSet run: the sidecar's, and of what gives its socket to functions. */}}

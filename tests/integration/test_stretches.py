@@ -1,0 +1,175 @@
+"""Stages run as one for a request that is alone, and one by one where requests meet, or where that would not do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from trunkline import model
+from trunkline.errors import DeviceOutOfMemory, ValueOutOfBounds
+
+from sidecar.devices import TorchDevice, open_device
+from tests.fakes import Running
+from tests.forms import prefer
+from tests.integration.test_sharing import ask, at_once, counted, deploy, network, serving
+from tests.networks import Network, agrees
+from tests.waiting import until
+
+
+@pytest.fixture(autouse=True)
+def in_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have stages run in sessions, each request meet none of the last test's, and no moment of a slow machine be a crowd."""
+    if not open_device("cpu").block:
+        pytest.skip("ONNX Runtime is not here, or has no convolutions in blocks on this processor")
+    monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
+    monkeypatch.setattr("sidecar.stretches.LONGEST_S", 10.0)
+    monkeypatch.setattr("sidecar.runs.LONGEST_S", 10.0)
+    monkeypatch.setattr("sidecar.runs._NEXT_S", 0.0)
+    prefer(monkeypatch, "blocked")
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    with serving(tmp_path, monkeypatch) as made:
+        yield made
+
+
+def joined_count(running: Running) -> int:
+    return int(ask(running, "status")["sharing"]["joined"])
+
+
+def answered(running: Running, made: Network, seed: int) -> tuple[np.ndarray[Any, Any], int]:
+    """Ask once; return the answer, and how many stages were run within another's run."""
+    before = joined_count(running)
+    answer = model(made.name).call(made.inputs(1, seed))
+    return np.asarray(answer), joined_count(running) - before
+
+
+@pytest.mark.parametrize("kind", ["resnet", "mobilenet", "densenet", "vit"])
+def test_a_request_that_is_alone_is_run_as_one_and_answered_to_the_bit_as_by_stages(
+    kind: str, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = network(kind)
+    deploy(running, made)
+    (deployed,) = running.engine._catalog.deployed.values()
+    assert deployed.stretches
+    most = sum(stretch.count - 1 for stretch in deployed.stretches.values())
+    with counted(running) as counts:
+        answer, count = answered(running, made, 1)
+    assert count == most
+    # Nothing is different for whoever counts stages.
+    assert counts["stages"] == counts["stage_requests"] == len(deployed.steps)
+    assert agrees(answer, made.eager(made.inputs(1, 1)), exact=False)
+    monkeypatch.setattr("sidecar.runs.LONGEST_S", 0.0)
+    singly, count = answered(running, made, 1)
+    assert count == 0
+    assert answer.tobytes() == singly.tobytes()
+
+
+def test_where_requests_meet_stages_are_run_one_by_one_and_for_a_while_after(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.runs._CROWDED_FOR_S", 1e9)
+    one, other = network("resnet"), network("mobilenet")
+    deploy(running, one, other)
+    before = joined_count(running)
+    inputs = [one.inputs(1, 1), other.inputs(1, 2)]
+    answers = at_once(running, (one.name, inputs[0]), (other.name, inputs[1]))
+    for made, given, answer in zip((one, other), inputs, answers, strict=True):
+        assert agrees(answer, made.eager(given), exact=False)
+    assert joined_count(running) == before
+    assert answered(running, one, 3)[1] == 0
+    monkeypatch.setattr("sidecar.runs._CROWDED_FOR_S", 0.0)
+    assert answered(running, one, 3)[1] > 0
+
+
+def test_whoever_begins_at_once_after_a_stretch_has_waited_for_it(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    deploy(running, made)
+    assert answered(running, made, 1)[1] > 0
+    monkeypatch.setattr("sidecar.runs._NEXT_S", 1e9)
+    assert answered(running, made, 1)[1] == 0
+    monkeypatch.setattr("sidecar.runs._NEXT_S", 0.0)
+    # It is a while until nobody is taken for a crowd.
+    assert answered(running, made, 1)[1] == 0
+
+
+def test_what_has_no_room_as_one_is_run_by_stages(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    deploy(running, made)
+    (deployed,) = running.engine._catalog.deployed.values()
+    assert answered(running, made, 1)[1] > 0
+    programs = [stretch.program for stretch in deployed.stretches.values()]
+    run, failed = TorchDevice.run, []
+
+    def tight(self: TorchDevice, program: Any, weights: Any, inputs: Any) -> Any:
+        if any(program is each for each in programs):
+            failed.append(program)
+            raise DeviceOutOfMemory("no room")
+        return run(self, program, weights, inputs)
+
+    monkeypatch.setattr(TorchDevice, "run", tight)
+    answer, count = answered(running, made, 1)
+    assert failed
+    assert count == 0
+    assert agrees(answer, made.eager(made.inputs(1, 1)), exact=False)
+
+
+def test_what_is_wrong_with_a_request_is_told_by_its_stage(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("vit")
+    deploy(running, made)
+    (deployed,) = running.engine._catalog.deployed.values()
+    ((start, stretch),) = deployed.stretches.items()
+    model(made.name).call(made.inputs(1, 1))
+    run, first = TorchDevice.run, deployed.steps[start].program
+
+    def wrong(self: TorchDevice, program: Any, weights: Any, inputs: Any) -> Any:
+        if program is stretch.program or program is first:
+            raise ValueOutOfBounds("an index is out of range " + ("somewhere" if program is stretch.program else "here"))
+        return run(self, program, weights, inputs)
+
+    monkeypatch.setattr(TorchDevice, "run", wrong)
+    with pytest.raises(ValueOutOfBounds, match="here"):
+        model(made.name).call(made.inputs(1, 1))
+
+
+def test_many_rows_go_stage_by_stage(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("vit")
+    deploy(running, made)
+    (deployed,) = running.engine._catalog.deployed.values()
+    monkeypatch.setattr("sidecar.runs.LONGEST_S", sum(deployed.run_s) / 2)
+    before = joined_count(running)
+    inputs = made.inputs(8, 1)
+    answer = model(made.name).call(inputs)
+    assert joined_count(running) == before
+    assert agrees(answer, made.eager(inputs), exact=False)
+
+
+def test_weights_that_are_not_there_yet_are_waited_for_stage_by_stage(running: Running) -> None:
+    made = network("resnet")
+    deploy(running, made)
+    for seed in range(3):
+        ask(running, "evict", name=made.name)
+        answer, _ = answered(running, made, seed)
+        assert agrees(answer, made.eager(made.inputs(1, seed)), exact=False)
+    assert answered(running, made, 4)[1] > 0
+
+
+def test_models_of_one_structure_have_one_program_and_none_is_kept_for_nobody(running: Running) -> None:
+    one, other = network("resnet"), network("resnet").tuned("other", 1)
+    deploy(running, one, other)
+    first, second = running.engine._catalog.deployed.values()
+    for made in (one, other):
+        answer, count = answered(running, made, 1)
+        assert count > 0
+        assert agrees(answer, made.eager(made.inputs(1, 1)), exact=False)
+    assert [each.program for each in first.stretches.values()] == [each.program for each in second.stretches.values()]
+    del first, second
+    for made in (one, other):
+        del running.source.bundles[made.name]
+        ask(running, "model_removed", name=made.name)
+    until(lambda: not running.engine._catalog.programs)
+    running.engine._catalog.check_invariants()
