@@ -29,7 +29,6 @@ _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 300.0
 # Of these nothing changes by itself soon: rights are missing, or the node.
 _REFUSALS: Final = frozenset({400, 403, 404, 405, 415, 422})
-_TIMES_AT_THE_END: Final = 3
 
 
 class NodeLabels:
@@ -84,23 +83,14 @@ class NodeLabels:
         return self._look_s
 
     def run(self, stopped: threading.Event) -> None:
-        """Look and tell until ``stopped``, then take the labels away."""
+        """Look and tell until ``stopped``.
+
+        The labels stay: whoever comes next finds them true, or makes them so. Were they taken away, an upgrade would change every
+        node twice, and pods that start meanwhile would go where their models are not.
+        """
         pause_s = 0.0
         while not stopped.wait(pause_s):
             pause_s = self.step()
-        self.remove()
-
-    def remove(self) -> None:
-        """Take all labels of ours from the node, as far as the API server can be reached."""
-        for _ in range(_TIMES_AT_THE_END):
-            try:
-                self._tell({})
-            except ApiFailure as error:
-                failure = error
-            else:
-                self._told = {}
-                return
-        log.warning("the labels of this node stay until it is told again (%s)", failure)
 
     def _wanted(self) -> dict[str, str] | None:
         """Return the labels that the node should carry; None while that cannot be known."""

@@ -128,7 +128,7 @@ def device_document() -> dict[str, Any]:
         "streams": {"runs": 1, "predicted_s": 2.0, "actual_s": 3.0, "starved": 4},
         "lanes": {"count": 2, "chosen": 2, "running": 1, "measured_rates": {"1": 10.0, "2": 15.0}},
         "shortage": {"splits": 1, "reliefs": 2, "refused": 3},
-        "sharing": {"stages": 10, "stage_rows": 20, "stage_requests": 30, "stacked": 1, "programs": 4},
+        "sharing": {"stages": 10, "stage_rows": 20, "stage_requests": 30, "stacked": 1, "joined": 2, "programs": 4},
         "queues": {"forecast": {"predicted_p99_s": 0.1, "actual_p99_s": 0.2}, "tenants": {"anyone": load}},
         "models": {"m": measures, "idle": {**measures, "state": "stored", "keep_alive_s": None, "last_used_s": None}},
         "corrupt": ["bad"],
@@ -266,6 +266,7 @@ def test_values_are_those_of_the_snapshot(http: flask.testing.FlaskClient) -> No
     assert scrape("clients", tenant="") == 2
     assert scrape("arena_bytes", tenant="") == 200
     assert scrape("models_moving") == 1
+    assert scrape("stages_joined_total", device="a") == 2
     assert scrape("spans_exported_total", process="engine") == 12
     assert scrape("spans_dropped_total", process="engine", reason="queue_full") == 3
     assert scrape.labels("model") == {"m", "idle", ""}

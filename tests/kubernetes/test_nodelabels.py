@@ -153,22 +153,12 @@ def test_after_a_failure_what_the_node_carries_is_told_even_if_nothing_changed(n
     assert node.after(60) == [{A: "resident"}]
 
 
-def test_at_the_end_labels_are_removed_even_at_the_third_attempt(node: Node, caplog: pytest.LogCaptureFixture) -> None:
-    node.after(0)
-    node.failures = [ApiFailure("no", 500)] * 2
-    node.labels.remove()
-    assert node.told[-1] == {}
-    node.failures = [ApiFailure("no", 500)] * 3
-    node.labels.remove()
-    assert len(node.told) == 2
-    assert "stay" in caplog.text
-
-
-def test_once_told_to_stop_it_removes_and_ends(node: Node) -> None:
+def test_who_follows_another_changes_nothing(node: Node) -> None:
     stopped = threading.Event()
+    node.after(0)
     stopped.set()
     node.labels.run(stopped)
-    assert node.told == [{}]
+    assert node.told == [{A: "resident"}]
 
 
 @pytest.fixture
@@ -254,7 +244,7 @@ def test_the_api_server_is_where_the_kubelet_says() -> None:
         ApiServer.of_this_cluster({})
 
 
-def test_beside_a_sidecar_labels_come_go_with_it_and_are_removed_at_the_end(api: Fake, tmp_path: Path) -> None:
+def test_beside_a_sidecar_labels_come_and_go_and_the_next_to_label_finds_them(api: Fake, tmp_path: Path) -> None:
     # The first answers go wrong; each is a reason to ask again.
     api.answers = [(503, {}), (409, {})]
     with sidecar_process(tmp_path) as sidecar:
@@ -270,4 +260,11 @@ def test_beside_a_sidecar_labels_come_go_with_it_and_are_removed_at_the_end(api:
             sidecar.admin.post("models/a/evict")
             until(lambda: api.nodes["node-1"].get(A) == "stored")
             assert labelling.stop(signal.SIGTERM) == 0
-    assert api.nodes["node-1"] == {"kubernetes.io/os": "linux"}
+        version = api.version
+        with program(tmp_path / "log-2", "node-labels", *flags, "--least-pause", "0.05", **where) as labelling:
+            labelling.told("labelled with 1 models")
+            # To the API server it is no change.
+            assert api.version == version
+            sidecar.admin.delete("models/a")
+            until(lambda: api.nodes["node-1"] == {"kubernetes.io/os": "linux"})
+            assert labelling.stop(signal.SIGTERM) == 0
