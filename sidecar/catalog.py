@@ -42,7 +42,7 @@ from sidecar.stages import Key, Stage, Staged
 from sidecar.stretches import Stretch, joined, ranges
 from sidecar.tenants import OPEN, as_asked, as_known_to, matches, qualified, unqualified
 from sidecar.together import Interface, join
-from sidecar.trials import SHORTEST_TRIED, Verdict
+from sidecar.trials import Verdict, tried_sizes
 from sidecar.wavefront import Layouts, Padding
 
 log = logging.getLogger("trunkline.engine")
@@ -116,15 +116,16 @@ class Deployed:
     def reckoned_s(self, index: int, inputs: Mapping[Key, Any], rows: int) -> float:
         """Return what a step takes at most for so many rows of a call's ``inputs``, by what it took when it was tried; or 0.
 
-        It may have been tried with axes as short as can be, and what there is to compute grows with their square, at most.
+        It was tried with axes as short as these at least, and what there is to compute grows with their square, at most.
         """
         if not self.run_s:
             return 0.0
         longer: dict[str, float] = {}
+        tried = tried_sizes(self.bundle)
         for key, spec in zip(self.staged.inputs, self.bundle.graph.inputs, strict=True):
             for axis, size in zip(spec.shape, inputs[key].shape, strict=True):
                 if isinstance(axis, str) and axis != self.bundle.batch:
-                    longer[axis] = max(1.0, size / SHORTEST_TRIED)
+                    longer[axis] = max(1.0, size / tried[axis])
         # Less than can be measured is not unknown.
         return max(_SHORTEST_S, self.run_s[index] * (rows if self.bundle.batch else 1) * math.prod(longer.values()) ** 2)
 

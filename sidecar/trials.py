@@ -52,8 +52,7 @@ _FIXED: Final = (0, 2, 3)
 _FILLINGS: Final = ("random", "not-a-number", "infinity", "1e30", "zeros")
 # Sizes to try for axes that differ between calls; some models refuse small ones.
 # Of eight tokens a product takes as long in any form.
-SHORTEST_TRIED: Final = 32
-_SIZES: Final = (SHORTEST_TRIED, 64, 224)
+_SIZES: Final = (32, 64, 224)
 # Nothing waits for a trial: it must not take the processor from those who are waited for.
 _NICE: Final = 10
 # A trial that the engine did not outlive may have had nothing to do with it, once.
@@ -330,12 +329,7 @@ class _Trial:
         self.forms: dict[int, dict[str, Any]] = {}
         self.run_us: list[int] = []
         random = np.random.default_rng(0)
-        sizes = _sizes(bundle, size)
-        symbol = _masked(bundle)
-        least, most = next(((each.minimum, each.maximum) for each in bundle.graph.symbols if each.name == symbol), (0, 0))
-        if symbol:
-            # What is padded must be of a size that the model takes, too.
-            sizes[symbol] = max(least, min(sizes[symbol], most - _LONGER))
+        sizes = tried_sizes(bundle, size)
         self._inputs: list[dict[str, NDArray[Any]]] = []
         for spec in bundle.graph.inputs:
             shape = [axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape]
@@ -353,6 +347,8 @@ class _Trial:
             filled["reverse order"] = np.ascontiguousarray(base[::-1])
             filled["alone"] = base[:1].copy()
             self._inputs.append(filled)
+        symbol = _masked(bundle)
+        most = next((each.maximum for each in bundle.graph.symbols if each.name == symbol), 0)
         if symbol and not self.dependence and sizes[symbol] + _LONGER <= most:
             self.padded = symbol
             for spec, filled in zip(bundle.graph.inputs, self._inputs, strict=True):
@@ -500,13 +496,20 @@ def _masked(bundle: Bundle) -> str:
     return ""
 
 
-def _sizes(bundle: Bundle, size: int) -> dict[str, int]:
-    """Return the sizes of the axes that may vary, all ``size`` as far as they may be."""
-    return {symbol.name: min(max(size, symbol.minimum), symbol.maximum) for symbol in bundle.graph.symbols}
+def tried_sizes(bundle: Bundle, size: int = _SIZES[0]) -> dict[str, int]:
+    """Return the sizes of the axes that may vary: all ``size``, the first that is tried, as far as they may be.
+
+    One that may be padded is short enough for it.
+    """
+    masked = _masked(bundle)
+    return {
+        symbol.name: max(min(size, symbol.maximum - (_LONGER if symbol.name == masked else 0)), symbol.minimum)
+        for symbol in bundle.graph.symbols
+    }
 
 
 def _sizes_of_a_row(bundle: Bundle, size: int) -> dict[str, int]:
-    return _sizes(bundle, size) | ({bundle.batch: 1} if bundle.batch else {})
+    return tried_sizes(bundle, size) | ({bundle.batch: 1} if bundle.batch else {})
 
 
 def _input_bytes(bundle: Bundle, size: int) -> int:

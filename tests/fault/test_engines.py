@@ -44,7 +44,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def sidecar(tmp_path: Path, bundles: list[Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[SidecarProcess]:
-    with sidecar_process(tmp_path, "--device", ",".join(DEVICES), "--memory-budget", "64MB") as running:
+    # Without it a model has one form on all devices, which may find another one best otherwise.
+    flags = ("--device", ",".join(DEVICES), "--memory-budget", "64MB", "--packing", "off")
+    with sidecar_process(tmp_path, *flags) as running:
         for bundle in bundles:
             running.admin.push(bundle)
         monkeypatch.setenv("TRUNKLINE_SOCKET", str(running.socket))
@@ -82,7 +84,6 @@ def test_engines_that_are_killed_under_load_lose_nothing_and_are_back_where_they
     def keep_asking(name: str) -> int:
         count = 0
         while not stop.is_set():
-            # A trial that ends later on one device may have it served in another form, which rounds otherwise.
             np.testing.assert_allclose(answer(name, pool), expected[name], rtol=1e-4, atol=1e-5)
             count += 1
         return count
