@@ -94,8 +94,6 @@ class Blocked:
     layout: Layout
     weight: torch.Tensor
     bias: torch.Tensor
-    # Both as a session takes them, once one did.
-    values: list[Any] = dataclasses.field(default_factory=list)
 
     @property
     def size_bytes(self) -> int:

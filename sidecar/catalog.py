@@ -619,7 +619,7 @@ class Catalog:
             if stretch.program is None:
                 skeleton = skeleton_id(stretch.graph)
                 if skeleton not in self.programs:
-                    self.programs[skeleton] = (self.device.prepare_lowered(stretch.graph), None)
+                    self.programs[skeleton] = (self.device.prepare_lowered(stretch.graph, is_long=True), None)
                 stretch.program, _ = self.programs[skeleton]
 
     def unbind(self) -> None:

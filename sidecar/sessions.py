@@ -6,7 +6,8 @@ milliseconds, and only the last few are kept. What a session does not take, or f
 weights: slower, and with torch's errors.
 
 Threads sleep between runs, in pools of each session's own, since functions share the cores; there are not more than a container
-may have (``_Spare``). CPU only. Whether ONNX Runtime is there, and has blocks on this processor, ``block`` says.
+may have (``_Spare``). What was lent for a run stays bound until the next (``sidecar.bindings``). CPU only. Whether ONNX Runtime
+is there, and has blocks on this processor, ``block`` says.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 from trunkline.errors import DeviceOutOfMemory
 
+from sidecar.bindings import Bindings
 from sidecar.blocked import Blocked
 from sidecar.ir import Graph
 from sidecar.programs import FAILURES, Program, failure
@@ -60,7 +62,8 @@ def block() -> int:
     if onnxruntime is None:
         return 0
     try:
-        given = _run(_open(onnxgraph.probe(), 1), {"x": _value(torch.zeros(1, 4, 1, 1))}, ["y"])
+        x = _value(torch.zeros(1, 4, 1, 1))
+        given = _run(Bindings(_open(onnxgraph.probe(), 1), x), (), {"x": x}, ["y"])
         return int(given[0].shape[1])
     except _ERRORS as error:
         log.warning("ONNX Runtime has no convolutions in blocks here (%s); it is not used", str(error).partition("\n")[0])
@@ -80,8 +83,9 @@ def has_operators(graph: Graph) -> bool:
 class SessionProgram:
     """A lowered graph with weights in blocks. Like ``Program``, it has no weights, and several threads may run it at once."""
 
-    def __init__(self, graph: Graph, program: Program) -> None:
-        """``program`` runs the same graph on torch."""
+    def __init__(self, graph: Graph, program: Program, spins: bool = False) -> None:
+        """``program`` runs the same graph on torch. With ``spins``, threads do not sleep before the end of a run."""
+        self._spins = spins
         self._graph = graph
         self._program = program
         self._sessions: OrderedDict[Any, _Opened | None] = OrderedDict()
@@ -94,15 +98,16 @@ class SessionProgram:
         found = self._session(weights, inputs)
         if found is None:
             return self._on_torch(weights, inputs)
-        session, outputs = found
+        bindings, outputs = found
+        names = list(dict.fromkeys(name for name, _ in outputs))
         try:
-            given = _run(session, self._values(weights, inputs), list(dict.fromkeys(name for name, _ in outputs)))
+            given = _run(bindings, weights, _input_values(inputs), names)
         except _ERRORS as error:
             if isinstance(told := failure("running a stage", error), DeviceOutOfMemory):
                 raise told from error
             log.info("a stage is run by torch: %s", str(error).partition("\n")[0])
             return self._on_torch(weights, inputs)
-        by_name = dict(zip(dict.fromkeys(name for name, _ in outputs), given, strict=True))
+        by_name = dict(zip(names, given, strict=True))
         return [by_name[name].permute(0, 3, 1, 2) if is_last else by_name[name] for name, is_last in outputs]
 
     def _on_torch(self, weights: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -142,23 +147,13 @@ class SessionProgram:
         ]
         try:
             translated = onnxgraph.translate(self._graph, forms, weight_forms)
-            return _Opened(_open(translated.model, threads), translated.outputs)
+            session = _open(translated.model, threads, self._spins)
+            return _Opened(Bindings(session, _value(torch.zeros(1))), translated.outputs)
         except onnxgraph.Untranslatable as error:
             log.info("a stage is run by torch: %s", error)
         except _ERRORS as error:
             log.warning("ONNX Runtime takes no stage like this (%s); it is run by torch", str(error).partition("\n")[0])
         return None
-
-    def _values(self, weights: Sequence[Any], inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
-        values = {}
-        for number, each in enumerate(weights):
-            if isinstance(each, Blocked):
-                values[onnxgraph.weight_name(number)], values[onnxgraph.bias_name(number)] = _blocked_values(each)
-            else:
-                values[onnxgraph.weight_name(number)] = _value(each)
-        for number, tensor in enumerate(inputs):
-            values[onnxgraph.input_name(number)] = _value(tensor.permute(0, 2, 3, 1) if _is_last(tensor) else tensor.contiguous())
-        return values
 
 
 def _forms(inputs: Sequence[torch.Tensor], exact: bool) -> tuple[onnxgraph.InputForm, ...] | None:
@@ -195,9 +190,9 @@ def _is_last(tensor: torch.Tensor) -> bool:
 
 
 class _Opened(NamedTuple):
-    """A session, and the outputs of its graph (``onnxgraph.Translation``)."""
+    """A session, by what was bound to it, and the outputs of its graph (``onnxgraph.Translation``)."""
 
-    session: Any
+    bindings: Bindings
     outputs: tuple[tuple[str, bool], ...]
 
 
@@ -224,11 +219,15 @@ class _Spare:
 _SPARE: Final = _Spare(192)
 
 
-def _open(model: bytes, threads: int) -> Any:
-    """Return a session that runs on so many threads, that of the caller included, or on that alone where there are no more."""
+def _open(model: bytes, threads: int, spins: bool = False) -> Any:
+    """Return a session that runs on so many threads, that of the caller included, or on that alone where there are no more.
+
+    With ``spins``, those that have nothing to do look out for work until the run ends, instead of sleeping. That is for runs of
+    some length: to wake a core takes as long as a small operator, and a session of a single stage ends before it pays.
+    """
     taken = _SPARE.take(threads - 1)
     try:
-        session = _opened(model, 1 + taken)
+        session = _opened(model, 1 + taken, spins)
     except BaseException:
         _SPARE.give_back(taken)
         raise
@@ -236,7 +235,7 @@ def _open(model: bytes, threads: int) -> Any:
     return session
 
 
-def _opened(model: bytes, threads: int) -> Any:
+def _opened(model: bytes, threads: int, spins: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -246,7 +245,9 @@ def _opened(model: bytes, threads: int) -> Any:
     # An arena would keep what a run took, outside of any budget.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
+    # Otherwise they go on for some 50 ms, on cores that functions share.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -255,18 +256,22 @@ def _value(tensor: torch.Tensor) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
-def _blocked_values(held: Blocked) -> tuple[Any, Any]:
-    if not held.values:
-        held.values.extend((_value(held.weight), _value(held.bias)))
-    weight, bias = held.values
-    return weight, bias
+def _input_values(inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
+    return {
+        onnxgraph.input_name(number): _value(tensor.permute(0, 2, 3, 1) if _is_last(tensor) else tensor.contiguous())
+        for number, tensor in enumerate(inputs)
+    }
 
 
-def _run(session: Any, values: dict[str, Any], outputs: Sequence[str]) -> list[torch.Tensor]:
-    binding = session.io_binding()
-    for name, value in values.items():
-        binding.bind_ortvalue_input(name, value)
-    for name in outputs:
-        binding.bind_output(name)
-    session.run_with_iobinding(binding)
-    return [from_dlpack(value) for value in binding.get_outputs()]
+def _weight_values(weights: Sequence[Any]) -> dict[str, Any]:
+    values = {}
+    for number, each in enumerate(weights):
+        if isinstance(each, Blocked):
+            values[onnxgraph.weight_name(number)], values[onnxgraph.bias_name(number)] = _value(each.weight), _value(each.bias)
+        else:
+            values[onnxgraph.weight_name(number)] = _value(each)
+    return values
+
+
+def _run(bindings: Bindings, weights: Sequence[Any], inputs: dict[str, Any], outputs: Sequence[str]) -> list[torch.Tensor]:
+    return [from_dlpack(value) for value in bindings.run(weights, lambda: _weight_values(weights), inputs, outputs)]

@@ -8,9 +8,9 @@ them, and agrees with what they give alone. Zeros only, or random numbers only, 
 a global maximum, a dynamic quantisation. The same runs show where the rows lie in all that passes from stage to stage.
 
 *Form.* Where a stage can be lowered (``sidecar.lowering``), all forms of it take turns: as it is, packed for oneDNN, in blocks
-for ONNX Runtime. The fastest of those that agree is taken, blocks also where they are a little slower, since several stages in
-blocks can be run as one (``sidecar.stretches``). Stages of one structure have one form, whichever models they are in, so that
-their weights are shared.
+for ONNX Runtime. The fastest of those that agree is taken; of a model with several stages, blocks also where they are a little
+slower, since several stages in blocks can be run as one (``sidecar.stretches``). Stages of one structure have one form, whichever
+models they are in, so that their weights are shared.
 
 *Seconds.* What each stage takes for one row is noted on the way, so that how long a run takes can be told before the first.
 
@@ -41,6 +41,7 @@ from sidecar.memory import packed_from_store, reader
 from sidecar.merkle import skeleton_id
 from sidecar.ports import Device, Source
 from sidecar.stages import Key, Stage, Staged
+from sidecar.stretches import JOINED
 from sidecar.verdicts import Verdicts
 from sidecar.wavefront import INPUT, Layouts
 
@@ -64,9 +65,6 @@ _LONGER: Final = 5
 # How often each form of a stage is run, and what folding and another order of additions may change of its results.
 _TURNS: Final = 5
 _FORMS: Final = ("plain", "packed", "blocked")
-# What a stage in blocks takes of that where it is run as one with its neighbours (``sidecar.stretches``), for which all must have
-# this form: 0.75 to 0.8 was measured.
-_JOINED: Final = 0.75
 _ROUNDING: Final = 1e-4
 
 
@@ -376,7 +374,8 @@ class _Trial:
                     self.run_us.append(round((time.perf_counter() - started) * 1e6))
                 values.update(zip(stage.gives, given, strict=True))
             if forms := lowered.get(number):
-                compared = self.forms[number] = self._compare(stage, program, weights, forms, runs["alone"])
+                compared = self._compare(stage, program, weights, forms, runs["alone"], len(staged.stages) > 1)
+                self.forms[number] = compared
                 # The same run, measured more than once.
                 self.run_us[number] = compared.get("base_us", self.run_us[number])
             del weights
@@ -405,9 +404,18 @@ class _Trial:
         return True
 
     def _compare(
-        self, stage: Stage, program: Any, weights: Sequence[Any], forms: Mapping[Form, Lowered], values: Mapping[Key, Any]
+        self,
+        stage: Stage,
+        program: Any,
+        weights: Sequence[Any],
+        forms: Mapping[Form, Lowered],
+        values: Mapping[Key, Any],
+        joins: bool,
     ) -> dict[str, Any]:
-        """Run a stage in all its forms in turns; return which one is to be taken, and why."""
+        """Run a stage in all its forms in turns; return which one is to be taken, and why.
+
+        ``joins`` says that there are others to run it as one with.
+        """
         inputs = [values[key] for key in stage.takes]
         expected = [values[key] for key in stage.gives]
         found: dict[str, Any] = {"form": "plain"}
@@ -431,7 +439,7 @@ class _Trial:
         # Others have the processor, too: what was not disturbed tells most.
         least_s = {way: min(each) for way, each in seconds.items()}
         found |= {_figure(way): round(each_s * 1e6) for way, each_s in least_s.items()}
-        return found | {"form": _fastest(least_s)}
+        return found | {"form": _fastest(least_s, joins)}
 
     def _made(self, lowered: Lowered, inputs: Sequence[Any], expected: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Return the program and the weights of a stage in another form. Raises _Unfit where that gives something else."""
@@ -521,8 +529,8 @@ def _input_bytes(bundle: Bundle, size: int) -> int:
     )
 
 
-def _fastest(seconds: Mapping[str, float]) -> str:
-    return min(seconds, key=lambda form: seconds[form] * (_JOINED if form == "blocked" else 1.0))
+def _fastest(seconds: Mapping[str, float], joins: bool) -> str:
+    return min(seconds, key=lambda form: seconds[form] * (JOINED if joins and form == "blocked" else 1.0))
 
 
 def _figure(form: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 def prefer(monkeypatch: pytest.MonkeyPatch, *forms: str) -> None:
     """Have trials take the first of ``forms`` that a stage can be run in, and ``plain`` where that is none."""
 
-    def fastest(seconds: Mapping[str, float]) -> str:
+    def fastest(seconds: Mapping[str, float], joins: bool) -> str:
         return next((form for form in forms if form in seconds), "plain")
 
     monkeypatch.setattr("sidecar.trials._fastest", fastest)

@@ -121,6 +121,7 @@ LAYERS = {
         "packed",
         "blocked",
         "onnxgraph",
+        "bindings",
         "sessions",
         "flat",
         "span",

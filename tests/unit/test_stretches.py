@@ -7,11 +7,12 @@ import torch
 
 from sidecar.devices import open_device
 from sidecar.graph import FusedGraph
-from sidecar.stretches import LONGEST_S, joined, ranges
+from sidecar.stretches import JOINED, LONGEST_S, joined, ranges
 from tests import zoo
 from tests.integration.test_packed import filler
 
-S = LONGEST_S
+# Of stages by themselves.
+S = LONGEST_S / JOINED
 
 
 @pytest.mark.parametrize(
