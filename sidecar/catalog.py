@@ -39,7 +39,7 @@ from sidecar.ports import Device, Source
 from sidecar.residency import Residency
 from sidecar.slices import stopping
 from sidecar.stages import Key, Stage, Staged
-from sidecar.stretches import Stretch, joined, ranges
+from sidecar.stretches import JOINED, Stretch, ranges, stretched
 from sidecar.tenants import OPEN, as_asked, as_known_to, matches, qualified, unqualified
 from sidecar.together import Interface, join
 from sidecar.trials import Verdict, tried_sizes
@@ -85,7 +85,7 @@ class Deployed:
     staged: Staged
     steps: tuple[Step, ...]
     weights: dict[str, Weight]
-    # By the number of the first stage, those that may be run as one.
+    # By the number of the first stage, those that may be run at once.
     stretches: dict[int, Stretch] = field(default_factory=dict)
     # What trying it out has shown; until then its requests are not batched.
     verdict: Verdict | None = None
@@ -338,7 +338,7 @@ class Catalog:
 
     def _skeletons(self) -> set[str]:
         used = {id(step.program) for entry in self.all() for step in entry.steps}
-        used |= {id(stretch.program) for entry in self.all() for stretch in entry.stretches.values()}
+        used |= {id(piece.program) for entry in self.all() for stretch in entry.stretches.values() for piece in stretch.pieces}
         return {skeleton for skeleton, (program, _) in self.programs.items() if id(program) in used}
 
     def all(self) -> Iterator[Deployed]:
@@ -615,12 +615,15 @@ class Catalog:
                     program = prepare(step.graph)
                     prepared = self.programs[skeleton] = (program, self.device.stacked(step.graph, program))
                 step.program, step.stacked = prepared
-        for stretch in deployed.stretches.values():
-            if stretch.program is None:
-                skeleton = skeleton_id(stretch.graph)
-                if skeleton not in self.programs:
-                    self.programs[skeleton] = (self.device.prepare_lowered(stretch.graph, is_long=True), None)
-                stretch.program, _ = self.programs[skeleton]
+        for first, stretch in deployed.stretches.items():
+            for piece in stretch.pieces:
+                if piece.count == 1:
+                    piece.program = deployed.steps[first + piece.start].program
+                elif piece.program is None:
+                    skeleton = skeleton_id(piece.graph)
+                    if skeleton not in self.programs:
+                        self.programs[skeleton] = (self.device.prepare_lowered(piece.graph, is_long=True), None)
+                    piece.program, _ = self.programs[skeleton]
 
     def unbind(self) -> None:
         """Forget the handles of every model of which a weight may have left; its next load finds out what is still there."""
@@ -650,11 +653,16 @@ def _deployed(bundle: Bundle, plan: str, staged: Staged, verdict: Verdict | None
 
 
 def _stretches(steps: Sequence[Step], verdict: Verdict | None) -> dict[int, Stretch]:
-    """Return the stretches of a model: of stages that are run in sessions, whose borders cost something."""
+    """Return the stretches of a model: where there are stages in sessions, whose borders cost most."""
     if verdict is None or not verdict.run_s:
         return {}
-    found = ranges(verdict.run_s, [step.form == "blocked" for step in steps])
-    return {each.start: joined(steps[each.start : each.stop]) for each in found}
+    in_session = [step.form == "blocked" for step in steps]
+    found = ranges([seconds * (JOINED if joins else 1.0) for seconds, joins in zip(verdict.run_s, in_session, strict=True)])
+    return {
+        each.start: stretched(steps[each.start : each.stop], in_session[each.start : each.stop])
+        for each in found
+        if any(in_session[each.start : each.stop])
+    }
 
 
 def _step(stage: Stage, lowered: Lowered | None) -> Step:

@@ -322,11 +322,8 @@ class Runs:
         # Many rows, or long ones, take a multiple of what was reckoned with: others would wait long, for little to be gained.
         if not 0 < self._expected_s(run) <= 2 * LONGEST_S:
             return None
-        weights, inputs = (
-            [weight for step in steps for weight in self._loads.bind(step)],
-            [group.values[key] for key in stretch.takes],
-        )
-        return run, lambda: [self._device.run(stretch.program, weights, inputs)]
+        weights, inputs = [self._loads.bind(step) for step in steps], [group.values[key] for key in stretch.takes]
+        return run, lambda: [stretch.run(self._device.run, weights, inputs)]
 
     def _prepared_stacked(self, group: Group[Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
         """Have a stage of several models run as one; None when there is nothing to stack, or it does not pay."""

@@ -1,16 +1,17 @@
-"""Stretches: consecutive stages of a model as one graph, for a request beside which there is nothing to run.
+"""Stretches: consecutive stages of a model in one run, for a request beside which there is nothing to run.
 
-Stages are where requests meet and part. A request that is alone has nothing of their borders, where ONNX Runtime
-(``sidecar.sessions``) puts channels into blocks and out again and wakes its threads anew: as nine stages a ResNet-18
-took 1.3 times what it took as one, with two threads. What a stage gives and a later one takes stays within; weights are
-those of the stages, in their order, and every operator is the same, so that the answer is, to the last bit.
+Stages are where requests meet and part. A request that is alone has nothing of their borders, where the engine looks around, and
+where ONNX Runtime (``sidecar.sessions``) puts channels into blocks and out again and wakes its threads anew: as nine stages a
+ResNet-18 took 1.3 times what it took as one, with two threads. So neighbours in sessions become one graph, and what is between
+them follows within the same run. Weights are those of the stages, in their order, and every operator is the same, so that the
+answer is, to the last bit.
 
 Whoever comes meanwhile waits for the end of it, so a stretch is not longer than ``LONGEST_S``. Pure; must not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -37,36 +38,83 @@ class Part(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Stretch:
-    """``count`` stages as one ``graph``, which takes ``takes``, gives ``gives``, and once prepared is run by ``program``."""
+class Piece:
+    """``count`` stages from ``start`` on as one ``graph``, which takes ``takes``, gives ``gives``, and is run by ``program``.
 
+    ``start`` counts from the stretch's first stage; ``alive`` is what anybody needs afterwards; whoever has it prepares it.
+    """
+
+    start: int
     count: int
     graph: Graph
     takes: tuple[Key, ...]
     gives: tuple[Key, ...]
+    alive: frozenset[Key]
     program: Any = None
 
 
-def ranges(run_s: Sequence[float], may_join: Sequence[bool]) -> list[range]:
-    """Return which stages to join, of those that ``may_join``: as many as take ``LONGEST_S`` together.
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretch:
+    """``count`` stages as ``pieces``, which are run one after the other; taken together, they take and give what is said here."""
 
-    ``run_s`` are the seconds that each takes by itself. No stage is in two of them.
-    """
+    count: int
+    pieces: tuple[Piece, ...]
+    takes: tuple[Key, ...]
+    gives: tuple[Key, ...]
+
+    def run(
+        self,
+        run: Callable[[Any, Sequence[Any], Sequence[Any]], Sequence[Any]],
+        weights: Sequence[Sequence[Any]],
+        inputs: Sequence[Any],
+    ) -> list[Any]:
+        """Return what is given, in the order of ``gives``. ``run`` is a device's; ``weights`` has those of each stage."""
+        held = dict(zip(self.takes, inputs, strict=True))
+        for piece in self.pieces:
+            bound = [weight for each in weights[piece.start : piece.start + piece.count] for weight in each]
+            given = run(piece.program, bound, [held[key] for key in piece.takes])
+            held.update(zip(piece.gives, given, strict=True))
+            for key in held.keys() - piece.alive:
+                del held[key]
+        return [held[key] for key in self.gives]
+
+
+def ranges(run_s: Sequence[float]) -> list[range]:
+    """Return which stages to run as one: as many as take ``LONGEST_S`` together. ``run_s`` are the seconds that each takes."""
     found: list[range] = []
     start, length_s = 0, 0.0
-    for index, (alone_s, joins) in enumerate(zip(run_s, may_join, strict=True)):
-        seconds = JOINED * alone_s
-        if not joins or length_s + seconds > LONGEST_S:
+    for index, seconds in enumerate(run_s):
+        if length_s + seconds > LONGEST_S:
             found.append(range(start, index))
-            start, length_s = (index, 0.0) if joins else (index + 1, 0.0)
-        if joins:
-            length_s += seconds
+            start, length_s = index, 0.0
+        length_s += seconds
     found.append(range(start, len(run_s)))
     return [each for each in found if len(each) > 1]
 
 
-def joined(parts: Sequence[Part]) -> Stretch:
-    """Return consecutive stages as one."""
+def stretched(parts: Sequence[Part], in_session: Sequence[bool]) -> Stretch:
+    """Return consecutive stages as one stretch, in which neighbours that are run ``in_session`` are one graph."""
+    pieces: list[Piece] = []
+    start = 0
+    while start < len(parts):
+        end = start + 1
+        while in_session[start] and end < len(parts) and in_session[end]:
+            end += 1
+        pieces.append(_piece(start, parts[start:end]))
+        start = end
+    takes: dict[Key, None] = {}
+    given: dict[Key, None] = {}
+    for piece in pieces:
+        takes |= dict.fromkeys(key for key in piece.takes if key not in given)
+        given |= dict.fromkeys(piece.gives)
+    return Stretch(len(parts), tuple(pieces), tuple(takes), tuple(key for key in given if key in parts[-1].alive))
+
+
+def _piece(start: int, parts: Sequence[Part]) -> Piece:
+    """Return consecutive stages as one graph; one of them as it is."""
+    last = parts[-1]
+    if len(parts) == 1:
+        return Piece(start, 1, last.graph, last.takes, last.gives, last.alive)
     nodes: list[Node] = []
     weights: list[Weight] = []
     takes: dict[Key, int] = {}
@@ -85,7 +133,7 @@ def joined(parts: Sequence[Part]) -> Stretch:
         nodes=tuple(nodes),
         results=tuple(given[key] for key in gives),
     )
-    return Stretch(len(parts), graph, tuple(takes), gives)
+    return Piece(start, len(parts), graph, tuple(takes), gives, last.alive)
 
 
 @dataclass

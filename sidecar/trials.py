@@ -63,7 +63,7 @@ _LARGEST_INPUT_BYTES: Final = 16 * 2**20
 # How much longer a padded input is.
 _LONGER: Final = 5
 # How often each form of a stage is run, and what folding and another order of additions may change of its results.
-_TURNS: Final = 5
+_TURNS: Final = 9
 _FORMS: Final = ("plain", "packed", "blocked")
 _ROUNDING: Final = 1e-4
 

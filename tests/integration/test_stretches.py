@@ -11,6 +11,7 @@ import pytest
 from trunkline import model
 from trunkline.errors import DeviceOutOfMemory, ValueOutOfBounds
 
+from sidecar.catalog import Deployed, Step
 from sidecar.devices import TorchDevice, open_device
 from tests.fakes import Running
 from tests.forms import prefer
@@ -39,6 +40,20 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running
 
 def joined_count(running: Running) -> int:
     return int(ask(running, "status")["sharing"]["joined"])
+
+
+def joined_programs(deployed: Deployed) -> list[Any]:
+    """Return the programs that are not of one stage alone."""
+    return [piece.program for stretch in deployed.stretches.values() for piece in stretch.pieces if piece.count > 1]
+
+
+def first_step(deployed: Deployed) -> Step:
+    """Return the first step that is run by such a program."""
+    for first, stretch in deployed.stretches.items():
+        for piece in stretch.pieces:
+            if piece.count > 1:
+                return deployed.steps[first + piece.start]
+    raise AssertionError("nothing is joined")
 
 
 def answered(running: Running, made: Network, seed: int) -> tuple[np.ndarray[Any, Any], int]:
@@ -102,7 +117,7 @@ def test_what_has_no_room_as_one_is_run_by_stages(running: Running, monkeypatch:
     deploy(running, made)
     (deployed,) = running.engine._catalog.deployed.values()
     assert answered(running, made, 1)[1] > 0
-    programs = [stretch.program for stretch in deployed.stretches.values()]
+    programs = joined_programs(deployed)
     run, failed = TorchDevice.run, []
 
     def tight(self: TorchDevice, program: Any, weights: Any, inputs: Any) -> Any:
@@ -122,13 +137,13 @@ def test_what_is_wrong_with_a_request_is_told_by_its_stage(running: Running, mon
     made = network("vit")
     deploy(running, made)
     (deployed,) = running.engine._catalog.deployed.values()
-    ((start, stretch),) = deployed.stretches.items()
+    (joined,), first = joined_programs(deployed), first_step(deployed).program
     model(made.name).call(made.inputs(1, 1))
-    run, first = TorchDevice.run, deployed.steps[start].program
+    run = TorchDevice.run
 
     def wrong(self: TorchDevice, program: Any, weights: Any, inputs: Any) -> Any:
-        if program is stretch.program or program is first:
-            raise ValueOutOfBounds("an index is out of range " + ("somewhere" if program is stretch.program else "here"))
+        if program is joined or program is first:
+            raise ValueOutOfBounds("an index is out of range " + ("somewhere" if program is joined else "here"))
         return run(self, program, weights, inputs)
 
     monkeypatch.setattr(TorchDevice, "run", wrong)
@@ -166,7 +181,7 @@ def test_models_of_one_structure_have_one_program_and_none_is_kept_for_nobody(ru
         answer, count = answered(running, made, 1)
         assert count > 0
         assert agrees(answer, made.eager(made.inputs(1, 1)), exact=False)
-    assert [each.program for each in first.stretches.values()] == [each.program for each in second.stretches.values()]
+    assert joined_programs(first) == joined_programs(second)
     del first, second
     for made in (one, other):
         del running.source.bundles[made.name]
