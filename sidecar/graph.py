@@ -85,7 +85,7 @@ class FusedGraph:
     def look(self, bundle: Bundle) -> Looked:
         """Find out what there is to know of a model; that takes long, and nothing changes. Raises BundleError for a collision."""
         graph, like = bundle.graph, self._like(bundle.graph)
-        tokens = self._tokens.of(() if like is None else _ids(like))
+        tokens = self._tokens.of(() if like is None else _ids(like.identities))
         try:
             if like is None:
                 found = tokens.identify(graph)
@@ -95,6 +95,8 @@ class FusedGraph:
                 blocks = _named(like.blocks.values(), found)
         except CollisionError as error:
             raise _not_told_apart(bundle, error) from error
+        # Not what only the other one is known by: when it is added, that may be gone.
+        tokens.keep(_ids(found))
         return Looked(graph, found, tokens, blocks, split(graph, found, blocks))
 
     def add(self, bundle: Bundle, looked: Looked | None = None) -> None:
@@ -117,7 +119,7 @@ class FusedGraph:
         entry = _Entry(bundle, found.identities, nodes, found.blocks, found.staged)
         self._entries[bundle.name] = entry
         self._bytes.clear()
-        self._id_counts.update(_ids(entry))
+        self._id_counts.update(_ids(entry.identities))
         for weight in bundle.graph.weights:
             self._weights[weight.digest] = weight
             self._users.setdefault(weight.digest, set()).add(bundle.name)
@@ -126,9 +128,10 @@ class FusedGraph:
 
     def _like(self, graph: Graph) -> _Entry | None:
         """Return the same model in another domain, read from the store once for both: contents, structures, cuts are the same."""
-        for entry in self._entries.values():
+        for name, entry in tuple(self._entries.items()):
             other = entry.bundle.graph
-            if other.nodes is graph.nodes and in_domain(other, "") == in_domain(graph, ""):
+            # Work stops in between: it may have been removed by now.
+            if other.nodes is graph.nodes and in_domain(other, "") == in_domain(graph, "") and self._entries.get(name) is entry:
                 return entry
         return None
 
@@ -146,7 +149,7 @@ class FusedGraph:
             self._node_users[node].discard(name)
             if not self._node_users[node]:
                 del self._node_users[node]
-        ids = _ids(entry)
+        ids = _ids(entry.identities)
         self._id_counts.subtract(ids)
         unused = {each for each in ids if not self._id_counts[each]}
         for each in unused:
@@ -250,7 +253,7 @@ class FusedGraph:
         assert expected == self._users, "the users of weights disagree with the bundles"
         assert expected.keys() == self._weights.keys(), "the weights disagree with the bundles"
         assert expected_nodes == self._node_users, "the users of nodes disagree with the bundles"
-        expected_counts = Counter(each for entry in self._entries.values() for each in _ids(entry))
+        expected_counts = Counter(each for entry in self._entries.values() for each in _ids(entry.identities))
         assert expected_counts == self._id_counts, "the counts of ids disagree with the bundles"
         assert len(self._tokens) == len(self._id_counts), "tokens are kept for nobody"
 
@@ -268,7 +271,6 @@ def _named(blocks: Iterable[Block], identities: Identities) -> dict[str, Block]:
     return named
 
 
-def _ids(entry: _Entry) -> set[bytes]:
-    found = entry.identities
+def _ids(found: Identities) -> set[bytes]:
     identities = (*found.inputs, *found.weights, *found.nodes)
     return {each for identity in identities for each in (identity.structure, identity.content, identity.value)}

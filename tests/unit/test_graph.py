@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from trunkline.errors import UnknownModel
 
-from sidecar.graph import FusedGraph
+from sidecar.graph import FusedGraph, Looked
+from sidecar.merkle import in_domain
+from sidecar.slices import ITEMS, Slices, stopping
 from tests.fakes import bundle_of, weight_of
 
 TRUNK = b"t" * 100
@@ -105,3 +108,29 @@ def test_equal_weights_under_different_computation_count_once(monkeypatch: pytes
     made.add(bundle_of("one", [b"first", TRUNK]))
     made.add(bundle_of("two", [b"other", TRUNK]))
     assert [sum(block.weights.values()) for block in made.blocks()] == [5, 100, 5, 0]
+
+
+@pytest.mark.parametrize("turns", range(1, 16))
+def test_the_same_model_in_another_domain_may_be_removed_while_one_is_looked_at(turns: int) -> None:
+    bundle = bundle_of("large", [b"%d" % number for number in range(2 * ITEMS)])
+    there, here = (replace(bundle, name=f"large@{name}", graph=in_domain(bundle.graph, name)) for name in ("there", "here"))
+    made, found = graph("age"), list[Looked]()
+    expected = made.look(here)
+    made.add(there)
+
+    def look() -> None:
+        with stopping():
+            found.append(made.look(here))
+
+    slices = Slices()
+    slices.add(look)
+    for _ in range(turns):
+        if slices:
+            slices.go_on()
+    made.remove("large@there")
+    made.add(bundle_of("gender", MODELS["gender"]))
+    while slices:
+        slices.go_on()
+    assert found[0].identities == expected.identities
+    made.add(here, found[0])
+    made.check_invariants()
