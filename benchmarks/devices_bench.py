@@ -15,7 +15,7 @@ from benchmarks.tenancy_bench import TenancyBench, closed_loop
 # Enough for every device to have something to do, all the time.
 _CLIENTS = 4
 # How long both are asked before they are measured: what is asked is seen, and a model that was moved may be moved again.
-_SETTLING_S = {True: 4.0, False: 20.0}
+_SETTLING_S = {True: 2.0, False: 20.0}
 
 
 def devices(bench: TenancyBench) -> None:

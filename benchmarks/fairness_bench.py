@@ -72,7 +72,7 @@ def _closed(ask: Callable[[], object], seconds: float) -> float:
 
 def neighbours(bench: TenancyBench) -> None:
     """A tenant that wants a little beside one that wants all it can get, with tenants told apart and without."""
-    seconds = 1.0 if bench.report.quick else 20.0
+    seconds = 0.6 if bench.report.quick else 20.0
     figures, raw = bench.report.figures, bench.report.raw.setdefault("neighbours", {})
     family = bench.families["conv0"]
     other = Family(resnet(bench.scale.width, bench.scale.units), family.example, bench.seed + 40)
@@ -98,7 +98,7 @@ def neighbours(bench: TenancyBench) -> None:
 
         with ThreadPoolExecutor(len(loud)) as threads:
             futures = [threads.submit(flood, ask) for _, ask in loud]
-            time.sleep(1)
+            time.sleep(0.5 if bench.report.quick else 1)
             beside = _paced(victim, QUIET_SHARE * rate, seconds, bench.seed)
             beside_rate = _closed(victim, seconds)
             stopped.set()
@@ -164,7 +164,7 @@ def deadlines(bench: TenancyBench) -> None:
             with lock:
                 outcomes[outcome] += 1
 
-    for seconds in (1, 3) if quick else (20, 60):  # the first time warms up
+    for seconds in (0.5, 2) if quick else (20, 60):  # the first time warms up
         outcomes.clear()
         with ThreadPoolExecutor(8) as threads:
             for future in [threads.submit(client, number, seconds) for number in range(8)]:

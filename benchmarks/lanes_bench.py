@@ -47,12 +47,10 @@ def lanes(bench: TenancyBench) -> None:
     one = bench.start_sidecar("one", threads, store="lanes", TRUNKLINE_LANES="1", **NO_BATCHES)
     bench.fill(one, single)
     # What the first has found out about models is there for the others.
-    sidecars = {
-        "one": one,
-        "many": bench.start_sidecar("many", threads, store="lanes", TRUNKLINE_LANES=many, **NO_BATCHES),
-        "one_batched": bench.start_sidecar("one-batched", threads, store="lanes", TRUNKLINE_LANES="1"),
-        "many_batched": bench.start_sidecar("many-batched", threads, store="lanes", TRUNKLINE_LANES=many),
-    }
+    sidecars = {"one": one, "many": bench.start_sidecar("many", threads, store="lanes", TRUNKLINE_LANES=many, **NO_BATCHES)}
+    if not bench.report.quick:
+        sidecars["one_batched"] = bench.start_sidecar("one-batched", threads, store="lanes", TRUNKLINE_LANES="1")
+        sidecars["many_batched"] = bench.start_sidecar("many-batched", threads, store="lanes", TRUNKLINE_LANES=many)
     bench.fill(*sidecars.values())
     figures, raw = bench.report.figures, bench.report.raw.setdefault("lanes", {"threads": threads})
     for workload, wanted in workloads(bench).items():
@@ -71,10 +69,13 @@ def lanes(bench: TenancyBench) -> None:
             for name in sidecars:
                 figures[f"lanes_throughput_{workload}_{name}_k{count}"] = found[name][f"k{count}"] / alone
     raw["counts"] = {name: sidecar.admin.get("status")["sharing"] for name, sidecar in sidecars.items()}
-    for name in ("many", "one_batched", "many_batched"):
-        bench.end(sidecars[name])
-    bench.end(single)
+    for sidecar in (*list(sidecars.values())[1:], single):
+        bench.end(sidecar)
     if bench.report.quick:
+        batched = (
+            f"lanes_throughput_mixed_{name}_k{count}" for name in ("one_batched", "many_batched") for count in bench.scale.clients
+        )
+        bench.report.lack("left out of --quick: two sidecars more", *batched)
         lacking = ("lanes_auto_after_s", "lanes_auto_mixed_k1", f"lanes_auto_mixed_k{_CLIENTS}")
         bench.report.lack("left out of --quick: a sidecar needs some ten seconds to divide its device", *lacking)
     else:
