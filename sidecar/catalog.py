@@ -29,6 +29,7 @@ from trunkline.signature import Signature
 from sidecar.bundle import Bundle, Weight
 from sidecar.errors import BundleError, StoreError
 from sidecar.graph import FusedGraph, Looked
+from sidecar.independence import tried_sizes
 from sidecar.ir import Graph
 from sidecar.labels import parted
 from sidecar.lowering import Form, Lowered, Recipe
@@ -42,7 +43,7 @@ from sidecar.stages import Key, Stage, Staged
 from sidecar.stretches import JOINED, Stretch, ranges, stretched
 from sidecar.tenants import OPEN, as_asked, as_known_to, matches, qualified, unqualified
 from sidecar.together import Interface, join
-from sidecar.trials import Verdict, tried_sizes
+from sidecar.trials import Verdict
 from sidecar.wavefront import Layouts, Padding
 
 log = logging.getLogger("trunkline.engine")

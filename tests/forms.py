@@ -13,7 +13,7 @@ def prefer(monkeypatch: pytest.MonkeyPatch, *forms: str) -> None:
     def fastest(seconds: Mapping[str, float], joins: bool) -> str:
         return next((form for form in forms if form in seconds), "plain")
 
-    monkeypatch.setattr("sidecar.trials._fastest", fastest)
+    monkeypatch.setattr("sidecar.forms._fastest", fastest)
 
 
 def run_apart(monkeypatch: pytest.MonkeyPatch) -> None:

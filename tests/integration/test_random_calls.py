@@ -216,7 +216,7 @@ def test_twenty_thousand_random_calls_of_six_functions_in_memory_for_two(
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 30_000)
     # Some stages are served with packed weights, some in blocks and some as they are, whatever is faster.
     forms = itertools.cycle(("packed", "plain", "blocked"))
-    monkeypatch.setattr("sidecar.trials._fastest", lambda seconds, joins: form if (form := next(forms)) in seconds else "plain")
+    monkeypatch.setattr("sidecar.forms._fastest", lambda seconds, joins: form if (form := next(forms)) in seconds else "plain")
     made = {each.name: each for each in networks()}
     with node.serve() as running:
         deploy(running, *made.values())

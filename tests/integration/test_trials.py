@@ -187,7 +187,7 @@ def test_a_mask_is_believed_when_padding_changes_nothing(masked: bool, tmp_path:
 def test_stages_of_one_structure_have_one_form_whatever_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
     answers = itertools.cycle(("packed", "blocked", "plain"))
-    monkeypatch.setattr("sidecar.trials._fastest", lambda seconds, joins: next(answers))
+    monkeypatch.setattr("sidecar.forms._fastest", lambda seconds, joins: next(answers))
     torch.manual_seed(0)
     layers = [layer for _ in range(6) for layer in (nn.Linear(32, 32), nn.ReLU())]
     forms = []

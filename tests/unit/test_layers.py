@@ -175,6 +175,8 @@ LAYERS = {
         "shortage",
         "streams",
         "trials",
+        "forms",
+        "independence",
         "reloading",
         "routing",
         "naming",
