@@ -32,7 +32,7 @@ from trunkline import arena, protocol
 from trunkline.errors import DeviceFault, DeviceOutOfMemory
 from trunkline.protocol import Command, Document, Fault, Hello, Infer, Message, Placement, Result, Welcome
 
-from sidecar import blocks, mover, server, session, trials
+from sidecar import blocks, forms, mover, server, session, trials
 from sidecar.bundle import Weight
 from sidecar.engine import Engine
 from sidecar.errors import BlobCorrupt
@@ -659,7 +659,7 @@ def life(seed: int, folder: Path) -> Iterator[World]:
 
     log = logging.getLogger("trunkline")
     with contextlib.ExitStack() as patches:
-        for module in (server, session, mover, trials):
+        for module in (server, session, mover, forms, trials):
             patches.enter_context(mock.patch.object(module, "time", clock))
         patches.enter_context(mock.patch.object(arena, "sealable_memory", memory))
         patches.enter_context(mock.patch.object(Session, "released", released))
