@@ -20,7 +20,16 @@ def _is_behind_watchdog() -> bool:
         return False
 
 
-if os.environ.get("PORT") and not _is_behind_watchdog():
+_has_watchdog = _is_behind_watchdog()
+# The watchdog calls a function healthy while this file is there. Told to ``suppress_lock``, as in the image, it leaves that to
+# whoever knows better: by itself it writes it before anything listens, and the first calls are answered with 500.
+_lock = Path(os.environ.get("TMPDIR") or "/tmp", ".lock")
+_writes_lock = _has_watchdog and os.environ.get("suppress_lock") in ("true", "1")
+if _writes_lock:
+    # It outlives a container that is restarted.
+    _lock.unlink(missing_ok=True)
+
+if os.environ.get("PORT") and not _has_watchdog:
     bind = f"{os.environ.get('bind_address', '0.0.0.0')}:{os.environ['PORT']}"
 else:
     bind = urlsplit(os.environ.get("upstream_url", "http://127.0.0.1:5000")).netloc
@@ -49,6 +58,15 @@ accesslog = None
 control_socket_disable = True
 if os.access("/dev/shm", os.W_OK):
     worker_tmp_dir = "/dev/shm"
+
+
+def when_ready(server):
+    """Let the watchdog know that calls are taken: what comes from now on waits for the first worker."""
+    if _writes_lock:
+        try:
+            _lock.touch()
+        except OSError as error:
+            raise SystemExit(f"cannot write {_lock}: {error.strerror}; mount a writable {_lock.parent} there") from error
 
 
 def pre_fork(server, worker):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -146,11 +147,12 @@ def image_environment(context: Path) -> dict[str, str]:
 class Deployed:
     """A function behind a watchdog, with the image's variables."""
 
-    def __init__(self, context: Path, **environment: str) -> None:
+    def __init__(self, context: Path, stderr: int | None = None, **environment: str) -> None:
         self.port, upstream = free_port(), free_port()
         given = (
             image_environment(context)
             | {"healthcheck_interval": "1s", "TRUNKLINE_SOCKET": "/nowhere/trunkline.sock"}
+            | {"TMPDIR": tempfile.mkdtemp(dir=context)}
             | environment
         )
         given |= {
@@ -163,7 +165,7 @@ class Deployed:
         }
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "tests.openfaas.watchdog"]
-        self.process = subprocess.Popen(command, cwd=context, env=given)
+        self.process = subprocess.Popen(command, cwd=context, env=given, stderr=stderr)
 
     def status(self, path: str, body: bytes | None = None) -> int:
         try:
@@ -274,15 +276,40 @@ def test_bodies_come_in_chunks_and_whole(project: Path) -> None:
         assert answer.headers["X-Seen"] == "chunked"
 
 
-def test_a_watchdog_that_is_healthy_before_the_function_listens_does_not_call_it_ready(project: Path) -> None:
+def test_a_function_is_healthy_when_it_listens_and_not_before(project: Path) -> None:
     context = written(project, "slow-start", SLOW_START)
-    with deployed(context) as running:
-        assert running.status("/_/health") == 200
-        assert running.status("/_/ready") == 503
+    running = Deployed(context)
+    try:
+        until(lambda: running.status("/") == 500)
+        assert running.status("/_/health") == running.status("/_/ready") == 503
         (context / "go").touch()
+        until(lambda: running.status("/_/health") == 200)
+        assert running.status("/") == 200
         # Ready is more than listening: there is no sidecar.
-        until(lambda: running.status("/") == 200)
         assert running.status("/_/ready") == 503
+    finally:
+        assert running.stop() == 0
+
+
+def test_a_lock_of_before_a_restart_makes_nobody_healthy(project: Path) -> None:
+    context = written(project, "restarted", SLOW_START)
+    lock = project / ".lock"
+    lock.touch()
+    running = Deployed(context, TMPDIR=str(project))
+    try:
+        until(lambda: not lock.exists())
+        assert running.status("/_/health") in (0, 503)
+        (context / "go").touch()
+        until(lambda: running.status("/_/health") == 200)
+    finally:
+        assert running.stop() == 0
+
+
+def test_a_function_without_a_place_for_the_lock_says_what_it_needs(project: Path) -> None:
+    running = Deployed(written(project, "no-place", ECHO), TMPDIR="/proc/nowhere", stderr=subprocess.PIPE)
+    _, told = running.process.communicate(timeout=PATIENCE_S)
+    assert running.process.returncode == 1
+    assert b"cannot write /proc/nowhere/.lock: No such file or directory; mount a writable /proc/nowhere there" in told
 
 
 def test_a_function_goes_on_after_calls_that_took_too_long_or_were_too_many(project: Path) -> None:
@@ -341,19 +368,15 @@ class Gateway:
 
 @pytest.mark.parametrize("what", ["redeploy", "scale-down"])
 def test_no_request_is_lost_when_a_function_is(project: Path, what: str) -> None:
-    """After SIGTERM the gateway sends on to the one that goes, for as long as the watchdog admits."""
+    """The gateway sends to whoever is healthy, and after SIGTERM on to the one that goes, for as long as the watchdog admits."""
     context = written(project, what, ECHO)
     with contextlib.ExitStack() as stack:
         old = stack.enter_context(deployed(context, healthcheck_interval="5s"))
-        until(lambda: old.status("/") == 200)
         others = [stack.enter_context(deployed(context))] if what == "scale-down" else []
-        for other in others:
-            until(lambda other=other: other.status("/") == 200)  # type: ignore[misc]
         with Gateway([old, *others]) as gateway:
             gateway.await_answers(old)
             if what == "redeploy":
                 others = [stack.enter_context(deployed(context))]
-                until(lambda: others[0].status("/") == 200)
                 gateway.replicas = [old, *others]
             signalled = time.monotonic()
             old.process.send_signal(signal.SIGTERM)

@@ -1,9 +1,10 @@
 """A stand-in for of-watchdog 0.11, run as ``python -m tests.openfaas.watchdog`` with its environment variables.
 
 It does what a function can tell: it is named fwatchdog, starts ``fprocess`` (split at single spaces), says that it is healthy
-at once, whatever the function does; sends bodies on in chunks; ends what takes longer than ``exec_timeout`` with 504; refuses
-what is beyond ``max_inflight`` with 429; asks ``ready_path``. On SIGTERM it passes that on at once, admits requests for another
-``healthcheck_interval``, and waits for the last for ``write_timeout``.
+while its lock file is there, which it writes at once, whatever the function does, unless told to ``suppress_lock``; sends bodies
+on in chunks; ends what takes longer than ``exec_timeout`` with 504; refuses what is beyond ``max_inflight`` with 429; asks
+``ready_path``. On SIGTERM it passes that on at once, is healthy no more, admits requests for another ``healthcheck_interval``,
+and waits for the last for ``write_timeout``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from urllib.parse import urlsplit
 
 _PR_SET_NAME = 15
 UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0}
-LOCK = Path("/tmp/.lock")
+LOCK = Path(os.environ.get("TMPDIR", "/tmp"), ".lock")
 _FRAMING = ("content-length", "transfer-encoding")
 
 
@@ -46,12 +47,15 @@ class Watchdog(ThreadingHTTPServer):
         self.inflight = 0
         self.lock = threading.Lock()
         super().__init__((os.environ.get("bind_address", "0.0.0.0"), int(os.environ.get("port", "8080"))), Handler)
-        if "suppress_lock" not in os.environ:
+        if os.environ.get("suppress_lock") not in ("true", "1"):
             LOCK.touch()
+        self.accepting = True
 
     def stop(self) -> None:
         """Do what it does on SIGTERM; return when nothing is under way."""
         self.child.send_signal(signal.SIGTERM)
+        self.accepting = False
+        LOCK.unlink(missing_ok=True)
         time.sleep(seconds("healthcheck_interval", os.environ.get("write_timeout", "30s")))
         self.shutdown()
         deadline = time.monotonic() + seconds("write_timeout", "30s")
@@ -65,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _any(self) -> None:
         if self.path == "/_/health":
-            self._told(200 if LOCK.exists() else 503)
+            self._told(200 if self.server.accepting and LOCK.exists() else 503)
         elif self.path == "/_/ready" and "ready_path" in os.environ:
             self._pass_on("GET", os.environ["ready_path"], None, unreachable=503)
         else:
