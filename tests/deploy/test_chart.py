@@ -196,6 +196,14 @@ def test_models_to_pull_ahead_are_a_list_that_the_sidecar_reads(tmp_path: Path) 
     assert [str(each) for each in read_list(tmp_path / "models", policy)] == models
 
 
+@pytest.mark.parametrize("text", ["  [tenants.a]\nmodels = []", "\t[tenants.a]\n", "[tenants.a]\n\n# the end\n"])
+def test_a_text_is_taken_as_it_is_written(text: str) -> None:
+    found = rendered(values={"quotas": text, "pull": {"signers": text}})
+    assert named(found, "ConfigMap", "trunkline")["data"] == {
+        name: text.removesuffix("\n") + "\n" for name in ("quotas.toml", "signers")
+    }
+
+
 def prepared(host: Path) -> subprocess.CompletedProcess[str]:
     """Run what the first container runs, on folders of a host's stand-in, with its one capability."""
     pod = named(rendered(), "DaemonSet", "trunkline")["spec"]["template"]["spec"]
@@ -230,6 +238,18 @@ def test_folders_that_the_kubelet_made_become_the_sidecars(host: Path) -> None:
         assert state(host / "run/trunkline") == (10001, 10001, 0o755)
         assert state(host / "run/trunkline/public") == (10001, 10001, 0o755)
         assert state(host / "var/lib/trunkline") == (10001, 10001, 0o700)
+
+
+def test_the_folder_of_the_socket_is_there_before_a_functions_pod_can_have_it_made(host: Path) -> None:
+    assert not (host / "run/trunkline/public").exists()
+    # As it is after a reboot, and as it is while an older pod has it.
+    for owner in (0, 10001):
+        os.chown(host / "run/trunkline", owner, owner)
+        done = prepared(host)
+        assert done.returncode == 0, done.stderr
+        for folder in ("run/trunkline", "run/trunkline/public"):
+            assert state(host / folder) == (10001, 10001, 0o755)
+        (host / "run/trunkline/public").rmdir()
 
 
 def test_folders_of_somebody_else_become_the_sidecars(host: Path) -> None:

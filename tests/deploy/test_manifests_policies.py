@@ -187,3 +187,31 @@ def test_nothing_else_of_a_node_may_be_changed(extra: Manifest, old: Manifest | 
 
 def test_what_others_do_with_nodes_is_not_looked_at() -> None:
     assert refusals("system:node:n1", {}, node(), node(labels={"zone": "b"})) is None
+
+
+def claiming(**claim: object) -> Manifest:
+    return pod({"name": "a"}, volumes=[{"name": "other", "emptyDir": {}}, {"name": "v", "persistentVolumeClaim": claim}])
+
+
+@pytest.mark.parametrize(
+    ("made", "is_let_in"),
+    [
+        (pod({"name": "a"}), True),
+        (pod({"name": "a"}, volumes=[{"name": "trunkline", "emptyDir": {}}]), True),
+        (claiming(claimName="trunkline", readOnly=True), True),
+        (claiming(claimName="trunkline", readOnly=False), False),
+        (claiming(claimName="trunkline"), False),
+        (claiming(claimName="another"), True),
+    ],
+)
+def test_whoever_claims_the_folder_for_writing_is_not_let_in(made: Manifest, is_let_in: bool) -> None:
+    found = combination("pvc", "none", False)
+    policy = named(found, "ValidatingAdmissionPolicy", "trunkline-claims")["spec"]
+    assert policy["matchConstraints"]["namespaceSelector"]["matchExpressions"][0]["values"] == ["openfaas-fn", "default"]
+    (rule,) = policy["validations"]
+    assert cel.evaluate(rule["expression"], {"object": made}) is is_let_in
+
+
+def test_what_the_policy_adds_is_let_in() -> None:
+    (rule,) = named(combination("pvc", "none", False), "ValidatingAdmissionPolicy", "trunkline-claims")["spec"]["validations"]
+    assert cel.evaluate(rule["expression"], {"object": changed("pvc", pod({"name": "a"}))})

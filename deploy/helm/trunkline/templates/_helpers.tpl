@@ -35,7 +35,7 @@ http://{{ include "trunkline.name" . }}.{{ .Release.Namespace }}.svc:{{ .Values.
 matchExpressions:
   - key: kubernetes.io/metadata.name
     operator: NotIn
-    values: [kube-system, {{ .Release.Namespace }}]
+    values: [kube-system, {{ .Release.Namespace | quote }}]
 {{- with .Values.functions.namespaceLabels }}
 matchLabels:
   {{- toYaml . | nindent 2 }}
@@ -100,7 +100,7 @@ affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .Values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
