@@ -1,4 +1,4 @@
-"""The token file: who may look at a sidecar over TCP, and who may operate it. TOML, read strictly; tokens stand there hashed.
+"""The token file: who may infer over TCP, look at a sidecar, operate it. TOML, read strictly; tokens stand there hashed.
 
 One table for each token: ``[tokens.NAME]`` with ``role`` and ``token``. Pure; files are read and changed as quota files are.
 """
@@ -13,11 +13,13 @@ from sidecar.quotaedit import without_table
 from sidecar.quotas import HASH, HASHED, NAME_RULE, parsed, refuse
 from sidecar.tenants import NAME, hash_of
 
+INFER: Final = "infer"
 READ: Final = "read"
 OPERATE: Final = "operate"
-ROLES: Final = (READ, OPERATE)
+# Each may do what those before it may.
+ROLES: Final = (INFER, READ, OPERATE)
 KIND: Final = "token file"
-NEW_FILE: Final = "# Who may look at this sidecar over TCP, and who may operate it. `trunkline token` changes this file.\n"
+NEW_FILE: Final = "# Who may infer over TCP, look at this sidecar, operate it. `trunkline token` changes this file.\n"
 
 
 class Token(NamedTuple):
@@ -60,7 +62,7 @@ def _token(text: str, file: str, name: str, table: Any) -> Token:
         if key not in table:
             refuse(text, file, at, f"has no key {key}", key=key)
     if table["role"] not in ROLES:
-        refuse(text, file, (*at, "role"), f"must be {' or '.join(ROLES)}")
+        refuse(text, file, (*at, "role"), f"must be {', '.join(ROLES[:-1])} or {ROLES[-1]}")
     # What stands there may be the token itself by mistake; it is not repeated in any message.
     match = HASH.fullmatch(table["token"]) if isinstance(table["token"], str) else None
     if match is None:

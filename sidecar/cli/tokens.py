@@ -43,7 +43,7 @@ def token() -> None:
 
 @token.command("add")
 @name_argument
-@click.option("--role", type=click.Choice(ROLES), required=True, help="read: look; operate: change, too.")
+@click.option("--role", type=click.Choice(ROLES), required=True, help="infer: ask models; read: look, too; operate: change, too.")
 @tokens_file
 @token_file
 @as_json

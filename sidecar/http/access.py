@@ -20,6 +20,7 @@ from trunkline.protocol import MAX_TOKEN_BYTES
 from sidecar import failures
 from sidecar.admintokens import OPERATE as OPERATE
 from sidecar.admintokens import READ as READ
+from sidecar.admintokens import ROLES
 from sidecar.errors import Forbidden, TooManyAttempts
 from sidecar.ratelimit import Bucket
 
@@ -173,8 +174,8 @@ class Gate:
                 ) from None
             raise
         g.principal = found
-        if role == OPERATE and found.role != OPERATE:
-            raise Forbidden(f"this needs the role {OPERATE}; the token has {found.role}", role=OPERATE)
+        if role in ROLES and found.role in ROLES[: ROLES.index(role)]:
+            raise Forbidden(f"this needs the role {role}; the token has {found.role}", role=role)
 
     def _known(self, role: str, tokens: Tokens) -> Principal:
         token = bearer()

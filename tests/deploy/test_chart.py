@@ -284,10 +284,15 @@ def test_the_document_names_values_that_there_are() -> None:
 def test_what_the_document_says_to_type_makes_a_token_file_and_is_taken_by_helm(tmp_path: Path) -> None:
     (commands,) = (each for each in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL) if "helm install" in each)
     made, _, rest = commands.partition("kubectl create namespace")
-    subprocess.run(["sh", "-euc", made + '\nprintf %s "$TOKEN" > token'], cwd=tmp_path, timeout=PATIENCE_S, check=True)
-    (token,) = parse_tokens((tmp_path / "tokens.toml").read_text(), "tokens.toml")
-    assert (token.name, token.role) == ("prometheus", "read")
-    assert token.token_hash == hash_of((tmp_path / "token").read_bytes())
+    subprocess.run(
+        ["sh", "-euc", made + '\nprintf %s "$TOKEN" > prometheus; printf %s "$FUNCTIONS_TOKEN" > functions'],
+        cwd=tmp_path,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    tokens = parse_tokens((tmp_path / "tokens.toml").read_text(), "tokens.toml")
+    assert [(token.name, token.role) for token in tokens] == [("prometheus", "read"), ("functions", "infer")]
+    assert [token.token_hash for token in tokens] == [hash_of((tmp_path / token.name).read_bytes()) for token in tokens]
     install = shlex.split(rest.partition("helm install ")[2].partition("\n\n")[0].partition("\nkubectl")[0].replace("\\\n", ""))
     done = helm(*install[install.index("--set") :])
     assert done.returncode == 0, done.stderr

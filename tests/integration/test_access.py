@@ -11,6 +11,7 @@ import flask.testing
 import pytest
 from flask import Flask, jsonify
 
+from sidecar.admintokens import INFER
 from sidecar.http.access import (
     _ATTEMPTS,
     LOOKING,
@@ -49,10 +50,11 @@ class Engine:
 
 
 class Known:
-    """Tokens of two people."""
+    """Tokens of a function and of two people."""
 
     def holder(self, token: bytes) -> Principal | None:
-        return {b"looks": Principal("ann", READ), b"changes": Principal("bob", OPERATE)}.get(token)
+        known = {b"asks": Principal("resize", INFER), b"looks": Principal("ann", READ), b"changes": Principal("bob", OPERATE)}
+        return known.get(token)
 
 
 @pytest.fixture
@@ -231,6 +233,23 @@ def test_a_role_is_enough_or_not(serve: Callable[..., flask.testing.FlaskClient]
     assert engine.asked == []
     assert http.post("/admin/v1/models/m/load", json={}, headers=bearing("changes")).status_code == 200
     assert engine.asked == ["load"]
+
+
+def test_whoever_may_infer_may_nothing_else(serve: Callable[..., flask.testing.FlaskClient], engine: Engine) -> None:
+    http = serve(Gate(Known()))
+    assert http.get("/v2", headers=bearing("asks")).status_code == 200
+    assert http.get("/healthz", headers=bearing("asks")).status_code == 200
+    assert engine.asked == ["identify"]
+    for path in ("/me", "/metrics", "/admin/v1/status", "/openapi.json", "/nowhere"):
+        answer = http.get(path, headers=bearing("asks"))
+        assert answer.status_code == 403
+        assert error_of(answer)["details"] == {"role": "read"}
+    answer = http.post("/admin/v1/models/m/load", json={}, headers=bearing("asks"))
+    assert error_of(answer)["details"] == {"role": "operate"}
+    assert "the token has infer" in error_of(answer)["message"]
+    # Nothing of the page is for it: that is open to all, and empty to strangers.
+    assert http.get("/", headers=bearing("asks")).data == http.get("/").data
+    assert engine.asked == ["identify"]
 
 
 def test_without_tenants_a_token_of_the_file_lets_infer(serve: Callable[..., flask.testing.FlaskClient], engine: Engine) -> None:

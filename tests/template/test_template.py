@@ -502,14 +502,16 @@ def test_a_failing_handler_test_stops_the_image() -> None:
     assert f"&& touch {copied[1]}" in test
 
 
-def test_the_image_takes_the_usual_build_arguments_and_runs_as_app() -> None:
+def test_the_image_takes_the_usual_build_arguments_and_runs_as_a_number() -> None:
     for argument in ("ADDITIONAL_PACKAGE", "UPGRADE_PACKAGES", "TEST_ENABLED", "TEST_COMMAND", "PYTHON_VERSION"):
         assert f"ARG {argument}" in dockerfile()
     assert 'mode="http"' in dockerfile()
     assert 'ready_path="/_/trunkline/ready"' in dockerfile()
     # What was installed with `--user` is found by users without a home, too.
     assert "PYTHONUSERBASE=/home/app/.local" in dockerfile()
-    assert re.findall(r"^USER (\w+)", dockerfile(), re.MULTILINE)[-1] == "app"
+    # A kubelet takes no name under `runAsNonRoot`.
+    assert re.findall(r"^USER (\S+)", dockerfile(), re.MULTILINE)[-1] == "10100:10100"
+    assert "groupadd --system --gid 10100 app && useradd --system --uid 10100 --gid app" in dockerfile()
 
 
 def test_the_samples_own_test_passes_in_the_context_and_a_broken_handler_fails_it(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_the_pod_may_write_where_the_image_says_and_nowhere_else(pod: dict[str, 
     volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
     assert volumes.keys() == mounts.keys()
     host_paths = [volume["hostPath"]["path"] for volume in volumes.values() if "hostPath" in volume]
-    assert host_paths == [mounts["sockets"]]
+    assert host_paths == [mounts["sockets"], mounts["store"]]
 
 
 def test_the_pod_is_probed_as_the_image_is(pod: dict[str, Any]) -> None:
