@@ -94,6 +94,8 @@ class Deployed:
     loaded: bool = False
     request_count: int = 0
     last_used_s: float | None = None
+    # By the number of the first stage and how many they are, first parts of stretches; None where nothing is joined.
+    cuts: dict[tuple[int, int], Stretch | None] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -339,7 +341,9 @@ class Catalog:
 
     def _skeletons(self) -> set[str]:
         used = {id(step.program) for entry in self.all() for step in entry.steps}
-        used |= {id(piece.program) for entry in self.all() for stretch in entry.stretches.values() for piece in stretch.pieces}
+        for entry in self.all():
+            for stretch in (*entry.stretches.values(), *filter(None, entry.cuts.values())):
+                used |= {id(piece.program) for piece in stretch.pieces}
         return {skeleton for skeleton, (program, _) in self.programs.items() if id(program) in used}
 
     def all(self) -> Iterator[Deployed]:
@@ -617,14 +621,29 @@ class Catalog:
                     prepared = self.programs[skeleton] = (program, self.device.stacked(step.graph, program))
                 step.program, step.stacked = prepared
         for first, stretch in deployed.stretches.items():
-            for piece in stretch.pieces:
-                if piece.count == 1:
-                    piece.program = deployed.steps[first + piece.start].program
-                elif piece.program is None:
-                    skeleton = skeleton_id(piece.graph)
-                    if skeleton not in self.programs:
-                        self.programs[skeleton] = (self.device.prepare_lowered(piece.graph, is_long=True), None)
-                    piece.program, _ = self.programs[skeleton]
+            self._prepare_stretch(deployed, first, stretch)
+
+    def _prepare_stretch(self, deployed: Deployed, first: int, stretch: Stretch) -> None:
+        for piece in stretch.pieces:
+            if piece.count == 1:
+                piece.program = deployed.steps[first + piece.start].program
+            elif piece.program is None:
+                skeleton = skeleton_id(piece.graph)
+                if skeleton not in self.programs:
+                    self.programs[skeleton] = (self.device.prepare_lowered(piece.graph, is_long=True), None)
+                piece.program, _ = self.programs[skeleton]
+
+    def cut(self, deployed: Deployed, first: int, count: int) -> Stretch | None:
+        """Return the first ``count`` stages of the stretch that begins with stage ``first``; None where nothing is joined.
+
+        A model's stretches are its own; how far several of them go together is seen when they are asked together.
+        """
+        place = first, count
+        if place not in deployed.cuts:
+            deployed.cuts[place] = found = _stretch(deployed.steps[first : first + count])
+            if found is not None:
+                self._prepare_stretch(deployed, first, found)
+        return deployed.cuts[place]
 
     def unbind(self) -> None:
         """Forget the handles of every model of which a weight may have left; its next load finds out what is still there."""
@@ -659,11 +678,14 @@ def _stretches(steps: Sequence[Step], verdict: Verdict | None) -> dict[int, Stre
         return {}
     in_session = [step.form == "blocked" for step in steps]
     found = ranges([seconds * (JOINED if joins else 1.0) for seconds, joins in zip(verdict.run_s, in_session, strict=True)])
-    return {
-        each.start: stretched(steps[each.start : each.stop], in_session[each.start : each.stop])
-        for each in found
-        if any(in_session[each.start : each.stop])
-    }
+    made = {each.start: _stretch(steps[each.start : each.stop]) for each in found}
+    return {start: stretch for start, stretch in made.items() if stretch is not None}
+
+
+def _stretch(steps: Sequence[Step]) -> Stretch | None:
+    """Return stages as a stretch; None where none of them is in a session."""
+    in_session = [step.form == "blocked" for step in steps]
+    return stretched(steps, in_session) if any(in_session) else None
 
 
 def _step(stage: Stage, lowered: Lowered | None) -> Step:

@@ -197,6 +197,7 @@ class Engine:
             Journal().page(0) if page is None else page,
             self._post,
             clock,
+            cut=self._catalog.cut,
             stacking=stacking,
             tracing=tracing,
         )

@@ -8,6 +8,7 @@ sooner than in a lane. What becomes of the calls is for ``sidecar.underway``. Pa
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -126,10 +127,13 @@ class Runs:
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float],
         *,
+        cut: Callable[[Deployed, int, int], Stretch | None],
         stacking: bool,
         tracing: bool = False,
     ) -> None:
         """``choice`` is told what was run, where by that is chosen how many lanes there are; ``page``, what is being run.
+
+        ``cut`` returns the first part of a stretch of a model: so many stages from one on.
 
         With ``tracing`` there may be requests of which is noted when they were run.
         """
@@ -151,6 +155,7 @@ class Runs:
         self._page = page
         self._post = post
         self._clock = clock
+        self._cut = cut
         self._stacking = stacking
         self._tracing = tracing
         # None while stages are run here.
@@ -303,15 +308,17 @@ class Runs:
         """Have a request beside which there is nothing run through several stages as one; None where that is not so."""
         ticket, now = group.first, self._clock()
         ended_s, before = self._stretched
-        if self._wavefront.group_count > 1 or (ticket.call is not before and now - ended_s < _NEXT_S):
+        meets = not all(each.call is ticket.call for each in self._wavefront.tickets())
+        if meets or (ticket.call is not before and now - ended_s < _NEXT_S):
             self._crowded_s = now
-        is_alone = len(group.rows) == 1 and len(group.rows[0].tickets) == 1 and not group.apart
+        # Models that are asked together have parted, and what is alike in them may be stacked.
+        is_alone = self._wavefront.group_count == 1 and not group.apart
         if not is_alone or now - self._crowded_s < _CROWDED_FOR_S or self._streams.deployed is not None:
             return None
         if self._lanes is not None and (self.running or not self._device.is_shared_by_lanes):
             return None
         deployed = _asked(ticket)
-        stretch = None if deployed is None else deployed.stretches.get(group.index)
+        stretch = None if deployed is None else self._stretch_of(deployed, group.index, [*group.tickets()])
         if deployed is None or stretch is None:
             return None
         steps = deployed.steps[group.index : group.index + stretch.count]
@@ -324,6 +331,18 @@ class Runs:
             return None
         weights, inputs = [self._loads.bind(step) for step in steps], [group.values[key] for key in stretch.takes]
         return run, lambda: [stretch.run(self._device.run, weights, inputs)]
+
+    def _stretch_of(self, deployed: Deployed, index: int, tickets: Sequence[Ticket[Call]]) -> Stretch | None:
+        """Return the stretch of a model that begins with a stage, as far as all that are asked together go through it."""
+        stretch = deployed.stretches.get(index)
+        if stretch is None or len(tickets) == 1:
+            return stretch
+        ways = zip(*(each.steps[index : index + stretch.count] for each in tickets), strict=False)
+        count = sum(1 for _ in itertools.takewhile(lambda steps: len({step.key for step in steps}) == 1, ways))
+        # What is needed afterwards is said by the models, each for itself.
+        if count < 2 or len({each.steps[index + count - 1].alive for each in tickets}) > 1:
+            return None
+        return stretch if count == stretch.count else self._cut(deployed, index, count)
 
     def _prepared_stacked(self, group: Group[Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
         """Have a stage of several models run as one; None when there is nothing to stack, or it does not pay."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trunkline import model
+from trunkline import model, models
 from trunkline.errors import DeviceOutOfMemory, ValueOutOfBounds
 
 from sidecar.catalog import Deployed, Step
@@ -82,6 +82,36 @@ def test_a_request_that_is_alone_is_run_as_one_and_answered_to_the_bit_as_by_sta
     singly, count = answered(running, made, 1)
     assert count == 0
     assert answer.tobytes() == singly.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_models_that_are_asked_together_are_run_as_one_as_far_as_they_go_together(
+    kind: str, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = network(kind)
+    siblings = [original.tuned(f"{kind}-{number}", number) for number in range(3)]
+    deploy(running, *siblings)
+    together, entries = models(*(each.name for each in siblings)), list(running.engine._catalog.deployed.values())
+    (first,) = (each for each in entries if each.name == siblings[0].name)
+    trunk = sum(1 for steps in zip(*(each.steps for each in entries), strict=True) if len({step.key for step in steps}) == 1)
+    assert trunk > 1
+    inputs = original.inputs(1, 1)
+    before = joined_count(running)
+    for _ in range(2):
+        answers = together.call(inputs)
+        for each in siblings:
+            assert agrees(answers[each.name], each.eager(inputs), exact=False)
+    assert joined_count(running) - before == 2 * (trunk - 1)
+    assert not any(each.cuts for each in entries if each is not first)
+    assert [(place, stretch and stretch.count) for place, stretch in first.cuts.items()] == [((0, trunk), trunk)]
+    # In the whole stretch, too, what is before the head is one session: it is the same.
+    cut = first.cuts[0, trunk]
+    assert cut is not None
+    assert cut.pieces[-1].program is first.stretches[0].pieces[-2].program
+    monkeypatch.setattr("sidecar.runs.LONGEST_S", 0.0)
+    singly = together.call(inputs)
+    assert all(np.array_equal(singly[each.name], answers[each.name]) for each in siblings)
+    running.engine._post(running.engine.check_invariants)
 
 
 def test_where_requests_meet_stages_are_run_one_by_one_and_for_a_while_after(
