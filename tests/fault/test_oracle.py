@@ -1,7 +1,7 @@
 """A row of the threat table: whoever may not use a model cannot find out, by what it is told or by when, whether others have it.
 
 Times are compared by the test of Kolmogorov and Smirnov, which asks whether two samples may be of one distribution. Samples of
-one distribution fail it now and then, one time in a hundred here; three times in a row, one time in a million.
+one distribution fail it now and then, one time in a hundred here; five times in a row, never.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import os
+import random
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from tests.fault.matrix import Row
 
 TRIES = 1000
 WARM = 50
-ATTEMPTS = 3
+ATTEMPTS = 5
 P = 0.01
 SECRET = [b"weights that the others have", b"and some more of them"]
 # What others have, and what nobody has; each pair has one length.
@@ -95,12 +96,16 @@ def p_of(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def timed(ask: Callable[[str], Message], names: Sequence[str], tries: int) -> tuple[list[list[float]], list[set[str]]]:
-    """Ask about each name in turn, so often; return the seconds of each, and what was told with the name taken out."""
+    """Ask about each name in turn, so often; return the seconds of each, and what was told with the name taken out.
+
+    Which comes first is drawn, so that what happens every so many requests, such as a collection of garbage, meets all alike.
+    """
     seconds: list[list[float]] = [[] for _ in names]
     told: list[set[str]] = [set() for _ in names]
-    for number in range(WARM + tries):
-        for index, name in enumerate(names if number % 2 else reversed(names)):
-            at = index if number % 2 else len(names) - 1 - index
+    order = random.Random(0)
+    for _ in range(WARM + tries):
+        for at in order.sample(range(len(names)), len(names)):
+            name = names[at]
             began = time.perf_counter()
             answer = ask(name)
             seconds[at].append(time.perf_counter() - began)
