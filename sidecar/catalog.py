@@ -94,7 +94,7 @@ class Deployed:
     loaded: bool = False
     request_count: int = 0
     last_used_s: float | None = None
-    # By the number of the first stage and how many they are, first parts of stretches; None where nothing is joined.
+    # By the number of the first stage and how many they are, parts of stretches; None where nothing is joined.
     cuts: dict[tuple[int, int], Stretch | None] = field(default_factory=dict)
 
     @property
@@ -131,6 +131,13 @@ class Deployed:
                     longer[axis] = max(1.0, size / tried[axis])
         # Less than can be measured is not unknown.
         return max(_SHORTEST_S, self.run_s[index] * (rows if self.bundle.batch else 1) * math.prod(longer.values()) ** 2)
+
+    def stretch_at(self, index: int) -> tuple[int, Stretch | None]:
+        """Return the stretch that a step is in, and the number of its first step; None where it is in none."""
+        for start, stretch in self.stretches.items():
+            if start <= index < start + stretch.count:
+                return start, stretch
+        return index, None
 
     def padding(self, inputs: Mapping[Key, Any]) -> Padding | None:
         """Return how a call's inputs may be made longer; None where that would change its answer, or was not tried."""
@@ -634,9 +641,9 @@ class Catalog:
                 piece.program, _ = self.programs[skeleton]
 
     def cut(self, deployed: Deployed, first: int, count: int) -> Stretch | None:
-        """Return the first ``count`` stages of the stretch that begins with stage ``first``; None where nothing is joined.
+        """Return ``count`` stages of a stretch from stage ``first`` on; None where nothing is joined.
 
-        A model's stretches are its own; how far several of them go together is seen when they are asked together.
+        A model's stretches are its own; where several models meet and part is seen when they are asked for.
         """
         place = first, count
         if place not in deployed.cuts:

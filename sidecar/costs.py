@@ -25,6 +25,9 @@ _TOLERATED: Final = 1.03
 _TRY_AGAIN: Final = 200
 # Once in so many times rows that would be a batch are run apart: what nobody runs is not measured, and may cost less by now.
 _APART: Final = 200
+# Stages that might be run as one are run one by one so often first, and again after so many times as one.
+_LOOKS: Final = 16
+_LOOK_AGAIN: Final = 400
 # Stages that are remembered.
 _MOST: Final = 8192
 
@@ -42,6 +45,8 @@ class BatchCosts:
         self._seen: dict[tuple[Hashable, int], int] = {}
         self._refused: dict[tuple[Hashable, int], int] = {}
         self._accepted: dict[tuple[Hashable, int], int] = {}
+        # How often stages were run one by one, of which some were to be run as one.
+        self._looked: dict[tuple[Hashable, int], int] = {}
 
     def record(self, key: Hashable, rows: int, seconds: float, lanes: int | None = None) -> None:
         """Note how long a stage took for a batch, in one of ``lanes`` if it were not as many as there are.
@@ -52,7 +57,7 @@ class BatchCosts:
         seen = self._seen.get(place)
         if seen is None:
             if len(self._seen) >= _MOST:
-                for kept in (self._seconds, self._seen, self._refused, self._accepted):
+                for kept in (self._seconds, self._seen, self._refused, self._accepted, self._looked):
                     kept.clear()
             self._seen[place] = 0
             return
@@ -101,6 +106,40 @@ class BatchCosts:
         del self._refused[place]
         self._doubt(keys, large)
         return True
+
+    def joins(self, keys: Sequence[Hashable], about: int, joined: Hashable, rows: int) -> bool:
+        """Say whether the stages ``keys`` should be run as one, ``joined``, on ``rows``, where ``about`` might be a batch.
+
+        One by one they cost what such batches were measured to: that is looked at first, and now and then again.
+        """
+        keys, joined, large = [(self.lanes, key) for key in keys], (self.lanes, joined), _class(about)
+        looking, size = (joined, large), _class(rows)
+        if self._looked.get(looking, 0) < _LOOKS:
+            self._looked[looking] = self._looked.get(looking, 0) + 1
+            return False
+        stages_s = [self._least_s(key, large) for key in keys]
+        if not all(stages_s):
+            return False
+        if self._seen.get((joined, size), 0) < _FEW:
+            return True
+        if pays := self._seconds[joined, size] <= sum(stages_s):
+            taken, after = self._accepted, _LOOK_AGAIN
+        else:
+            taken, after = self._refused, _TRY_AGAIN
+        place = (joined, size)
+        taken[place] = taken.get(place, 0) + 1
+        if taken[place] >= after:
+            del taken[place]
+            if pays:
+                self._looked[looking] = 0
+            else:
+                self._doubt([joined], size)
+        return pays
+
+    def _least_s(self, key: Hashable, size: int) -> float:
+        """Return the least that a row was measured to cost in batches that are not larger than a size; 0 where none was."""
+        measured = [self._seconds[key, each] for each in range(size + 1) if self._seen.get((key, each), 0) >= _FEW]
+        return min(measured, default=0.0)
 
     def _doubt(self, keys: Sequence[Hashable], size: int) -> None:
         """Have one run more decide what a row costs in batches of a size, if it is faster."""

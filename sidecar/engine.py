@@ -57,6 +57,7 @@ from sidecar.scheduler import Scheduler
 from sidecar.shortage import Shortage
 from sidecar.slices import Slices
 from sidecar.streams import Streams
+from sidecar.strides import Strides
 from sidecar.tenants import ANYONE, OPEN, Quotas, Tenant
 from sidecar.traces import Recorder
 from sidecar.trials import Trials
@@ -190,6 +191,10 @@ class Engine:
             self._turns,
             self._loads,
             self._streams,
+            Strides(
+                *(self._wavefront, self._turns, self._loads, self._streams, batch_costs, clock),
+                cut=self._catalog.cut,
+            ),
             self._shortage,
             batch_costs,
             self._under_way,
@@ -197,7 +202,6 @@ class Engine:
             Journal().page(0) if page is None else page,
             self._post,
             clock,
-            cut=self._catalog.cut,
             stacking=stacking,
             tracing=tracing,
         )

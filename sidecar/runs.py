@@ -8,16 +8,14 @@ sooner than in a lane. What becomes of the calls is for ``sidecar.underway``. Pa
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from trunkline.errors import DeviceFault, DeviceOutOfMemory, TrunklineError, ValueOutOfBounds
 
-from sidecar.catalog import Deployed, Step
+from sidecar.catalog import Step
 from sidecar.costs import BatchCosts
 from sidecar.journal import Page
 from sidecar.lanecount import LaneChoice
@@ -26,16 +24,14 @@ from sidecar.loads import Loads
 from sidecar.ports import Device
 from sidecar.shortage import Shortage, Splits
 from sidecar.streams import Streams
-from sidecar.stretches import LONGEST_S, Stretch
+from sidecar.stretches import Stretch
+from sidecar.strides import Strides
 from sidecar.turns import Turns
 from sidecar.underway import Call, UnderWay
-from sidecar.wavefront import Group, Ticket, Wavefront
+from sidecar.wavefront import Group, Wavefront
 
 log = logging.getLogger("trunkline.engine")
 
-# Whoever begins so soon after a stretch has waited for it; then, and where requests met, stages are run one by one for a while.
-_NEXT_S: Final = 0.0005
-_CROWDED_FOR_S: Final = 1.0
 # Where stacking did not pay, nobody looks for something to stack the next time, twice as often each time, so often at most.
 _LONGEST_REST: Final = 64
 
@@ -119,6 +115,7 @@ class Runs:
         turns: Turns[Call],
         loads: Loads,
         streams: Streams,
+        strides: Strides,
         shortage: Shortage,
         costs: BatchCosts,
         under_way: UnderWay,
@@ -127,13 +124,10 @@ class Runs:
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float],
         *,
-        cut: Callable[[Deployed, int, int], Stretch | None],
         stacking: bool,
         tracing: bool = False,
     ) -> None:
         """``choice`` is told what was run, where by that is chosen how many lanes there are; ``page``, what is being run.
-
-        ``cut`` returns the first part of a stretch of a model: so many stages from one on.
 
         With ``tracing`` there may be requests of which is noted when they were run.
         """
@@ -148,6 +142,7 @@ class Runs:
         self._turns = turns
         self._loads = loads
         self._streams = streams
+        self._strides = strides
         self._shortage = shortage
         self._costs = costs
         self._under_way = under_way
@@ -155,7 +150,6 @@ class Runs:
         self._page = page
         self._post = post
         self._clock = clock
-        self._cut = cut
         self._stacking = stacking
         self._tracing = tracing
         # None while stages are run here.
@@ -165,9 +159,6 @@ class Runs:
         self._reckoned_s = 0.0
         # Of structures that it did not pay for of late.
         self._rests: dict[int, _Rest] = {}
-        # When requests met last, and when the last stretch ended, with the call that it was for.
-        self._crowded_s = -math.inf
-        self._stretched: tuple[float, Call | None] = (-math.inf, None)
 
     def divide(self, count: int) -> int:
         """Divide the device into so many lanes; return how many there are. Nothing is under way."""
@@ -247,21 +238,7 @@ class Runs:
         lanes = 1 if run.whole else self._wavefront.lanes
         if run.stacked is not None:
             return self._costs.expected_s(run.stacked, len(run.groups), lanes)
-        known_s = self._costs.expected_s(run.cost_key, run.extent, lanes)
-        if known_s:
-            return known_s
-        group = run.groups[0]
-        each_s = [self._stage_s(group, index, lanes) for index in range(group.index, group.index + run.count)]
-        return sum(each_s) if all(each_s) else 0.0
-
-    def _stage_s(self, group: Group[Call], index: int, lanes: int) -> float:
-        """Return what a stage takes that a group comes to: as it was measured, or reckoned; 0 where nobody knows."""
-        ticket = group.first
-        known_s = self._costs.expected_s(group.cost_key(ticket.steps[index]), group.extent, lanes)
-        if known_s:
-            return known_s
-        deployed = _asked(ticket)
-        return 0.0 if deployed is None else lanes * deployed.reckoned_s(index, ticket.inputs, group.extent)
+        return self._strides.expected_s(run.groups[0], run.cost_key, run.count, lanes)
 
     def _idle_count(self) -> int:
         """Return how many stages may be begun now."""
@@ -305,44 +282,15 @@ class Runs:
         return run, lambda: [self._shortage.run(seen, program, weights, splits)]
 
     def _prepared_stretch(self, group: Group[Call]) -> tuple[_Run, Callable[[], Sequence[Sequence[Any]]]] | None:
-        """Have a request beside which there is nothing run through several stages as one; None where that is not so."""
-        ticket, now = group.first, self._clock()
-        ended_s, before = self._stretched
-        meets = not all(each.call is ticket.call for each in self._wavefront.tickets())
-        if meets or (ticket.call is not before and now - ended_s < _NEXT_S):
-            self._crowded_s = now
-        # Models that are asked together have parted, and what is alike in them may be stacked.
-        is_alone = self._wavefront.group_count == 1 and not group.apart
-        if not is_alone or now - self._crowded_s < _CROWDED_FOR_S or self._streams.deployed is not None:
-            return None
+        """Have a group run through several stages as one; None where it is to be run through the next one."""
         if self._lanes is not None and (self.running or not self._device.is_shared_by_lanes):
             return None
-        deployed = _asked(ticket)
-        stretch = None if deployed is None else self._stretch_of(deployed, group.index, [*group.tickets()])
-        if deployed is None or stretch is None:
+        if (stride := self._strides.of(group)) is None:
             return None
-        steps = deployed.steps[group.index : group.index + stretch.count]
-        if not all(map(self._loads.is_ready, steps)):
-            return None
-        key = ("stretch", steps[0].key, stretch.count, ticket.scale)
-        run = _Run((group,), steps[0], group.extent, key, (), (group,), stretch=stretch)
-        # Many rows, or long ones, take a multiple of what was reckoned with: others would wait long, for little to be gained.
-        if not 0 < self._expected_s(run) <= 2 * LONGEST_S:
-            return None
+        stretch, steps = stride.stretch, stride.steps
+        run = _Run((group,), steps[0], group.extent, stride.key, (), (group,), stretch=stretch)
         weights, inputs = [self._loads.bind(step) for step in steps], [group.values[key] for key in stretch.takes]
         return run, lambda: [stretch.run(self._device.run, weights, inputs)]
-
-    def _stretch_of(self, deployed: Deployed, index: int, tickets: Sequence[Ticket[Call]]) -> Stretch | None:
-        """Return the stretch of a model that begins with a stage, as far as all that are asked together go through it."""
-        stretch = deployed.stretches.get(index)
-        if stretch is None or len(tickets) == 1:
-            return stretch
-        ways = zip(*(each.steps[index : index + stretch.count] for each in tickets), strict=False)
-        count = sum(1 for _ in itertools.takewhile(lambda steps: len({step.key for step in steps}) == 1, ways))
-        # What is needed afterwards is said by the models, each for itself.
-        if count < 2 or len({each.steps[index + count - 1].alive for each in tickets}) > 1:
-            return None
-        return stretch if count == stretch.count else self._cut(deployed, index, count)
 
     def _prepared_stacked(self, group: Group[Call], run: _Run) -> Callable[[], Sequence[Sequence[Any]]] | None:
         """Have a stage of several models run as one; None when there is nothing to stack, or it does not pay."""
@@ -444,7 +392,7 @@ class Runs:
         for each in run.seen:
             self._turns.charge(each, device_s / len(run.seen))
         if run.stretch is not None:
-            self._stretched = self._clock(), run.calls[0]
+            self._strides.ended(run.calls[0])
         if error is None:
             self._record_run(run, outcome.seconds)
             ended_s = self._clock()
@@ -524,11 +472,6 @@ class Runs:
     def check_invariants(self) -> None:
         """Raise AssertionError when runs and what waits for them do not fit together."""
         self._under_way.check_invariants([run.calls for run in self.running])
-
-
-def _asked(ticket: Ticket[Call]) -> Deployed | None:
-    """Return the model that a ticket is for."""
-    return next((each for each in ticket.call.parts if each.steps is ticket.steps), None)
 
 
 def _structures(group: Group[Call], step: Step) -> tuple[tuple[object, ...], ...]:

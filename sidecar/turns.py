@@ -32,9 +32,14 @@ class Turns(Generic[C]):
         self.most = most
         self._scheduler = scheduler
 
+    @property
+    def contended(self) -> bool:
+        """Return whether more than one tenant wants the device."""
+        return self._scheduler.shares.contended
+
     def choose(self, wavefront: Wavefront[C], is_ready: Callable[[Any], bool], idle: int) -> Group[C] | None:
         """Return the group to run next, of those whose step ``is_ready``; None when there is none. ``idle`` lanes want one."""
-        if not self._scheduler.shares.contended:
+        if not self.contended:
             return wavefront.choose(is_ready, idle)
         chosen = wavefront.choose(is_ready, idle, self._first, self._equal)
         if chosen is not None:
@@ -54,7 +59,7 @@ class Turns(Generic[C]):
         """
         if one.first.call.work.tenant.domain != other.first.call.work.tenant.domain:
             return False
-        return not self._scheduler.shares.contended or self._equal(one, other)
+        return not self.contended or self._equal(one, other)
 
     def charge(self, group: Group[C], seconds: float) -> None:
         """Charge those whom a run was for: each row its part, and each request for a row as much as the others."""

@@ -220,7 +220,7 @@ class Wavefront(Generic[C]):
         self.lanes = 1
         self._arrays = arrays
         self._costs = costs
-        self._most_rows = most_rows
+        self.most_rows = most_rows
         self._groups: list[Group[C]] = []
         self._orders = itertools.count(1)
 
@@ -307,13 +307,13 @@ class Wavefront(Generic[C]):
         # Its weights may be gone again, of a model that does not fit.
         if self.lanes == 1 and (behind := self._behind(chosen, equal)) is not None and is_ready(behind.step):
             chosen = behind
-        if len(self._groups) == 1 or self._most_rows == 1:
+        if len(self._groups) == 1 or self.most_rows == 1:
             return chosen
         key = chosen.step.key
         mates = [group for group in self._groups if group is not chosen and not group.running and group.step.key == key]
         place = chosen.place() if mates else ()
         mates = [group for group in mates if group.place() == place and equal(chosen, group)]
-        most = self._most_rows
+        most = self.most_rows
         if idle > 1:
             most = min(most, -(-sum(group.extent for group in ready) // idle))
         try:
@@ -388,7 +388,7 @@ class Wavefront(Generic[C]):
     def _pays(self, one: Group[C], other: Group[C]) -> bool:
         together = one.extent + other.extent
         most = min(ticket.most for group in (one, other) for ticket in group.tickets())
-        if together > min(most, self._most_rows):
+        if together > min(most, self.most_rows):
             return False
         keys = [one.cost_key(step) for step in one.first.steps[one.index :]]
         return self._costs.pays(keys, max(one.extent, other.extent), together)

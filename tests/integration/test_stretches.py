@@ -27,8 +27,8 @@ def in_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("ONNX Runtime is not here, or has no convolutions in blocks on this processor")
     monkeypatch.setattr("sidecar.blocks.SMALLEST_BYTES", 1024)
     monkeypatch.setattr("sidecar.stretches.LONGEST_S", 10.0)
-    monkeypatch.setattr("sidecar.runs.LONGEST_S", 10.0)
-    monkeypatch.setattr("sidecar.runs._NEXT_S", 0.0)
+    monkeypatch.setattr("sidecar.strides.LONGEST_S", 10.0)
+    monkeypatch.setattr("sidecar.strides._NEXT_S", 0.0)
     prefer(monkeypatch, "blocked")
 
 
@@ -78,7 +78,7 @@ def test_a_request_that_is_alone_is_run_as_one_and_answered_to_the_bit_as_by_sta
     # Nothing is different for whoever counts stages.
     assert counts["stages"] == counts["stage_requests"] == len(deployed.steps)
     assert agrees(answer, made.eager(made.inputs(1, 1)), exact=False)
-    monkeypatch.setattr("sidecar.runs.LONGEST_S", 0.0)
+    monkeypatch.setattr("sidecar.strides.LONGEST_S", 0.0)
     singly, count = answered(running, made, 1)
     assert count == 0
     assert answer.tobytes() == singly.tobytes()
@@ -108,7 +108,7 @@ def test_models_that_are_asked_together_are_run_as_one_as_far_as_they_go_togethe
     cut = first.cuts[0, trunk]
     assert cut is not None
     assert cut.pieces[-1].program is first.stretches[0].pieces[-2].program
-    monkeypatch.setattr("sidecar.runs.LONGEST_S", 0.0)
+    monkeypatch.setattr("sidecar.strides.LONGEST_S", 0.0)
     singly = together.call(inputs)
     assert all(np.array_equal(singly[each.name], answers[each.name]) for each in siblings)
     running.engine._post(running.engine.check_invariants)
@@ -117,7 +117,7 @@ def test_models_that_are_asked_together_are_run_as_one_as_far_as_they_go_togethe
 def test_where_requests_meet_stages_are_run_one_by_one_and_for_a_while_after(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sidecar.runs._CROWDED_FOR_S", 1e9)
+    monkeypatch.setattr("sidecar.strides._HOLDS_S", 1e9)
     one, other = network("resnet"), network("mobilenet")
     deploy(running, one, other)
     before = joined_count(running)
@@ -127,17 +127,105 @@ def test_where_requests_meet_stages_are_run_one_by_one_and_for_a_while_after(
         assert agrees(answer, made.eager(given), exact=False)
     assert joined_count(running) == before
     assert answered(running, one, 3)[1] == 0
-    monkeypatch.setattr("sidecar.runs._CROWDED_FOR_S", 0.0)
+    monkeypatch.setattr("sidecar.strides._HOLDS_S", 0.0)
     assert answered(running, one, 3)[1] > 0
+
+
+def met(running: Running, *networks: Network, seed: int = 0) -> int:
+    """Ask about networks at once; return how many stages were run within another's run."""
+    before = joined_count(running)
+    inputs = [each.inputs(1, seed + number) for number, each in enumerate(networks)]
+    answers = at_once(running, *((each.name, given) for each, given in zip(networks, inputs, strict=True)))
+    for made, given, answer in zip(networks, inputs, answers, strict=True):
+        assert agrees(answer, made.eager(given), exact=False)
+    return joined_count(running) - before
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_a_batch_is_run_as_one_where_that_was_measured_to_be_faster(
+    kind: str, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidecar.strides._HOLDS_S", 1e9)
+    monkeypatch.setattr("sidecar.costs._LOOKS", 1)
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
+    made = network(kind)
+    siblings = [made.tuned(f"{kind}-{number}", number) for number in range(3)]
+    deploy(running, *siblings)
+    entries = list(running.engine._catalog.deployed.values())
+    trunk = sum(1 for steps in zip(*(each.steps for each in entries), strict=True) if len({step.key for step in steps}) == 1)
+    # As batches of three, stage by stage; the first run of each counts for nothing.
+    assert [met(running, *siblings, seed=seed) for seed in range(4)] == [0] * 4
+    assert met(running, *siblings) == trunk - 1, "what the three have in common, as one batch"
+    costs, stride = running.engine._runs._costs, ("stretch", entries[0].steps[0].key, trunk)
+
+    def have(factor: float) -> None:
+        for (lanes, key), size in list(costs._seconds):
+            if key[:3] == stride:
+                costs._seconds[(lanes, key), size] *= factor
+                costs._seen[(lanes, key), size] = 3
+
+    for _ in range(3):
+        met(running, *siblings)
+    have(1e-9)
+    assert met(running, *siblings) == trunk - 1
+    have(1e18)
+    assert met(running, *siblings) == trunk - 2, "it was found to be slower; what follows the first stage was not"
+
+
+def test_who_begins_before_others_lets_them_catch_up_first(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.strides._HOLDS_S", 1e9)
+    monkeypatch.setattr("sidecar.costs.BatchCosts.joins", lambda *arguments: True)
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
+    made = network("resnet")
+    deploy(running, made)
+    (deployed,) = running.engine._catalog.deployed.values()
+    assert met(running, made, made) == len(deployed.steps) - 1
+    # Two were about of late, so that there may come another.
+    assert met(running, made) == len(deployed.steps) - 2
+
+
+def test_whoever_asks_the_same_is_waited_for(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.costs.BatchCosts.joins", lambda *arguments: True)
+    made = network("resnet")
+    other = made.tuned("other", 1)
+    deploy(running, made, other)
+    assert met(running, made, other) > 0
+    inputs = made.inputs(1, 1)
+    before = joined_count(running)
+    monkeypatch.setattr("sidecar.strides._HOLDS_S", 1e9)
+    with counted(running) as counts:
+        at_once(running, (made.name, inputs), (other.name, inputs))
+    assert counts["stage_requests"] > counts["stages"], "computed once for both"
+    assert joined_count(running) == before
+    assert met(running, made, other) == 0, "more of them may come"
+
+
+def test_what_is_wrong_with_one_of_a_batch_is_told_by_its_stage(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.costs.BatchCosts.joins", lambda *arguments: True)
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
+    made = network("vit")
+    deploy(running, made)
+    (deployed,) = running.engine._catalog.deployed.values()
+    programs, run, failed = joined_programs(deployed), TorchDevice.run, []
+
+    def wrong(self: TorchDevice, program: Any, weights: Any, inputs: Any) -> Any:
+        if any(program is each for each in programs):
+            failed.append(inputs[0].shape[0])
+            raise ValueOutOfBounds("an index is out of range somewhere")
+        return run(self, program, weights, inputs)
+
+    monkeypatch.setattr(TorchDevice, "run", wrong)
+    assert met(running, made, made) == 0
+    assert failed == [2]
 
 
 def test_whoever_begins_at_once_after_a_stretch_has_waited_for_it(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network("resnet")
     deploy(running, made)
     assert answered(running, made, 1)[1] > 0
-    monkeypatch.setattr("sidecar.runs._NEXT_S", 1e9)
+    monkeypatch.setattr("sidecar.strides._NEXT_S", 1e9)
     assert answered(running, made, 1)[1] == 0
-    monkeypatch.setattr("sidecar.runs._NEXT_S", 0.0)
+    monkeypatch.setattr("sidecar.strides._NEXT_S", 0.0)
     # It is a while until nobody is taken for a crowd.
     assert answered(running, made, 1)[1] == 0
 
@@ -185,7 +273,7 @@ def test_many_rows_go_stage_by_stage(running: Running, monkeypatch: pytest.Monke
     made = network("vit")
     deploy(running, made)
     (deployed,) = running.engine._catalog.deployed.values()
-    monkeypatch.setattr("sidecar.runs.LONGEST_S", sum(deployed.run_s) / 2)
+    monkeypatch.setattr("sidecar.strides.LONGEST_S", sum(deployed.run_s) / 2)
     before = joined_count(running)
     inputs = made.inputs(8, 1)
     answer = model(made.name).call(inputs)

@@ -174,6 +174,7 @@ LAYERS = {
         "runs",
         "shortage",
         "streams",
+        "strides",
         "trials",
         "forms",
         "independence",
