@@ -647,9 +647,10 @@ class Catalog:
         """
         place = first, count
         if place not in deployed.cuts:
-            deployed.cuts[place] = found = _stretch(deployed.steps[first : first + count])
+            found = _stretch(deployed.steps[first : first + count])
             if found is not None:
                 self._prepare_stretch(deployed, first, found)
+            deployed.cuts[place] = found
         return deployed.cuts[place]
 
     def unbind(self) -> None:

@@ -324,12 +324,14 @@ class TorchDevice:
     def prepare_lowered(self, graph: Graph, is_long: bool = False) -> Program | sessions.SessionProgram:
         """Return the weightless program of a graph that ``lower`` made. Raises BundleError when this torch cannot run a node.
 
-        One that ``is_long`` has several stages; beside it there is nothing to run.
+        One that ``is_long`` has several stages; beside it there is nothing to run. It raises Unjoined where they run one by one.
         Its packed weights are handles of ``new_packed``, the others of ``new_weight``. ONNX Runtime runs those with blocks.
         """
-        program = prepare(graph, self._device, lowered=True, guarded=self._guarded)
         is_blocked = any(node.op in BLOCKED for node in graph.nodes)
-        return sessions.SessionProgram(graph, program, is_long) if is_blocked else program
+        if is_blocked and is_long:
+            return sessions.SessionProgram(graph, None)
+        program = prepare(graph, self._device, lowered=True, guarded=self._guarded)
+        return sessions.SessionProgram(graph, program) if is_blocked else program
 
     def can_run_in_session(self, graph: Graph) -> bool:
         """Say whether ONNX Runtime has all operators of a lowered graph with weights in blocks."""

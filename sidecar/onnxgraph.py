@@ -424,7 +424,8 @@ class _Translation:
 
     def _two(self, op: str, one: _Tensor, other: _Tensor) -> _Tensor:
         """Return what an operator makes of two tensors, number by number: in blocks only where their shapes are the same."""
-        if one.axes == other.axes:
+        # What fills up the last block is zeros: divided by each other they are no numbers, and stay so times a weight of zero.
+        if one.axes == other.axes and op != "Div":
             for order, arrange in (("blocks", self.blocks), ("rows", self.rows)):
                 if order in (one.order, other.order):
                     one, other = arrange(one), arrange(other)

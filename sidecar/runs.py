@@ -24,7 +24,7 @@ from sidecar.loads import Loads
 from sidecar.ports import Device
 from sidecar.shortage import Shortage, Splits
 from sidecar.streams import Streams
-from sidecar.stretches import Stretch
+from sidecar.stretches import Stretch, Unjoined
 from sidecar.strides import Strides
 from sidecar.turns import Turns
 from sidecar.underway import Call, UnderWay
@@ -405,9 +405,12 @@ class Runs:
                 self._choice.ran(ended_s, self._wavefront.lanes, run.stages, busy_s, run.under_way)
             for structure in run.structures if run.stacked is None else (run.stacked,):
                 self._costs.record(structure, len(run.groups), in_all_s, 1 if run.whole else None)
-        elif run.stretch is not None and isinstance(error, TrunklineError):
+        elif run.stretch is not None and isinstance(error, TrunklineError | Unjoined):
             # Which stage it was, and whether there is room for each, shows when they are run one by one.
             group.apart = True
+            if isinstance(error, Unjoined):
+                log.info("stages are run one by one: %s", error)
+                self._strides.give_up(run.cost_key)
         elif run.stacked is not None and isinstance(error, ValueOutOfBounds):
             # Whose index it was shows when each is run by itself.
             for each in run.groups:
@@ -448,11 +451,14 @@ class Runs:
         count = 1 if stretch is None else stretch.count
         self.counts.stage_rows += count * len(group.rows)
         self.counts.stage_requests += count * sum(1 for _ in group.tickets())
+        index, values = group.index, group.values if stretch is None else dict(group.values)
         try:
             if stretch is not None:
                 outputs = self._wavefront.leap(group, count, dict(zip(stretch.gives, outputs, strict=True)))
             self._under_way.advance(group, outputs)
         except Exception as error:  # noqa: BLE001 - what is not ours is logged
+            # Its rows are run once more, each by itself, and must stand before a stage of which they have what it takes.
+            group.index, group.values = index, values
             self.fail(group, error)
 
     def _has_no_room(self, group: Group[Call], error: DeviceOutOfMemory, beside: bool) -> None:

@@ -29,6 +29,7 @@ from sidecar.bindings import Bindings
 from sidecar.blocked import Blocked
 from sidecar.ir import Graph
 from sidecar.programs import FAILURES, Program, failure
+from sidecar.stretches import Unjoined
 
 # From 1.29 on it tells its makers what it is used for, unless it is told not to before it is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -52,6 +53,8 @@ log = logging.getLogger("trunkline.engine")
 _ERRORS: Final[tuple[type[Exception], ...]] = (*_RAISED, *FAILURES)
 
 _MOST_SESSIONS: Final = 16
+# Beyond so many, one is made only where there were so many runs for each that was.
+_RUNS_EACH: Final = 16
 # As ONNX Runtime counts: errors.
 _ERRORS_ONLY: Final = 3
 
@@ -83,21 +86,28 @@ def has_operators(graph: Graph) -> bool:
 class SessionProgram:
     """A lowered graph with weights in blocks. Like ``Program``, it has no weights, and several threads may run it at once."""
 
-    def __init__(self, graph: Graph, program: Program, spins: bool = False) -> None:
-        """``program`` runs the same graph on torch. With ``spins``, threads do not sleep before the end of a run."""
-        self._spins = spins
+    def __init__(self, graph: Graph, program: Program | None) -> None:
+        """``program`` runs the same graph on torch; None for several stages, which torch would run one by one.
+
+        Of those, threads do not sleep before the end of a run.
+        """
         self._graph = graph
         self._program = program
         self._sessions: OrderedDict[Any, _Opened | None] = OrderedDict()
         self._lock = threading.Lock()
-        # Runs that torch had to do instead.
+        # Runs, those that torch had to do instead, and sessions that were made.
+        self._run_count = 0
         self.fallback_count = 0
+        self._made_count = 0
 
     def run(self, weights: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the outputs, as ``Program.run`` does. The outputs are ONNX Runtime's memory, freed with them."""
+        """Return the outputs, as ``Program.run`` does. The outputs are ONNX Runtime's memory, freed with them.
+
+        Raises Unjoined where torch would have to run several stages.
+        """
         found = self._session(weights, inputs)
         if found is None:
-            return self._on_torch(weights, inputs)
+            return self._on_torch(weights, inputs, "there is no session for it")
         bindings, outputs = found
         names = list(dict.fromkeys(name for name, _ in outputs))
         try:
@@ -105,13 +115,15 @@ class SessionProgram:
         except _ERRORS as error:
             if isinstance(told := failure("running a stage", error), DeviceOutOfMemory):
                 raise told from error
-            log.info("a stage is run by torch: %s", str(error).partition("\n")[0])
-            return self._on_torch(weights, inputs)
+            return self._on_torch(weights, inputs, str(error).partition("\n")[0])
         by_name = dict(zip(names, given, strict=True))
         return [by_name[name].permute(0, 3, 1, 2) if is_last else by_name[name] for name, is_last in outputs]
 
-    def _on_torch(self, weights: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _on_torch(self, weights: Sequence[Any], inputs: Sequence[torch.Tensor], reason: str) -> list[torch.Tensor]:
         self.fallback_count += 1
+        if self._program is None:
+            raise Unjoined(f"ONNX Runtime does not run them as one: {reason}")
+        log.debug("a stage is run by torch: %s", reason)
         return self._program.run(weights, inputs)
 
     def _session(self, weights: Sequence[Any], inputs: Sequence[torch.Tensor]) -> _Opened | None:
@@ -119,6 +131,7 @@ class SessionProgram:
 
         One for any size is wanted. Where a graph has a size in it that is that of an axis, it must be for this size.
         """
+        self._run_count += 1
         for exact in (False, True):
             forms = _forms(inputs, exact)
             if forms is not None and (found := self._known(weights, forms, torch.get_num_threads())) is not None:
@@ -131,6 +144,10 @@ class SessionProgram:
             if key in self._sessions:
                 self._sessions.move_to_end(key)
                 return self._sessions[key]
+            # Where inputs are of ever other forms, to make one for each takes longer than it saves.
+            if self._made_count >= _MOST_SESSIONS and self._run_count < _RUNS_EACH * self._made_count:
+                return None
+            self._made_count += 1
         made = self._make(weights, forms, threads)
         with self._lock:
             self._sessions[key] = made
@@ -147,11 +164,14 @@ class SessionProgram:
         ]
         try:
             translated = onnxgraph.translate(self._graph, forms, weight_forms)
-            session = _open(translated.model, threads, self._spins)
+            session = _open(translated.model, threads, spins=self._program is None)
             return _Opened(Bindings(session, _value(torch.zeros(1))), translated.outputs)
         except onnxgraph.Untranslatable as error:
             log.info("a stage is run by torch: %s", error)
         except _ERRORS as error:
+            if isinstance(told := failure("opening a session", error), DeviceOutOfMemory):
+                # There may be some the next time.
+                raise told from error
             log.warning("ONNX Runtime takes no stage like this (%s); it is run by torch", str(error).partition("\n")[0])
         return None
 
@@ -201,7 +221,8 @@ class _Spare:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._lock = threading.Lock()
+        # Given back when a session goes, which a collection within ``take`` may bring about.
+        self._lock = threading.RLock()
 
     def take(self, wanted: int) -> int:
         with self._lock:

@@ -6,7 +6,8 @@ ResNet-18 took 1.3 times what it took as one, with two threads. So neighbours in
 them follows within the same run. Weights are those of the stages, in their order, and every operator is the same, so that the
 answer is, to the last bit.
 
-Whoever comes meanwhile waits for the end of it, so a stretch is not longer than ``LONGEST_S``. Pure; must not import torch.
+Whoever comes meanwhile waits for the end of it, so a stretch is not longer than ``LONGEST_S``, by what its stages
+took when they were tried. Pure; must not import torch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from sidecar.stages import UNKNOWN, Key
 LONGEST_S: Final = 0.025
 # What a stage takes in a stretch, of what it takes by itself: 0.75 to 0.8 was measured.
 JOINED: Final = 0.75
+
+
+class Unjoined(Exception):
+    """Several stages cannot be run as one on inputs like these; one by one they can."""
 
 
 class Part(Protocol):

@@ -25,6 +25,7 @@ from sidecar.wavefront import Group, Ticket, Wavefront
 # Whoever begins so soon after a stretch has waited for it; what was seen of who is about holds for a while.
 _NEXT_S: Final = 0.0005
 _HOLDS_S: Final = 1.0
+_MOST_GIVEN_UP: Final = 1024
 
 
 class Stride(NamedTuple):
@@ -61,12 +62,20 @@ class Strides:
         self._about, self._about_s = 1, -math.inf
         # When requests were last about to be computed once for several.
         self._same_s = -math.inf
-        # When the last stretch ended, with the call that it was for.
-        self._ended: tuple[float, Call | None] = (-math.inf, None)
+        # When the last stretch ended, and which call it was for, by identity: nothing of a call that is over is held here.
+        self._ended: tuple[float, int] = (-math.inf, 0)
+        # Stretches that cannot be run on inputs of some form.
+        self._given_up: set[tuple[object, ...]] = set()
 
     def ended(self, call: Call) -> None:
         """Note that a stretch has ended, which was run for a call."""
-        self._ended = self._clock(), call
+        self._ended = self._clock(), id(call)
+
+    def give_up(self, key: tuple[object, ...]) -> None:
+        """Run a stretch stage by stage from now on, by the name under which its cost is known: as one it fails."""
+        if len(self._given_up) >= _MOST_GIVEN_UP:
+            self._given_up.clear()
+        self._given_up.add(key)
 
     def expected_s(self, group: Group[Call], key: tuple[object, ...], count: int, lanes: int) -> float:
         """Return what a group's next ``count`` stages were measured to take, under the name ``key``, with so many lanes.
@@ -101,7 +110,10 @@ class Strides:
         steps = deployed.steps[group.index : group.index + stretch.count]
         if not all(map(self._loads.is_ready, steps)):
             return None
-        key = ("stretch", steps[0].key, stretch.count, ticket.scale)
+        # Models that begin alike may go on in other ways.
+        key = ("stretch", steps[0].key, steps[-1].key, stretch.count, ticket.scale)
+        if key in self._given_up:
+            return None
         expected_s = self.expected_s(group, key, stretch.count, 1)
         # Many rows, or long ones, take a multiple of what was reckoned with: others would wait long, for little to be gained.
         if not 0 < expected_s <= 2 * LONGEST_S or (about > 1 and not self._pays(group, steps, key, about)):
@@ -114,7 +126,7 @@ class Strides:
         meets = not all(each.call is ticket.call for each in self._wavefront.tickets())
         about = self._wavefront.row_count if meets else 1
         ended_s, before = self._ended
-        if ticket.call is not before and now - ended_s < _NEXT_S:
+        if id(ticket.call) != before and now - ended_s < _NEXT_S:
             about = max(about, 2)
         if about >= self._about or now - self._about_s >= _HOLDS_S:
             self._about, self._about_s = about, now

@@ -135,17 +135,19 @@ class Trials:
 
     def known(self, bundle: Bundle, staged: Staged) -> Verdict | None:
         """Return the verdict on a model that was tried before, None where it must be. Any thread."""
-        state = self._state(bundle, staged)
-        return state if isinstance(state, Verdict) else state.verdict()
+        if (told := self._refusal(bundle)) is not None:
+            return told
+        # What it could be lowered to is looked at only then: to know the size of a packed weight, one may have to be packed.
+        return None if self._verdicts.find("rows", _tried_as(bundle)) is None else self._state(bundle, staged).verdict()
 
     def _verdict(self, bundle: Bundle, staged: Staged) -> Verdict:
+        if (told := self._refusal(bundle)) is not None:
+            return told
         state = self._state(bundle, staged)
-        if isinstance(state, Verdict):
-            return state
         if (known := state.verdict()) is not None:
             return known
-        self._verdicts.begin("rows", state.tried_as)
         self._trying = state.tried_as
+        self._verdicts.begin("rows", state.tried_as)
         tried: dict[str, Any] | None = None
         try:
             tried, found = self._try(bundle, staged, {number: state.lowered[number] for number in state.unknown().values()})
@@ -158,14 +160,19 @@ class Trials:
         state.rows = tried
         return state.outcome(tried)
 
-    def _state(self, bundle: Bundle, staged: Staged) -> _State | Verdict:
-        """Return what is known of a model, or a verdict where no trial is to be held."""
-        # Not by structure: where a weight chooses what is computed, siblings differ in whether rows touch each other.
-        tried_as = f"{bundle.graph_digest} {bundle.batch}"
-        if self._verdicts.unfinished("rows", tried_as) >= _MOST_DEATHS:
+    def _refusal(self, bundle: Bundle) -> Verdict | None:
+        """Return a verdict where no trial is to be held, otherwise None."""
+        tried_as = _tried_as(bundle)
+        # The one that is held now, for another domain perhaps, has not ended yet either.
+        if self._verdicts.unfinished("rows", tried_as) - (self._trying == tried_as) >= _MOST_DEATHS:
             return Verdict(None, "the engine ended when it was tried")
         if (size_bytes := input_bytes(bundle, SIZES[0])) > _LARGEST_INPUT_BYTES:
             return Verdict(None, f"its inputs take {size_bytes} bytes, at most {_LARGEST_INPUT_BYTES} are tried")
+        return None
+
+    def _state(self, bundle: Bundle, staged: Staged) -> _State:
+        """Return what is known of a model."""
+        tried_as = _tried_as(bundle)
         lowered = [self._forms.of(stage) for stage in staged.stages]
         structures = {number: skeleton_id(staged.stages[number].graph) for number, each in enumerate(lowered) if each}
         forms = {structure: self._verdicts.find("form", structure) for structure in structures.values()}
@@ -193,6 +200,11 @@ class Trials:
                 rows = {"layouts": layouts, "padded": bool(trial.rows.padded)}
             return rows | {"run_us": trial.run_us}, trial.forms
         return {"layouts": None, "reason": f"it could not be run on {ROWS} rows: {failed}"}, {}
+
+
+def _tried_as(bundle: Bundle) -> str:
+    # Not by structure: where a weight chooses what is computed, siblings differ in whether rows touch each other.
+    return f"{bundle.graph_digest} {bundle.batch}"
 
 
 @dataclass

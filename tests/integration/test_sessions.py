@@ -24,6 +24,7 @@ from sidecar.export import Source
 from sidecar.ir import Argument, Graph
 from sidecar.lowering import BLOCKED_CONV2D, BLOCKED_LINEAR, lower
 from sidecar.sessions import SessionProgram
+from sidecar.stretches import Unjoined
 from tests import zoo
 from tests.integration.test_packed import ACTIVATIONS, PLANS, Blobs, Maker, X, Y, assert_close, filler, load, resized
 from tests.waiting import PATIENCE_S
@@ -231,6 +232,19 @@ def test_linear_layers_one_after_the_other(device: TorchDevice, shape: tuple[int
     assert program.fallback_count == 3
 
 
+def test_what_fills_up_a_block_becomes_no_part_of_an_answer(device: TorchDevice) -> None:
+    """Of 24 channels in blocks of 8 or 16, the last have nothing but zeros; divided by each other they would be NaN for good."""
+    make = Maker()
+    one, other = (make.add("conv2d.default", X, make.weight(torch.randn(24, 16, 3, 3))) for _ in range(2))
+    out = make.add("div.Tensor", one, make.add("add.Tensor", make.add("mul.Tensor", other, other), other))
+    plain, session, program, _ = blocked(make, device, make.add("conv2d.default", out, make.weight(torch.randn(16, 24, 1, 1))))
+    x = torch.randn(2, 16, 8, 8)
+    expected = plain(x)
+    assert torch.isfinite(session(x)[0]).all()
+    torch.testing.assert_close(session(x)[0], expected[0], rtol=1e-2, atol=1e-3 * float(expected[0].abs().max()))
+    assert program.fallback_count == 0
+
+
 @pytest.mark.parametrize("kind", ["max", "average", "whole", "mean", "joined", "joined with a part of a block"])
 def test_what_stands_between_convolutions(device: TorchDevice, kind: str) -> None:
     make = Maker()
@@ -307,6 +321,45 @@ def test_what_has_no_room_is_told_so(device: TorchDevice, monkeypatch: pytest.Mo
     with pytest.raises(DeviceOutOfMemory):
         session(torch.randn(1, 16, 6, 6))
     assert program.fallback_count == 0
+
+
+def test_a_session_that_had_no_room_is_opened_later(device: TorchDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, program = one(device)
+    x = torch.randn(1, 16, 6, 6)
+
+    def full(*arguments: object, **named: object) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions, "_open", full)
+        with pytest.raises(DeviceOutOfMemory, match="opening a session"):
+            session(x)
+    session(x)
+    assert program.fallback_count == 0
+
+
+def test_sessions_are_not_made_for_inputs_of_ever_other_forms(device: TorchDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "_MOST_SESSIONS", 2)
+    monkeypatch.setattr(sessions, "_RUNS_EACH", 4)
+    make = Maker()
+    out = make.add("linear.default", X, make.weight(torch.randn(64, 64)))
+    plain, session, program, _ = blocked(make, device, out, make.add("relu.default", Y))
+    for length in range(20):
+        x, y = torch.randn(2, 64), torch.randn(5, 3 + length)
+        assert_close(session(x, y), plain(x, y))
+    assert 2 < program._made_count <= 2 + 20 // 4
+    assert program.fallback_count > 0
+
+
+def test_several_stages_are_not_run_by_torch_as_one(device: TorchDevice) -> None:
+    make = Maker()
+    _, session, program, graph = blocked(make, device, make.add("conv2d.default", X, make.weight(torch.randn(16, 16, 3, 3))))
+    x = torch.randn(2, 16, 6, 6)
+    session(x)
+    program._program = device.prepare_lowered(graph, is_long=True)._program
+    session(x)
+    with pytest.raises(Unjoined, match="ONNX Runtime does not run them as one: there is no session for it"):
+        session(x.double())
 
 
 def test_only_the_last_sessions_are_kept(device: TorchDevice, monkeypatch: pytest.MonkeyPatch) -> None:

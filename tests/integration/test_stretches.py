@@ -13,6 +13,8 @@ from trunkline.errors import DeviceOutOfMemory, ValueOutOfBounds
 
 from sidecar.catalog import Deployed, Step
 from sidecar.devices import TorchDevice, open_device
+from sidecar.stretches import Unjoined
+from sidecar.wavefront import Wavefront
 from tests.fakes import Running
 from tests.forms import prefer
 from tests.integration.test_sharing import ask, at_once, counted, deploy, network, serving
@@ -156,11 +158,11 @@ def test_a_batch_is_run_as_one_where_that_was_measured_to_be_faster(
     # As batches of three, stage by stage; the first run of each counts for nothing.
     assert [met(running, *siblings, seed=seed) for seed in range(4)] == [0] * 4
     assert met(running, *siblings) == trunk - 1, "what the three have in common, as one batch"
-    costs, stride = running.engine._runs._costs, ("stretch", entries[0].steps[0].key, trunk)
+    costs, stride = running.engine._runs._costs, ("stretch", entries[0].steps[0].key, entries[0].steps[trunk - 1].key, trunk)
 
     def have(factor: float) -> None:
         for (lanes, key), size in list(costs._seconds):
-            if key[:3] == stride:
+            if key[:4] == stride:
                 costs._seconds[(lanes, key), size] *= factor
                 costs._seen[(lanes, key), size] = 3
 
@@ -249,6 +251,49 @@ def test_what_has_no_room_as_one_is_run_by_stages(running: Running, monkeypatch:
     assert failed
     assert count == 0
     assert agrees(answer, made.eager(made.inputs(1, 1)), exact=False)
+
+
+def test_what_cannot_be_run_as_one_is_tried_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("resnet")
+    deploy(running, made)
+    (deployed,) = running.engine._catalog.deployed.values()
+    programs, run, failed = joined_programs(deployed), TorchDevice.run, []
+
+    def unjoined(self: TorchDevice, program: Any, weights: Any, inputs: Any) -> Any:
+        if any(program is each for each in programs):
+            failed.append(program)
+            raise Unjoined("not on inputs like these")
+        return run(self, program, weights, inputs)
+
+    monkeypatch.setattr(TorchDevice, "run", unjoined)
+    for seed in range(3):
+        answer, count = answered(running, made, seed)
+        assert count == 0
+        assert agrees(answer, made.eager(made.inputs(1, seed)), exact=False)
+    assert len(failed) == 1
+    monkeypatch.setattr("sidecar.strides._MOST_GIVEN_UP", 1)
+    strides = running.engine._runs._strides
+    strides.give_up(("another",))
+    assert strides._given_up == {("another",)}
+
+
+def test_a_batch_without_room_where_it_parts_is_answered_row_by_row(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.costs.BatchCosts.joins", lambda *arguments: True)
+    monkeypatch.setattr("sidecar.costs.BatchCosts.pays", lambda *arguments: True)
+    made = network("resnet")
+    one, other = made.tuned("one", 1), made.tuned("other", 2)
+    deploy(running, one, other)
+    onward, full = Wavefront._onward, []
+
+    def no_room(self: Wavefront[Any], group: Any, pairs: Any) -> Any:
+        if len(group.rows) > 1 and not full:
+            full.append(len(group.rows))
+            raise DeviceOutOfMemory("no room for a part")
+        return onward(self, group, pairs)
+
+    monkeypatch.setattr(Wavefront, "_onward", no_room)
+    assert met(running, one, other, one) > 0
+    assert full == [3]
 
 
 def test_what_is_wrong_with_a_request_is_told_by_its_stage(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,6 +255,25 @@ def test_what_killed_the_engine_twice_is_not_tried_again(tmp_path: Path) -> None
     assert verdict.layouts is not None
 
 
+def test_who_comes_while_it_is_tried_again_waits_for_that(tmp_path: Path) -> None:
+    """Of two domains one has its trial under way, after the engine ended in the first one; that is no second death."""
+    blobs = Blobs()
+    bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
+    verdicts = Verdicts(tmp_path, "test")
+    seen: list[Verdict | None] = []
+
+    class Asked(TorchDevice):
+        def run(self, *arguments: Any) -> list[torch.Tensor]:
+            seen.append(trials.known(bundle, staged))
+            return super().run(*arguments)
+
+    trials = Trials(Asked(torch.device("cpu")), blobs, verdicts, lambda command: None)
+    verdicts.begin("rows", f"{bundle.graph_digest} {bundle.batch}")
+    assert trials._verdict(bundle, staged).layouts is not None
+    assert set(seen) == {None}
+    assert trials.known(bundle, staged) is not None
+
+
 def test_a_process_that_ends_during_a_trial_has_not_died_of_it(tmp_path: Path) -> None:
     blobs = Blobs()
     bundle, staged = deployed(zoo.ALL["mlp"](), blobs)
