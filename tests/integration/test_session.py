@@ -232,9 +232,12 @@ def test_a_full_queue_refuses_with_its_length(tmp_path: Path, source: FakeSource
 
         def hold() -> None:
             entered.set()
-            leave.wait(1)
+            leave.wait(PATIENCE_S)
 
         running.device.on_run = hold
+        submitted: list[object] = []
+        submit = running.engine.submit
+        monkeypatch.setattr(running.engine, "submit", lambda work: (submit(work), submitted.append(work)))
         refused: list[errors.QueueFull] = []
 
         def call() -> None:
@@ -242,11 +245,15 @@ def test_a_full_queue_refuses_with_its_length(tmp_path: Path, source: FakeSource
                 model("age")(np.zeros((1, 3), np.float32))
             except errors.QueueFull as error:
                 refused.append(error)
-                leave.set()
 
         threads = [threading.Thread(target=call) for _ in range(3)]
-        for thread in threads:
+        # One is run. Only when it waits no more do two others ask, and only when both have does it end: for one there is no room.
+        threads[0].start()
+        assert entered.wait(PATIENCE_S)
+        for thread in threads[1:]:
             thread.start()
+        until(lambda: len(submitted) == 3)
+        leave.set()
         for thread in threads:
             thread.join()
         assert len(refused) == 1

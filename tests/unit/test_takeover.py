@@ -85,16 +85,15 @@ def test_an_owner_is_seen_by_others(run: RunDirectory) -> None:
 
 def outstayed(run: RunDirectory, meanwhile: Callable[[int], None]) -> int:
     """Have a child wait as one that was taken over from; return its exit code. ``meanwhile`` is told its pid."""
-    ready, told = os.pipe()
-    pid = os.fork()
-    if not pid:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        os.write(told, b".")
-        outstay(run)
-        os._exit(0)
-    os.read(ready, 1)
-    os.close(ready)
-    os.close(told)
+    # Before the fork: gRPC, where an earlier test has loaded it, starts threads in the child at once, which would take it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        pid = os.fork()
+        if not pid:
+            outstay(run)
+            os._exit(0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     meanwhile(pid)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
