@@ -1,6 +1,6 @@
 """Write the manifests of these folders anew, from the chart: `python deploy/kustomize/generate.py`, with helm on the PATH.
 
-The chart is what is written by hand; a test compares. What the overlay `csi` has besides is what the chart renders besides.
+The chart is what is written by hand; a test compares. What the component `csi` has besides is what the chart renders besides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 CHART = HERE.parent / "helm" / "trunkline"
 # Of helm, not of what is installed.
 LEFT_OUT = ("helm.sh/chart", "app.kubernetes.io/managed-by")
-HEAD = "# Written by deploy/kustomize/generate.py from the chart. Change that, or an overlay.\n"
+HEAD = "# Written by deploy/kustomize/generate.py from the chart. Change that, or a component.\n"
 CSI = ("--set", "attach.mode=csi", "--set", "attach.injection=admissionPolicy")
 
 
@@ -33,16 +33,16 @@ def manifests(helm: str, *arguments: str) -> list[dict[str, Any]]:
 
 
 def files(helm: str) -> dict[Path, str]:
-    """Return the text of each file. Raises ValueError when an overlay does not merely add to the base."""
+    """Return the text of each file. Raises ValueError when a component does not merely add to the base."""
     base = manifests(helm)
     texts = {json.dumps(each) for each in base}
     more = [each for each in manifests(helm, *CSI) if json.dumps(each) not in texts]
     names = {(each["kind"], each["metadata"]["name"]) for each in base}
     if changed := [each for each in more if (each["kind"], each["metadata"]["name"]) in names]:
-        raise ValueError(f"the overlay csi changes what is in the base: {[each['metadata']['name'] for each in changed]}")
+        raise ValueError(f"the component csi changes what is in the base: {[each['metadata']['name'] for each in changed]}")
     return {
         HERE / "base" / "trunkline.yaml": HEAD + yaml.safe_dump_all(base, sort_keys=False, width=160),
-        HERE / "overlays" / "csi" / "csi.yaml": HEAD + yaml.safe_dump_all(more, sort_keys=False, width=160),
+        HERE / "components" / "csi" / "csi.yaml": HEAD + yaml.safe_dump_all(more, sort_keys=False, width=160),
     }
 
 

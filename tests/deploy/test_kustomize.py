@@ -6,16 +6,27 @@ import importlib.util
 import json
 import re
 import shutil
+from itertools import permutations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from sidecar.quotas import read_quotas
 from tests.charts import CHART, KUSTOMIZE, Manifest, built, by_identity, rendered, tool
 from tests.rows import ROOT
 
+COMPONENTS = KUSTOMIZE / "components"
+NAMES = sorted(each.name for each in COMPONENTS.iterdir())
+# Any of them in any order, but that `gpu` comes after `csi`: it is for the pods of that, too.
+ORDERS = [
+    each
+    for count in range(len(NAMES) + 1)
+    for each in permutations(NAMES, count)
+    if not {"csi", "gpu"} <= {*each} or each.index("csi") < each.index("gpu")
+]
 LEFT_OUT = ("helm.sh/chart", "app.kubernetes.io/managed-by")
 
 
@@ -41,26 +52,39 @@ def test_what_was_written_from_the_chart_is_still_that(generate: ModuleType) -> 
         assert path.read_text() == text, f"{path.relative_to(ROOT)} is out of date; run deploy/kustomize/generate.py"
 
 
-def values_of(overlay: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    if overlay == "gpu":
-        return ("--values", str(CHART / "values-gpu.yaml")), {}
-    if overlay == "csi":
-        return (), {"attach": {"mode": "csi", "injection": "admissionPolicy"}}
-    if overlay == "tenants":
-        return (), {"quotas": (KUSTOMIZE / "overlays" / "tenants" / "quotas.toml").read_text()}
-    return (), {}
+def values_of(components: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return what the chart is told for the same."""
+    values: dict[str, Any] = {}
+    if "csi" in components:
+        values["attach"] = {"mode": "csi", "injection": "admissionPolicy"}
+    if "tenants" in components:
+        values["quotas"] = (COMPONENTS / "tenants" / "quotas.toml").read_text()
+    return ("--values", str(CHART / "values-gpu.yaml")) if "gpu" in components else (), values
 
 
-@pytest.mark.parametrize("overlay", [None, *sorted(each.name for each in (KUSTOMIZE / "overlays").iterdir())])
-def test_an_overlay_is_the_chart_with_some_values(overlay: str | None) -> None:
-    made = by_identity(built(KUSTOMIZE / "overlays" / overlay if overlay else KUSTOMIZE / "base"))
+@pytest.mark.parametrize("components", ORDERS, ids=lambda each: "+".join(each) or "base")
+def test_base_and_components_are_the_chart_with_some_values(tmp_path: Path, components: tuple[str, ...]) -> None:
+    shutil.copytree(KUSTOMIZE, tmp_path / "kustomize")
+    named = {"resources": ["kustomize/base"], "components": [f"kustomize/components/{each}" for each in components]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(named))
+    made = by_identity(built(tmp_path))
     namespace = made.pop(("Namespace", "", "trunkline"))
     assert namespace["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "privileged"}
-    arguments, values = values_of(overlay or "")
+    arguments, values = values_of(components)
     expected = without_helm(rendered(*arguments, values=values))
     assert made.keys() == expected.keys()
     for key, each in made.items():
         assert orderless(each) == orderless(expected[key]), key
+
+
+def test_a_component_does_not_change_flags_that_it_does_not_know(tmp_path: Path) -> None:
+    """Should the chart write its flags in another order, what is changed by place must not be another flag's value."""
+    shutil.copytree(KUSTOMIZE, tmp_path / "kustomize")
+    base = tmp_path / "kustomize" / "base" / "trunkline.yaml"
+    base.write_text(base.read_text().replace("        - --device\n        - cpu\n", ""))
+    (tmp_path / "kustomization.yaml").write_text("resources: [kustomize/base]\ncomponents: [kustomize/components/gpu]\n")
+    with pytest.raises(AssertionError, match="args/1 failed: test failed"):
+        built(tmp_path)
 
 
 def orderless(value: Any) -> Any:
@@ -91,4 +115,4 @@ def test_an_overlay_of_ones_own_sets_the_image(tmp_path: Path) -> None:
 
 
 def test_the_example_of_a_quota_file_is_one() -> None:
-    assert list(read_quotas(KUSTOMIZE / "overlays" / "tenants" / "quotas.toml").tenants) == ["vision"]
+    assert list(read_quotas(COMPONENTS / "tenants" / "quotas.toml").tenants) == ["vision"]
