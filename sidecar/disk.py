@@ -33,7 +33,8 @@ _CALIBRATION_ROUNDS: Final = 3
 # Of what is free, for a moment: whoever stores something meanwhile must not find the disk full.
 _CALIBRATION_SHARE: Final = 4
 # Through the page cache everything is copied once more: three times the processor time, which computing has a better use for.
-_DIRECT_WORTH: Final = 1.3
+# Measured while nobody computes that way is up to twice as fast, and then slower when it matters (docs/decisions.md).
+_DIRECT_WORTH: Final = 2.5
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,14 @@ def free_bytes_of(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What ``calibrate`` found: the faster source, and bytes per second by the names of those that are not refused."""
+    """What ``calibrate`` found: the better source, and bytes per second by the names of those that are not refused."""
 
     source: Source
     bytes_per_s: dict[str, float]
 
 
 def calibrate(folder: Path, *, is_strict: bool = False, size_bytes: int = _CALIBRATION_BYTES) -> Calibration:
-    """Read a file in ``folder`` either way, from the disk each time; return the faster source, and how fast they were at best.
+    """Read a file in ``folder`` either way, from the disk each time; return the better source, and how fast they were at best.
 
     ``is_strict`` asks for a source that leaves nothing in the page cache. Takes as long as the disk needs to write
     ``size_bytes``, whole pages, and read them six times. There are no figures of a folder that cannot be used, or on a

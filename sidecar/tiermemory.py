@@ -33,6 +33,8 @@ log = logging.getLogger("trunkline.engine")
 
 # What a block file keeps of an entry beside its bytes: their checksum, and of packed weights how to read them.
 _CHECKSUM: Final = struct.Struct("<I")
+# The name of what is known of the disk; another one when sources are chosen by another rule, so that the choice is made anew.
+_READING: Final = "reading.2"
 # Neither leaves anything in the page cache: memory that no budget counts.
 SOURCES: Final = {source.name: source for source in (DIRECT, BUFFERED_STRICT)}
 
@@ -222,11 +224,11 @@ class TierMemory:
         self._files.discard(digests)
 
     def calibrate(self, verdicts: Verdicts) -> float | None:
-        known = verdicts.find("disk", "reading") or {}
+        known = verdicts.find("disk", _READING) or {}
         if known.get("source") not in SOURCES:
             found = self._files.calibrate()
             known = {"source": found.source.name, "bytes_per_s": found.bytes_per_s}
-            verdicts.end("disk", "reading", known)
+            verdicts.end("disk", _READING, known)
         self._files.source = SOURCES[known["source"]]
         figures = known.get("bytes_per_s")
         pace = figures.get(known["source"]) if isinstance(figures, dict) else None

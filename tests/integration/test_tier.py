@@ -19,6 +19,7 @@ from sidecar.blockfiles import BlockFiles, Entry
 from sidecar.bundle import Bundle
 from sidecar.devicememory import DeviceMemory
 from sidecar.devices import open_device
+from sidecar.disk import DIRECT, Calibration
 from sidecar.errors import NoRoom
 from sidecar.ir import Graph, Weight
 from sidecar.memories import memory_of
@@ -183,17 +184,29 @@ def test_layouts_of_another_torch_are_not_believed(node: Node, monkeypatch: pyte
 @pytest.mark.parametrize("source", ["buffered", "direct"])
 def test_weights_are_expected_as_fast_as_the_disk_was_found_to_be(source: str, node: Node) -> None:
     figures = {"buffered": 2e9, "direct": 3e9}
-    Verdicts(node.folder / "verdicts", "test").end("disk", "reading", {"source": source, "bytes_per_s": figures})
+    Verdicts(node.folder / "verdicts", "test").end("disk", "reading.2", {"source": source, "bytes_per_s": figures})
     memory = node.memory()
     with node.serve(memory) as running:
         until(lambda: running.engine._mover.pace == figures[source])
     assert memory._files.source.name == source
 
 
+def test_a_choice_by_an_earlier_rule_is_made_anew(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = Verdicts(node.folder / "verdicts", "test")
+    verdicts.end("disk", "reading", {"source": "buffered", "bytes_per_s": {"buffered": 2e9, "direct": 1e9}})
+    monkeypatch.setattr("sidecar.blockfiles.calibrate", lambda folder, is_strict: Calibration(DIRECT, {"direct": 1e9}))
+    memory = node.memory()
+    assert memory.calibrate(verdicts) == 1e9
+    assert memory._files.source is DIRECT
+    # It is remembered.
+    monkeypatch.undo()
+    assert node.memory().calibrate(verdicts) == 1e9
+
+
 @pytest.mark.parametrize("figures", [None, 3e9, {}, {"buffered": 3e9}, {"direct": "3e9"}, {"direct": 0.0}, {"direct": math.inf}])
 def test_a_disk_without_figures_is_not_told_to_be_of_any_speed(figures: object, node: Node) -> None:
     verdicts = Verdicts(node.folder / "verdicts", "test")
-    verdicts.end("disk", "reading", {"source": "direct", "bytes_per_s": figures})
+    verdicts.end("disk", "reading.2", {"source": "direct", "bytes_per_s": figures})
     assert node.memory().calibrate(verdicts) is None
 
 

@@ -712,15 +712,15 @@ def test_where_direct_reading_is_refused_it_is_buffered(
 
 @pytest.mark.parametrize(("faster", "slower"), [("direct", "buffered"), ("buffered", "direct")])
 @pytest.mark.parametrize("is_strict", [True, False])
-def test_the_faster_source_is_chosen_and_the_direct_one_where_it_is_nearly_as_fast(
+def test_the_faster_source_is_chosen_and_the_direct_one_unless_it_is_far_slower(
     folder: Path, monkeypatch: pytest.MonkeyPatch, faster: str, slower: str, is_strict: bool
 ) -> None:
-    speeds = {faster: iter([5.0, 9.0, 4.0]), slower: iter([6.5, 6.0, 5.0])}
+    speeds = {faster: iter([5.0, 9.0, 4.0]), slower: iter([3.5, 3.0, 2.5])}
     monkeypatch.setattr(disk, "_measured_bytes_per_s", lambda path, source, size_bytes: next(speeds[source.name]))
     found = disk.calibrate(folder, is_strict=is_strict, size_bytes=PAGE_BYTES)
-    assert found.bytes_per_s == {faster: 9.0, slower: 6.5}
+    assert found.bytes_per_s == {faster: 9.0, slower: 3.5}
     assert found.source is (DIRECT if faster == "direct" else BUFFERED_STRICT if is_strict else BUFFERED)
-    near = {"direct": iter([7.0, 7.5, 7.0]), "buffered": iter([9.0, 8.0, 8.0])}
+    near = {"direct": iter([3.5, 4.0, 3.0]), "buffered": iter([9.0, 8.0, 8.0])}
     monkeypatch.setattr(disk, "_measured_bytes_per_s", lambda path, source, size_bytes: next(near[source.name]))
     assert disk.calibrate(folder, is_strict=is_strict, size_bytes=PAGE_BYTES).source is DIRECT
     assert on_disk(folder) == []
