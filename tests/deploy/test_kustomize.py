@@ -62,12 +62,17 @@ def values_of(components: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, A
     return ("--values", str(CHART / "values-gpu.yaml")) if "gpu" in components else (), values
 
 
+def combined(folder: Path, *components: str) -> Path:
+    """Write a folder that has the base with some components, and copies of both; return it."""
+    shutil.copytree(KUSTOMIZE, folder / "kustomize")
+    named = {"resources": ["kustomize/base"], "components": [f"kustomize/components/{each}" for each in components]}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(named))
+    return folder
+
+
 @pytest.mark.parametrize("components", ORDERS, ids=lambda each: "+".join(each) or "base")
 def test_base_and_components_are_the_chart_with_some_values(tmp_path: Path, components: tuple[str, ...]) -> None:
-    shutil.copytree(KUSTOMIZE, tmp_path / "kustomize")
-    named = {"resources": ["kustomize/base"], "components": [f"kustomize/components/{each}" for each in components]}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(named))
-    made = by_identity(built(tmp_path))
+    made = by_identity(built(combined(tmp_path, *components)))
     namespace = made.pop(("Namespace", "", "trunkline"))
     assert namespace["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "privileged"}
     arguments, values = values_of(components)
@@ -79,12 +84,11 @@ def test_base_and_components_are_the_chart_with_some_values(tmp_path: Path, comp
 
 def test_a_component_does_not_change_flags_that_it_does_not_know(tmp_path: Path) -> None:
     """Should the chart write its flags in another order, what is changed by place must not be another flag's value."""
-    shutil.copytree(KUSTOMIZE, tmp_path / "kustomize")
-    base = tmp_path / "kustomize" / "base" / "trunkline.yaml"
+    folder = combined(tmp_path, "gpu")
+    base = folder / "kustomize" / "base" / "trunkline.yaml"
     base.write_text(base.read_text().replace("        - --device\n        - cpu\n", ""))
-    (tmp_path / "kustomization.yaml").write_text("resources: [kustomize/base]\ncomponents: [kustomize/components/gpu]\n")
     with pytest.raises(AssertionError, match="args/1 failed: test failed"):
-        built(tmp_path)
+        built(folder)
 
 
 def orderless(value: Any) -> Any:

@@ -49,6 +49,20 @@ def joined_programs(deployed: Deployed) -> list[Any]:
     return [piece.program for stretch in deployed.stretches.values() for piece in stretch.pieces if piece.count > 1]
 
 
+def fail_joined(monkeypatch: pytest.MonkeyPatch, deployed: Deployed, kind: type[Exception], message: str) -> list[int]:
+    """Have such programs raise; return the list to which each such run adds the rows of its first input."""
+    programs, run, failed = joined_programs(deployed), TorchDevice.run, []
+
+    def failing(self: TorchDevice, program: Any, weights: Any, inputs: Any) -> Any:
+        if any(program is each for each in programs):
+            failed.append(inputs[0].shape[0])
+            raise kind(message)
+        return run(self, program, weights, inputs)
+
+    monkeypatch.setattr(TorchDevice, "run", failing)
+    return failed
+
+
 def first_step(deployed: Deployed) -> Step:
     """Return the first step that is run by such a program."""
     for first, stretch in deployed.stretches.items():
@@ -208,15 +222,7 @@ def test_what_is_wrong_with_one_of_a_batch_is_told_by_its_stage(running: Running
     made = network("vit")
     deploy(running, made)
     (deployed,) = running.engine._catalog.deployed.values()
-    programs, run, failed = joined_programs(deployed), TorchDevice.run, []
-
-    def wrong(self: TorchDevice, program: Any, weights: Any, inputs: Any) -> Any:
-        if any(program is each for each in programs):
-            failed.append(inputs[0].shape[0])
-            raise ValueOutOfBounds("an index is out of range somewhere")
-        return run(self, program, weights, inputs)
-
-    monkeypatch.setattr(TorchDevice, "run", wrong)
+    failed = fail_joined(monkeypatch, deployed, ValueOutOfBounds, "an index is out of range somewhere")
     assert met(running, made, made) == 0
     assert failed == [2]
 
@@ -237,16 +243,7 @@ def test_what_has_no_room_as_one_is_run_by_stages(running: Running, monkeypatch:
     deploy(running, made)
     (deployed,) = running.engine._catalog.deployed.values()
     assert answered(running, made, 1)[1] > 0
-    programs = joined_programs(deployed)
-    run, failed = TorchDevice.run, []
-
-    def tight(self: TorchDevice, program: Any, weights: Any, inputs: Any) -> Any:
-        if any(program is each for each in programs):
-            failed.append(program)
-            raise DeviceOutOfMemory("no room")
-        return run(self, program, weights, inputs)
-
-    monkeypatch.setattr(TorchDevice, "run", tight)
+    failed = fail_joined(monkeypatch, deployed, DeviceOutOfMemory, "no room")
     answer, count = answered(running, made, 1)
     assert failed
     assert count == 0
@@ -257,15 +254,7 @@ def test_what_cannot_be_run_as_one_is_tried_once(running: Running, monkeypatch: 
     made = network("resnet")
     deploy(running, made)
     (deployed,) = running.engine._catalog.deployed.values()
-    programs, run, failed = joined_programs(deployed), TorchDevice.run, []
-
-    def unjoined(self: TorchDevice, program: Any, weights: Any, inputs: Any) -> Any:
-        if any(program is each for each in programs):
-            failed.append(program)
-            raise Unjoined("not on inputs like these")
-        return run(self, program, weights, inputs)
-
-    monkeypatch.setattr(TorchDevice, "run", unjoined)
+    failed = fail_joined(monkeypatch, deployed, Unjoined, "not on inputs like these")
     for seed in range(3):
         answer, count = answered(running, made, seed)
         assert count == 0
